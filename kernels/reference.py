@@ -1,0 +1,141 @@
+"""What every kernel computes, in plain torch and fp64, rounded once at the end.
+
+These functions are the contract of a *kernel set*: ``cpu.py`` (C++) and ``cuda.py`` (Triton) hold functions of the same
+names and signatures. All work on a canonical form: matrices with a batch dimension in front, rows of a 2-d tensor.
+``kernels/aten.py`` brings aten's arguments (dims, overloads, ``alpha``, ``correction``) into that form.
+
+Dtypes: float64, float32, float16, bfloat16. Inputs may have any strides (0 too), any size (0 too) and any alignment.
+Results are contiguous. No result may depend on the number of rows, on the strides, on the alignment, or on the number of
+threads. A size of 0 gives what torch gives: an empty result, or the neutral element of the sum.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """``alpha * (a @ b) + beta * bias`` as [B, M, N], rounded once.
+
+    a: [B, M, K]; b: [B, K, N] of the same dtype; bias: [B, M, N] of the same dtype (usually an expanded view), or None.
+    With ``beta == 0`` the bias is not read, so NaN in it does not spread. ``K == 0`` gives ``beta * bias``.
+    """
+    out = alpha * (a.double() @ b.double())
+    if bias is not None and beta != 0:
+        out = out + beta * bias.double()
+    return out.to(a.dtype).contiguous()
+
+
+def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """Row t of group g is ``a[t] @ b[g]``, as [T, N].
+
+    a: [T, K]; b: [G, K, N] of the same dtype; offs: int32 [G], where each group ends. Groups may be empty.
+    Rows behind the last group are 0.
+    """
+    out = a.new_zeros(a.shape[0], b.shape[2])
+    start = 0
+    for group, end in enumerate(offs.tolist()):
+        out[start:end] = (a[start:end].double() @ b[group].double()).to(a.dtype)
+        start = end
+    return out
+
+
+def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Sum of each row. x: [rows, n_cols] -> [rows]."""
+    return x.double().sum(-1).to(out_dtype)
+
+
+def row_mean(x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Mean of each row; NaN where ``n_cols == 0``. x: [rows, n_cols] -> [rows]."""
+    return x.double().mean(-1).to(out_dtype)
+
+
+def row_norm(x: Tensor, p: float, out_dtype: torch.dtype) -> Tensor:
+    """``sum(|x| ** p) ** (1 / p)`` of each row, for p = 1 and p = 2. x: [rows, n_cols] -> [rows]."""
+    return torch.linalg.vector_norm(x.double(), p, -1).to(out_dtype)
+
+
+def row_var_mean(x: Tensor, correction: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two passes: the mean, then ``sum((x - mean) ** 2) / max(n_cols - correction, 0)``. x: [rows, n_cols] -> 2 x [rows]."""
+    var, mean = torch.var_mean(x.double(), -1, correction=correction)
+    return var.to(out_dtype), mean.to(out_dtype)
+
+
+def row_logsumexp(x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``max + log(sum(exp(x - max)))`` of each row; the maximum itself where it is infinite. x: [rows, n_cols] -> [rows]."""
+    return torch.logsumexp(x.double(), -1).to(out_dtype)
+
+
+def row_softmax(x: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
+    """softmax (or log_softmax) of each row. x: [rows, n_cols] -> [rows, n_cols].
+
+    Columns of -inf (masked) behind the row's last value change no bit of the others.
+    """
+    return (torch.log_softmax if log else torch.softmax)(x.double(), -1).to(out_dtype).contiguous()
+
+
+def row_cumsum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Running sum of each row. x: [rows, n_cols] -> [rows, n_cols]."""
+    return x.double().cumsum(-1).to(out_dtype).contiguous()
+
+
+def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(x - mean) * rstd * weight + bias``. x: [rows, n_cols]; weight, bias: [n_cols] -> y like x, mean [rows], rstd [rows].
+
+    mean and rstd have the accumulator's dtype: float32, or float64 for float64.
+    """
+    wide = x.double()
+    var, mean = torch.var_mean(wide, -1, correction=0)
+    rstd = (var + eps).rsqrt()
+    y = (wide - mean[:, None]) * rstd[:, None]
+    y = y if weight is None else y * weight.double()
+    y = y if bias is None else y + bias.double()
+    acc_dtype = accumulator_dtype(x.dtype)
+    return y.to(x.dtype).contiguous(), mean.to(acc_dtype), rstd.to(acc_dtype)
+
+
+def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """``x * rstd * weight``, ``rstd = rsqrt(mean(x ** 2) + eps)``. x: [rows, n_cols]; weight: [n_cols] -> y, rstd [rows]."""
+    wide = x.double()
+    rstd = (wide.square().mean(-1) + eps).rsqrt()
+    y = wide * rstd[:, None]
+    y = y if weight is None else y * weight.double()
+    return y.to(x.dtype).contiguous(), rstd.to(accumulator_dtype(x.dtype))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale * q @ k.T + mask) @ v`` -> out [B, H, Sq, Dv], logsumexp [B, H, Sq] in the accumulator's dtype.
+
+    q: [B, H, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv], H a multiple of Hkv: query head h reads key head
+    ``h // (H // Hkv)``. D and Dv up to 256. mask: [B, H, Sq, Skv] (usually an expanded view), bool (True: visible) or of
+    q's dtype (added), or None. is_causal: key j is visible to query i if ``j <= i`` (aligned at the top left).
+    A query that sees no key gives 0 and a logsumexp of -inf.
+
+    The order over the keys counts from the first key that any query of the same (batch, head) can see, so padding on
+    either side changes no bit.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = scale * (q.double() @ k.double().transpose(-1, -2))
+    if is_causal:
+        hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.softmax(scores, -1).masked_fill((lse == -torch.inf)[..., None], 0.0)
+    return (weights @ v.double()).to(q.dtype).contiguous(), lse.to(accumulator_dtype(q.dtype))
+
+
+def index_add(self: Tensor, index: Tensor, source: Tensor, alpha: float) -> Tensor:
+    """``self[index[i]] += alpha * source[i]`` for i ascending, summed in the accumulator's dtype, rounded once.
+
+    self: [R, C]; index: int64 [n], each in [0, R); source: [n, C] -> [R, C].
+    """
+    return self.double().index_add(0, index, source.double(), alpha=alpha).to(self.dtype).contiguous()
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over values of this dtype are handed out in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
