@@ -1,0 +1,133 @@
+"""The eager installer: the table on torch's dispatcher, every overload, ``.out`` and in place too."""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch._ops import OpOverload
+
+from pytest_batchinv.kernels import aten, table
+from pytest_batchinv.kernels.doors import Implementation, Sibling, count, is_exact, overload_of, refusal, siblings
+
+_ALLOW_OVERRIDE = (
+    {"allow_override": True} if "allow_override" in inspect.signature(torch.library.Library.impl).parameters else {}
+)
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """The table's entries hold aten's dispatcher entries inside, and torch's own hold them again after."""
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            # torch warns once a process that an entry is overridden, which is what we are here for.
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")
+            for overload, key, function in _entries():
+                library.impl(overload, function, key, with_keyset=key != _COMPOSITE, **_ALLOW_OVERRIDE)
+        yield
+    finally:
+        library._destroy()
+
+
+_COMPOSITE = "CompositeImplicitAutograd"
+
+
+def _entries() -> Iterator[tuple[OpOverload, str, Callable]]:
+    for name, implementation in table.LEAVES.items():
+        yield from _leaf(name, implementation, _devices())
+    for name in table.POINTWISE:
+        yield from _leaf(name, aten.pointwise(name.partition(".")[0]), ("CPU",))
+    for name, reason in table.REFUSED.items():
+        overload = overload_of(name)
+        if overload is not None:
+            yield from _leaf(name, refusal(overload, reason), _devices())
+    for name, implementation in table.COMPOSITES.items():
+        overload = overload_of(name)
+        if overload is not None:
+            yield overload, _COMPOSITE, _composite(overload, implementation)
+
+
+def _devices() -> tuple[str, ...]:
+    return ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",)
+
+
+def _leaf(name: str, implementation: Implementation, keys: tuple[str, ...]) -> Iterator[tuple[OpOverload, str, Callable]]:
+    overload = overload_of(name)
+    if overload is None:
+        return
+    for key in keys:
+        if not _is_leaf(overload, key):
+            continue
+        yield overload, key, _functional(overload, key, implementation)
+        for sibling in siblings(overload):
+            if _is_leaf(sibling.overload, key):
+                yield sibling.overload, key, _writing(sibling, key, implementation)
+
+
+def _is_leaf(overload: OpOverload, key: str) -> bool:
+    """An entry below autograd: one that is composite on this device has no gradient of its own there."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(overload.name(), key) or not has(overload.name(), _COMPOSITE)
+
+
+def _functional(overload: OpOverload, key: str, implementation: Implementation) -> Callable:
+    name, stock = overload.name(), _stock(overload, key)
+
+    def run(keyset, *args, **kwargs):
+        if is_exact(overload, args, kwargs):
+            return stock(keyset, *args, **kwargs)
+        count(name)
+        return implementation(*args, **kwargs)
+
+    return run
+
+
+def _writing(sibling: Sibling, key: str, implementation: Implementation) -> Callable:
+    """Computes the functional result, then writes it where the caller wants it, with torch's checks of dtype and size."""
+    overload, out_names = sibling.overload, sibling.out_names
+    name, stock = overload.name(), _stock(overload, key)
+
+    def run(keyset, *args, **kwargs):
+        if is_exact(overload, args, {k: v for k, v in kwargs.items() if k not in out_names}):
+            return stock(keyset, *args, **kwargs)
+        count(name)
+        outs = [kwargs.pop(out_name) for out_name in out_names] or [args[0]]
+        results = implementation(*args, **kwargs)
+        for out, result in zip(outs, results if isinstance(results, tuple) else (results,), strict=True):
+            _write(name, out, result, may_resize=bool(out_names))
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    return run
+
+
+def _write(name: str, out: torch.Tensor, result: torch.Tensor, may_resize: bool) -> None:
+    if not torch.can_cast(result.dtype, out.dtype):
+        raise RuntimeError(f"{name}: result type {result.dtype} can't be cast to the desired output type {out.dtype}")
+    if out.shape != result.shape:
+        if not may_resize:
+            raise RuntimeError(f"{name}: a result of shape {list(result.shape)} does not fit {list(out.shape)} in place")
+        out.resize_(result.shape)
+    out.copy_(result)
+
+
+def _composite(overload: OpOverload, implementation: Implementation) -> Callable:
+    name = overload.name()
+
+    def run(*args, **kwargs):
+        count(name)
+        return implementation(*args, **kwargs)
+
+    return run
+
+
+def _stock(overload: OpOverload, key: str) -> Callable:
+    """torch's own kernel, looked up before ours takes its place."""
+    with contextlib.suppress(RuntimeError):
+        return torch.library.get_kernel(overload, key).call_boxed
+
+    def refuse(keyset, *args, **kwargs):
+        raise aten.Refused(f"torch has no kernel of its own for {overload.name()} on {key}, so integers have none here.")
+
+    return refuse

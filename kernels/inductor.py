@@ -1,0 +1,193 @@
+"""The compile installer: the table in every graph that Inductor compiles, and the rules that keep its pointwise code exact.
+
+``torch._inductor.compile_fx.compile_fx`` is the one way into Inductor. While the mode is on it is wrapped, and the wrapper
+holds the decompositions, the rules and the cache key for the length of one compilation, in whichever thread that happens
+(torch's config modules are per thread from 2.12 on).
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import OpOverload
+
+from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels.doors import is_exact, operators, overload_of, refusal, siblings
+
+RULES: dict[str, Any] = {
+    # Values in bf16 and fp16 are rounded where eager rounds them; without it no compiled logprob equals an eager one.
+    "emulate_precision_casts": True,
+    # Division as eager divides; Triton's default is an approximation.
+    "eager_numerics.division_rounding": True,
+    # Denormals as eager keeps them, and eager's library of transcendental functions (both from torch 2.12 on).
+    "eager_numerics.disable_ftz": True,
+    "eager_numerics.use_pytorch_libdevice": True,
+    # No choice by timing, and no reduction whose shape follows the batch. No reduction on floats is left to Inductor
+    # (``Leftovers`` raises on one): these stand behind that.
+    "deterministic": True,
+    "batch_invariant": True,
+    "split_reductions": False,
+    "shape_padding": False,
+    "coordinate_descent_tuning": False,
+    "benchmark_epilogue_fusion": False,
+    "dynamic_scale_rblock": False,
+    "triton.cooperative_reductions": False,
+    "triton.multi_kernel": 0,
+    "triton.mix_order_reduction": False,
+    "triton.nested_reduction": False,
+    # Calls operators through Python, where the table's implementations live.
+    "cpp_wrapper": False,
+}
+
+
+class LeftoverError(RuntimeError):
+    """A compiled graph still holds a matrix product or a float reduction that the table should have replaced."""
+
+
+class Leftovers(CustomGraphPass):
+    """The last pass over a graph: raises where a product or a reduction on floats is left; then runs the user's own pass."""
+
+    def __init__(self, fingerprint: str, users_pass: Callable | None) -> None:
+        self._fingerprint = fingerprint
+        self._users_pass = users_pass
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if self._users_pass is not None:
+            self._users_pass(graph)
+        found = sorted({str(node.target) for node in graph.nodes if _is_leftover(node)})
+        if found:
+            raise LeftoverError(
+                f"batch-invariant mode: the compiled graph still holds {', '.join(found)}, whose bits may depend on the "
+                "batch. Run this part in eager mode, or report it: the table lacks an entry."
+            )
+
+    def uuid(self) -> Any:
+        users = self._users_pass
+        return "batchinv", self._fingerprint, users.uuid() if isinstance(users, CustomGraphPass) else repr(users)
+
+
+@contextlib.contextmanager
+def installed(fingerprint: str) -> Iterator[None]:
+    """Every compilation inside, by any thread, gets the table, the rules and a cache key of its own."""
+    from torch._inductor import compile_fx as module
+
+    stock = module.compile_fx
+    active = True
+
+    @functools.wraps(stock)
+    def compile_fx(model_, example_inputs_, *args, **kwargs):
+        if not active:
+            return stock(model_, example_inputs_, *args, **kwargs)
+        with _rules(fingerprint):
+            if len(args) < 3:
+                kwargs["decompositions"] = decompositions(kwargs.get("decompositions"))
+            return stock(model_, example_inputs_, *args, **kwargs)
+
+    module.compile_fx = compile_fx
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        active = False  # for whoever kept a reference to the wrapper
+        if module.compile_fx is compile_fx:
+            module.compile_fx = stock
+        torch._dynamo.reset()
+
+
+def decompositions(given: dict[OpOverload, Callable] | None = None) -> dict[OpOverload, Callable]:
+    """Inductor's decompositions (or the caller's) with the table's entries in front."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {**(select_decomp_table() if given is None else given), **_table()}
+
+
+@functools.cache
+def _table() -> dict[OpOverload, Callable]:
+    entries = {overload: _replacement(overload, operator) for overload, operator in operators().items()}
+    for name, reason in table.REFUSED.items():
+        overload = overload_of(name)
+        if overload is not None:
+            entries[overload] = _refusal_of_floats(overload, reason)
+    entries[torch.ops.aten.pow.Tensor_Scalar] = _pow
+    return entries
+
+
+def _replacement(overload: OpOverload, operator: OpOverload) -> Callable:
+    def decompose(*args, **kwargs):
+        return NotImplemented if is_exact(overload, args, kwargs) else operator(*args, **kwargs)
+
+    return decompose
+
+
+def _refusal_of_floats(overload: OpOverload, reason: str) -> Callable:
+    refuse = refusal(overload, reason)
+
+    def decompose(*args, **kwargs):
+        return NotImplemented if is_exact(overload, args, kwargs) else refuse()
+
+    return decompose
+
+
+def _pow(self: torch.Tensor, exponent: float):
+    """Small whole powers as eager CUDA takes them: by products, each rounded to the tensor's dtype.
+
+    Inductor multiplies in float32 and rounds once, which is another value in bf16.
+    """
+    if self.is_floating_point() and exponent in (2, 3):
+        square = self * self
+        return square if exponent == 2 else square * self
+    return NotImplemented
+
+
+@contextlib.contextmanager
+def _rules(fingerprint: str) -> Iterator[None]:
+    config, compiler_config = torch._inductor.config, torch.compiler.config
+    rules = {name: value for name, value in RULES.items() if _has(config, name)}
+    users_pass = config.post_grad_custom_post_pass
+    if not isinstance(users_pass, Leftovers):
+        rules["post_grad_custom_post_pass"] = Leftovers(fingerprint, users_pass)
+    # Without the tag a warm cache silently gives the graph of the other mode: decompositions are not in its key.
+    tag = compiler_config.cache_key_tag
+    tag = tag if fingerprint in tag else f"{tag};batchinv-{fingerprint}"
+    with (
+        config.patch(rules),
+        compiler_config.patch(cache_key_tag=tag),
+        # The backward graph is compiled together with the forward one, under these rules, and not at its first call.
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+    ):
+        yield
+
+
+def _has(config: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not hasattr(config, part):
+            return False
+        config = getattr(config, part)
+    return True
+
+
+@functools.cache
+def _leftover_overloads() -> frozenset[OpOverload]:
+    names = [*table.LEAVES, *table.REFUSED]
+    overloads = [overload for name in names if (overload := overload_of(name)) is not None]
+    return frozenset(overloads) | {sibling.overload for overload in overloads for sibling in siblings(overload)}
+
+
+def _is_leftover(node: torch.fx.Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    if node.target.namespace == "prims":
+        suspect = node.target in (torch.ops.prims.sum.default, torch.ops.prims.prod.default, torch.ops.prims.var.default)
+    else:
+        suspect = node.target in _leftover_overloads()
+    return suspect and _gives_floats(node)
+
+
+def _gives_floats(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return any(not isinstance(v, torch.Tensor) or v.is_floating_point() or v.is_complex() for v in values)
+

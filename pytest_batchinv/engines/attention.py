@@ -1,0 +1,73 @@
+"""Our attention for transformers: ``attn_implementation="batch_invariant"``.
+
+transformers looks implementations up by name in two registries: one for the attention, one for the mask that it needs.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from pytest_batchinv.kernels import doors
+
+NAME = "batch_invariant"
+
+_UNCOVERED = {
+    "softcap": "soft-capped attention logits",
+    "s_aux": "attention sinks",
+    "position_bias": "a learned position bias",
+}
+
+
+def register() -> None:
+    """Makes the name known to transformers, and the operator behind it to torch. To call it again changes nothing."""
+    doors.operators()
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask_2d)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The contract of transformers: query, key and value [B, heads, tokens, D]; returns [B, tokens, heads, D].
+
+    Key heads are not repeated: the operator maps query heads to key heads itself.
+    """
+    _refuse_uncovered(dropout, kwargs)
+    mask = causal = None
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        # A single query is the last one: it sees every key.
+        causal = causal and query.shape[2] > 1
+    else:
+        additive = attention_mask.dtype != torch.bool
+        mask = attention_mask.to(query.dtype) if additive else attention_mask
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out, _ = torch.ops.batchinv.attention(query, key, value, mask, bool(causal), scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attention_mask_2d(*args, **kwargs) -> Tensor | None:
+    """The boolean mask of sdpa, never left out: a batch without padding must take the way of one with padding."""
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, **{**kwargs, **skips})
+
+
+def _refuse_uncovered(dropout: float, kwargs: dict) -> None:
+    asked = [words for name, words in _UNCOVERED.items() if kwargs.get(name) is not None]
+    if dropout:
+        asked.append("dropout")
+    if asked:
+        raise ValueError(
+            f"batch-invariant attention does not compute {' and '.join(asked)}, which this model asks for; "
+            f'choose attn="eager" (and model.eval(), to turn dropout off)'
+        )

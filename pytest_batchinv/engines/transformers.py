@@ -1,0 +1,258 @@
+"""The engine for causal language models of transformers: presets, local checkpoints and models of the hub."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from pytest_batchinv.engines import NotRun, attention
+from pytest_batchinv.engines.layout import Sheet, lay_out, pad_lines, row_cells
+from pytest_batchinv.engines.masks import Windows, additive, block_masks, boolean, causal_masks, padding_mask, windows_of
+from pytest_batchinv.engines.presets import UnknownModel, is_preset
+from pytest_batchinv.engines.weights import build_preset
+from pytest_batchinv.shapes import BatchShape, Row
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+COMPILE_MODES: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "default": {},
+    "dynamic": {"dynamic": True},
+    "fullgraph": {"fullgraph": True},
+    "reduce-overhead": {"mode": "reduce-overhead"},
+    "max-autotune": {"mode": "max-autotune"},
+}
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+# Longest row, tokens of a padded batch, bytes of its logprobs.
+_BOUNDS = {"cpu": (300, 8192, 2 << 30), "cuda": (1024, 32768, 6 << 30)}
+_PROBE_LENGTH, _PROBE_PADDING = 24, 16
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class TransformersEngine:
+    """A causal language model under one attention implementation and one compile mode.
+
+    model: a preset, a local path or a hub id. attn: "auto" takes "batch_invariant" where it covers the model, else
+    "eager". Raises UnknownModel, or ValueError with what is allowed.
+    """
+
+    name = "transformers"
+
+    def __init__(self, model: str, *, device: str, dtype: str, attn: str = "auto", compile_mode: str = "eager") -> None:
+        _require(dtype in DTYPES, f"there is no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        modes = ", ".join(COMPILE_MODES)
+        _require(compile_mode in COMPILE_MODES, f"there is no compile mode {compile_mode!r}; use one of {modes}")
+        _require_device(device)
+        self.subject, self.device, self.dtype, self.compile_mode = model, device, dtype, compile_mode
+        attention.register()
+        self.model = _load(model, device, DTYPES[dtype])
+        self.attn = _choose_attention(self.model, device, dtype, attn)
+        self.model.set_attn_implementation(self.attn)
+
+        config = self.model.config.get_text_config()
+        self.vocabulary: int = config.vocab_size
+        self.loud = self.vocabulary - 1 if is_preset(model) else _loudest_token(self.model)
+        self.max_length, self.max_tokens = _bounds(config, device)
+        self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self._forward = _Logprobs(self.model, flex=self.attn == "flex_attention")
+        self._windows = self._probe(None if _is_flash(self.attn) else windows_of(config))
+        self.layouts = ("right", "left") if self._windows is None else ("right", "left", "packed")
+        options = COMPILE_MODES[compile_mode]
+        self._run = self._forward if options is None else torch.compile(self._forward, **options)
+
+    @property
+    def attention_implementations(self) -> tuple[str, ...]:
+        """What ``attn`` may be for this model on this device, besides "auto"."""
+        return attention_implementations(self.model, self.device, self.dtype)
+
+    def in_eager_mode(self) -> "TransformersEngine":
+        """The same model, not compiled."""
+        eager = copy.copy(self)
+        eager.compile_mode, eager._run = "eager", self._forward
+        return eager
+
+    def logprobs(self, shape: BatchShape) -> list[Tensor]:
+        """Logprobs over the full vocabulary of every real token, a tensor [length, vocabulary] for each row of the batch.
+
+        fp64 for a model in fp64, else fp32. Raises NotRun where the batch does not fit into memory.
+        """
+        if shape.layout not in self.layouts:
+            raise NotRun(f"{self.subject} with {self.attn} attention has no layout {shape.layout!r}")
+        sheet = lay_out(shape, self.vocabulary, self.loud)
+        try:
+            with _no_silent_eager() if self._run is not self._forward else contextlib.nullcontext():
+                return self._rows(self._run, sheet, self._windows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here, not in the handler: the error held the tensors of the forward that failed.
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+        raise NotRun(f"out of memory: {len(shape)} rows, {shape.width} columns, {shape.tokens} tokens with padding")
+
+    @torch.no_grad()
+    def _rows(self, run: Callable[..., Tensor], sheet: Sheet, windows: Windows | None) -> list[Tensor]:
+        graphs = self.compile_mode in _CUDA_GRAPHS and run is not self._forward
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        out = run(*self._inputs(sheet, windows))
+        rows = [out[place.line, place.start : place.stop] for place in sheet.places]
+        return [row.clone() for row in rows] if graphs else rows  # a CUDA graph writes every result to the same memory
+
+    def _inputs(self, sheet: Sheet, windows: Windows | None) -> tuple[Tensor, Any, Tensor | None]:
+        tokens, rows, positions = (
+            torch.tensor(layer, device=self.device) for layer in (sheet.tokens, sheet.rows, sheet.positions)
+        )
+        if windows is None:
+            mask = padding_mask(rows)
+        else:
+            form = additive(DTYPES[self.dtype]) if self.attn == "eager" else boolean
+            mask = causal_masks(rows, positions, windows, form)
+        return tokens, mask, positions if self._takes_positions else None
+
+    def _probe(self, windows: Windows | None) -> Windows | None:
+        """Asks the model, with a tolerance, whether it reads our 4-d masks and whether it heeds a mask at all.
+
+        Returns the windows, or None where the model wants the 2-d mask. Raises ValueError where padding changes a row.
+        """
+        length = min(_PROBE_LENGTH, self.max_length)
+        row = row_cells(0, Row(0, length), self.vocabulary, self.loud)
+        alone = pad_lines([row], ["right"], length, [0])
+        padded = pad_lines([row, row], ["right", "left"], length + _PROBE_PADDING, [0, self.loud])
+        (expected,) = self._rows(self._forward, alone, None)
+        if windows is not None and not (self._takes_positions and self._reads(windows, alone, expected)):
+            windows = None
+        distance = max(_distance(expected, other) for other in self._rows(self._forward, padded, windows))
+        _require(
+            distance <= self._tolerance,
+            f"the forward of {self.subject} ignores the attention mask: padding moves a row's logprobs by "
+            f"{distance:.2g} times their spread, so a batch cannot give what the row gives alone; test a model that "
+            f"masks its padding, or another attention implementation than {self.attn!r}",
+        )
+        return windows
+
+    def _reads(self, windows: Windows, alone: Sheet, expected: Tensor) -> bool:
+        try:
+            (actual,) = self._rows(self._forward, alone, windows)
+        except Exception as error:  # whatever a model that knows no 4-d mask trips over
+            if is_out_of_memory(error):
+                raise
+            return False
+        return _distance(expected, actual) <= self._tolerance
+
+    @property
+    def _tolerance(self) -> float:
+        return 0.01 if self.dtype in ("fp32", "fp64") else 0.15
+
+
+class _Logprobs(nn.Module):
+    """What is compiled: the model, and the logprobs of all its positions."""
+
+    def __init__(self, model: nn.Module, *, flex: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.flex = flex
+
+    def forward(self, tokens: Tensor, mask: Any, positions: Tensor | None) -> Tensor:
+        if self.flex:
+            mask = block_masks(mask)
+        places = {} if positions is None else {"position_ids": positions}
+        logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **places).logits
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return torch.log_softmax(logits.to(wide), -1)
+
+
+def attention_implementations(model: nn.Module, device: str, dtype: str) -> tuple[str, ...]:
+    """The attention implementations that transformers offers for this model on this device, and ours where it fits."""
+    config = model.config.get_text_config()
+    plain = getattr(config, "attn_logit_softcapping", None) is None
+    names = ["eager"]
+    if not model._can_set_attn_implementation():  # transformers has no other way to tell
+        return tuple(names)
+    if model._supports_sdpa and plain:
+        names.append("sdpa")
+    on_gpu = torch.device(device).type == "cuda"
+    if model._supports_flex_attn and on_gpu:  # for the CPU, Inductor writes C++ that does not compile once lengths vary
+        names.append("flex_attention")
+    if model._supports_flash_attn and on_gpu and dtype in ("bf16", "fp16"):
+        names += ["flash_attention_2"] if is_flash_attn_2_available() else []
+        names += ["flash_attention_3"] if is_flash_attn_3_available() else []
+    has_sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+    if model._supports_attention_backend and plain and not has_sinks:
+        names.append(attention.NAME)
+    return tuple(names)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left; the CPU's allocator says so in a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def _load(name: str, device: str, dtype: torch.dtype) -> nn.Module:
+    if is_preset(name):
+        return build_preset(name, device, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="eager")
+    except (OSError, ValueError) as error:
+        raise UnknownModel(name, str(error).strip().partition("\n")[0]) from error
+    return model.to(device).eval()
+
+
+def _choose_attention(model: nn.Module, device: str, dtype: str, asked: str) -> str:
+    offered = attention_implementations(model, device, dtype)
+    if asked == "auto":
+        return attention.NAME if attention.NAME in offered else "eager"
+    _require(asked in offered, f"this model has no attention implementation {asked!r}; use auto or {', '.join(offered)}")
+    return asked
+
+
+def _is_flash(attn: str) -> bool:
+    return attn.startswith("flash_")
+
+
+def _loudest_token(model: nn.Module) -> int:
+    weight = model.get_input_embeddings().weight.detach()
+    return int(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).argmax())
+
+
+def _bounds(config: Any, device: str) -> tuple[int, int]:
+    length, tokens, budget = _BOUNDS[torch.device(device).type]
+    tokens = min(tokens, budget // (4 * config.vocab_size))
+    return min(length, tokens, getattr(config, "max_position_embeddings", None) or length), tokens
+
+
+def _distance(expected: Tensor, actual: Tensor) -> float:
+    """How far the logprobs of the middle token moved, in units of their spread; 0 where they are NaN on both sides."""
+    moved = (expected - actual).abs().mean(-1) / expected.std(-1)
+    return float(moved.nanmedian().nan_to_num(0.0))
+
+
+def _no_silent_eager() -> contextlib.AbstractContextManager:
+    """One graph for each new combination of shapes is wanted; past the limit Dynamo would run eager without a word."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(
+        recompile_limit=64, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True
+    )
+
+
+def _require_device(device: str) -> None:
+    _require(
+        device.partition(":")[0] in _BOUNDS, f"there is no device {device!r} to test on; use one of cpu, cuda, cuda:N"
+    )
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count()
+        index = torch.device(device).index or 0
+        _require(index < count, f"the device {device!r} is not there: torch sees {count} GPUs; use cpu")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,167 @@
+"""Batch-invariant mode: one context that installs the table at every door, and puts back exactly what it found."""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pytest_batchinv import kernels
+from pytest_batchinv.kernels import doors, eager
+
+
+class ModeError(RuntimeError):
+    """The mode could not be brought into force, or was found not to be: what it promises would not hold."""
+
+
+class Mode:
+    """The mode as one ``with`` block sees it."""
+
+    def __init__(self) -> None:
+        self._before = doors.hits()
+
+    @property
+    def hits(self) -> dict[str, int]:
+        """Calls by overload since this block was entered: ``aten::`` from eager code, ``batchinv::`` from compiled code."""
+        grown = {name: count - self._before.get(name, 0) for name, count in doors.hits().items()}
+        return {name: count for name, count in grown.items() if count > 0}
+
+    def status(self) -> list[str]:
+        """Lines that tell what is installed here."""
+        devices = "cpu and cuda" if torch.backends.cuda.is_built() else "cpu"
+        return [
+            f"batch-invariant mode: {len(doors.operators())} overloads and their .out and in-place forms on {devices}, "
+            f"{len(eager.table.COMPOSITES)} composites, {len(eager.table.REFUSED)} refused; fingerprint {fingerprint()}"
+        ]
+
+
+class _Process:
+    """The mode is a state of the process (torch has one dispatcher): the first block installs, the last one restores."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.depth = 0
+        self.installation: contextlib.ExitStack | None = None
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.depth == 0:
+                self._install()
+            self.depth += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.depth -= 1
+            if self.depth == 0:
+                self._restore()
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        with self.lock:
+            was_on = self.installation is not None
+            if was_on:
+                self._restore()
+            try:
+                yield
+            finally:
+                if was_on:
+                    self._install()
+
+    def _install(self) -> None:
+        from pytest_batchinv.kernels import inductor
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_backend_flags())
+            doors.operators()
+            stack.enter_context(eager.installed())
+            stack.enter_context(inductor.installed(fingerprint()))
+            _canary()
+            self.installation = stack.pop_all()
+
+    def _restore(self) -> None:
+        installation, self.installation = self.installation, None
+        installation.close()
+
+
+_process = _Process()
+
+
+@contextlib.contextmanager
+def batch_invariant_mode() -> Iterator[Mode]:
+    """Makes torch batch-invariant inside the block, for all threads, in eager and compiled code.
+
+    Blocks nest, and may be entered by several threads: the mode is on until the last one leaves. On leaving, dispatcher,
+    decompositions, configuration and backend flags are what they were. Entering and leaving drop Dynamo's compiled code.
+
+    Raises ModeError where an entry turns out not to be in force.
+    """
+    _process.enter()
+    try:
+        yield Mode()
+    finally:
+        _process.leave()
+
+
+@contextlib.contextmanager
+def stock_torch() -> Iterator[None]:
+    """torch as it is, also inside the mode: for negative controls. Other threads wait at the mode's door meanwhile."""
+    with _process.suspended():
+        yield
+
+
+def is_on() -> bool:
+    """Whether the mode is in force now."""
+    return _process.installation is not None
+
+
+@cache
+def fingerprint() -> str:
+    """Names the state that compiled code depends on: the sources of the kernels and the versions of torch and Triton."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    with contextlib.suppress(ImportError):
+        import triton
+
+        digest.update(triton.__version__.encode())
+    for path in sorted(Path(kernels.__path__[0]).glob("*.[cp][py]*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _backend_flags() -> Iterator[None]:
+    """float32 means IEEE float32, and what is left to cuBLAS and cuDNN is deterministic."""
+    flags = [
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+        (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+        (torch.backends.cudnn, "benchmark", False),
+        (torch.backends.cudnn, "deterministic", True),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in flags]
+    try:
+        for owner, name, value in flags:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _canary() -> None:
+    """Runs a few operators through every eager door and checks that the table answered."""
+    before = doors.hits()
+    x = torch.ones(2, 2)
+    torch.mm(x, x, out=torch.empty(2, 2))
+    torch.nn.functional.linear(x, x, x[0])
+    x.softmax(-1).mean(-1)
+    after = doors.hits()
+    for name in ("aten::mm.out", "aten::linear", "aten::addmm", "aten::_softmax", "aten::mean.dim"):
+        if after.get(name, 0) == before.get(name, 0):
+            raise ModeError(
+                f"batch-invariant mode was entered, but {name} did not reach the table: another library holds this entry. "
+                "Enter the mode after that library has been set up, or turn its own mode off."
+            )

@@ -1,0 +1,198 @@
+"""The options: one table that the command line, the environment and the ini file are all served from."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RELATIONS = {
+    "R": "run to run",
+    "I": "alone == in a batch",
+    "X": "eager == compiled",
+    "N": "stock torch is caught",
+}
+ENGINES = ("transformers",)
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("bf16", "fp16", "fp32", "fp64")
+REPORTS = (".json",)
+
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    """A parser that takes these words and no others."""
+    choices = tuple(choices)
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is not among the choices: {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def parse_dtype(text: str) -> str:
+    return one_of(DTYPES)(text)
+
+
+def parse_relations(text: str) -> tuple[str, ...]:
+    """ "I,R" -> ("R", "I"): always in the order in which they are checked, so that noise is not taken for batch variance."""
+    asked = {name.strip() for name in text.split(",")}
+    unknown = sorted(asked - RELATIONS.keys())
+    if unknown:
+        known = ", ".join(f"{name} ({words})" for name, words in RELATIONS.items())
+        raise ValueError(f"no such relation as {', '.join(map(repr, unknown))}; ask for one or more of {known}, as in R,I")
+    return tuple(name for name in RELATIONS if name in asked)
+
+
+def parse_count(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def parse_report(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if path.suffix not in REPORTS:
+        raise ValueError(f"{text!r} cannot be written; the name of a report ends in {' or '.join(REPORTS)}")
+    return path
+
+
+def parse_shape(text: str) -> Any:
+    from pytest_batchinv.shapes import BatchShape
+
+    return BatchShape.from_json(text)
+
+
+def parse_switch(text: str) -> bool:
+    if text.lower() not in _SWITCH:
+        raise ValueError(f"{text!r} is neither on nor off; write one of {', '.join(_SWITCH)}")
+    return _SWITCH[text.lower()]
+
+
+def parse_name(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the name is empty")
+    return text
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting with its three doors: ``--batchinv-NAME``, ``BATCHINV_NAME`` and the ini option ``batchinv_name``.
+
+    parse: text -> value; raises ValueError with a sentence. form: "value", "switch" (no argument) or "list" (repeatable).
+    """
+
+    name: str
+    parse: Callable[[str], Any]
+    default: Any
+    help: str
+    metavar: str | None = None
+    form: str = "value"
+    own_flag: str = ""
+
+    @property
+    def flag(self) -> str:
+        return self.own_flag or f"--batchinv-{self.name.replace('_', '-')}"
+
+    @property
+    def ini(self) -> str:
+        return f"batchinv_{self.name}"
+
+    @property
+    def env(self) -> str:
+        return f"BATCHINV_{self.name.upper()}"
+
+
+OPTIONS = (
+    Option(
+        "enabled",
+        parse_switch,
+        False,
+        "Turn batch-invariant mode on for the tests marked batch_invariant; without it they are skipped.",
+        form="switch",
+        own_flag="--batch-invariant",
+    ),
+    Option(
+        "model",
+        parse_name,
+        "tiny-qwen3",
+        "The causal language model under test: a preset (tiny-qwen3, random:qwen3-0.6b, ...), a local path, or a hub id "
+        "such as org/name.",
+        "NAME",
+    ),
+    Option("engine", one_of(ENGINES), "transformers", f"What runs the model: {', '.join(ENGINES)}.", "NAME"),
+    Option("url", parse_name, None, "The address of a served model, for an engine that asks one.", "URL"),
+    Option(
+        "device",
+        one_of(DEVICES),
+        "auto",
+        f"Where it runs: {', '.join(DEVICES)}. auto is the GPU where there is one, else the CPU.",
+        "NAME",
+    ),
+    Option(
+        "dtype",
+        one_of(("auto", *DTYPES)),
+        "auto",
+        f"The model's dtype: auto, {', '.join(DTYPES)}. auto is bf16 on a GPU and fp32 on the CPU.",
+        "NAME",
+    ),
+    Option(
+        "attn",
+        parse_name,
+        "auto",
+        "The attention implementation, by its name in transformers (eager, sdpa, ...). auto leaves it to the engine.",
+        "NAME",
+    ),
+    Option(
+        "relations",
+        parse_relations,
+        ("R", "I"),
+        "What to check, of " + ", ".join(f"{name} ({words})" for name, words in RELATIONS.items()) + ".",
+        "R,I,...",
+    ),
+    Option("max_examples", parse_count, 100, "Batch shapes to try for each relation.", "N"),
+    Option(
+        "shape",
+        parse_shape,
+        None,
+        "Check this one batch shape and no other: the JSON that a failure prints.",
+        "JSON",
+    ),
+    Option(
+        "report",
+        parse_report,
+        (),
+        f"Write the record of the run to this file, also when tests fail ({', '.join(REPORTS)}; repeatable).",
+        "PATH",
+        form="list",
+    ),
+)
+
+
+def declare(parser: Any) -> None:
+    """Adds the table to pytest's parser. Texts stay texts here: ``settings.resolve`` parses those of all three doors alike."""
+    group = parser.getgroup("batchinv", "batch invariance", after="general")
+    actions: dict[str, dict[str, Any]] = {
+        "value": {"metavar": "..."},
+        "switch": {"action": "store_true"},
+        "list": {"action": "append"},
+    }
+    for option in OPTIONS:
+        action = dict(actions[option.form])
+        if option.metavar:
+            action["metavar"] = option.metavar
+        default = "" if option.default in (None, (), False) else f" Default: {_text(option.default)}."
+        group.addoption(
+            option.flag,
+            dest=option.ini,
+            default=None,
+            help=f"{option.help}{default} Also {option.env} in the environment.",
+            **action,
+        )
+        kind = {"value": "string", "switch": "bool", "list": "linelist"}[option.form]
+        parser.addini(option.ini, f"The ini form of {option.flag}.", type=kind, default=None)
+
+
+def _text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,21 @@
+"""Reports: what a run found, and its renderings. Pure: results in, lines or files out."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from pytest_batchinv.records import Record
+from pytest_batchinv.settings import Settings
+
+
+@dataclass
+class Results:
+    """What has come in so far. outcomes: tests by passed, failed, skipped, error; all tests of the run count."""
+
+    settings: Settings
+    records: list[Record] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    exit_status: int | None = None
+
+    @property
+    def machine(self) -> dict[str, str]:
+        return self.records[0].machine if self.records else {}

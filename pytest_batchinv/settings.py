@@ -1,0 +1,69 @@
+"""Settings: what the options come to, resolved once. Command line > environment > ini file > default."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_batchinv.options import OPTIONS, Option
+
+if TYPE_CHECKING:
+    from pytest_batchinv.shapes import BatchShape
+
+@dataclass(frozen=True)
+class Settings:
+    """One field for each option. device, dtype and attn may be "auto": what that means is asked when a test runs."""
+
+    enabled: bool
+    model: str
+    engine: str
+    url: str | None
+    device: str
+    dtype: str
+    attn: str
+    relations: tuple[str, ...]
+    max_examples: int
+    shape: "BatchShape | None"
+    report: tuple[Path, ...]
+
+
+DEFAULTS = Settings(**{option.name: option.default for option in OPTIONS})
+
+# The settings of the test that runs now, its marker's arguments included.
+active: ContextVar[Settings] = ContextVar("batchinv_settings", default=DEFAULTS)
+
+
+def resolve(config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings of a pytest config. Raises ValueError with a sentence that names the door the bad value came through."""
+    settings = Settings(**{option.name: _value(option, config, environ) for option in OPTIONS})
+    if settings.url is not None:
+        raise ValueError(f"--batchinv-url: the engine {settings.engine} loads the model itself and takes no URL")
+    return settings
+
+
+def _value(option: Option, config: Any, environ: Mapping[str, str]) -> Any:
+    for door, given in _doors(option, config, environ):
+        if given is not None:
+            try:
+                return _parse(option, given)
+            except ValueError as error:
+                raise ValueError(f"{door}: {error}") from None
+    return option.default
+
+
+def _doors(option: Option, config: Any, environ: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    yield option.flag, config.getoption(option.ini)
+    text = environ.get(option.env) or None
+    yield option.env, text.split(os.pathsep) if text and option.form == "list" else text
+    try:
+        yield f"ini option {option.ini}", config.getini(option.ini)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"ini option {option.ini}: {error}") from None
+
+
+def _parse(option: Option, given: Any) -> Any:
+    if isinstance(given, list):
+        return tuple(option.parse(text) for text in given)
+    return option.parse(given) if isinstance(given, str) else given

@@ -1,0 +1,68 @@
+"""Hypothesis strategies of batch shapes, with weight on the sizes at which real systems have changed their bits."""
+
+from collections.abc import Iterator, Sequence
+
+from hypothesis import strategies as st
+
+from pytest_batchinv.shapes import CONTENTS, LAYOUTS, BatchShape, Row
+
+BOUNDARIES = (
+    1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 21, 28, 31, 32, 33, 35, 42, 45, 48, 49, 63, 64, 65, 80, 96, 100, 112,
+    127, 128, 129, 144, 160, 192, 255, 256, 257, 288, 300,
+)  # fmt: skip
+"""Tile edges and their neighbours, multiples of 7 and of 16, and sizes known from bug reports (9, 45, 65, 100, 257)."""
+
+SWEPT_SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
+SWEPT_POSITIONS = (0, 15, 31, -1)
+
+
+def sizes(most: int) -> st.SearchStrategy[int]:
+    """Integers from 1 to ``most``: mostly boundaries, shrinking to 1."""
+    boundaries = [size for size in BOUNDARIES if size <= most]
+    return st.one_of(st.sampled_from(boundaries), st.sampled_from(boundaries), st.integers(1, most))
+
+
+@st.composite
+def batch_shapes(
+    draw: st.DrawFn,
+    *,
+    max_rows: int = 300,
+    max_length: int = 300,
+    max_tokens: int = 8192,
+    layouts: Sequence[str] = LAYOUTS,
+    contents: Sequence[str] = CONTENTS,
+) -> BatchShape:
+    """Batch shapes of up to ``max_rows`` rows and ``max_tokens`` tokens, padding included.
+
+    A few distinct rows stand in any order, some of them repeated, so that each needs to be run alone only once.
+    """
+    n_rows = draw(sizes(min(max_rows, max_tokens)))
+    longest = min(max_length, max_tokens // n_rows)
+    row = st.builds(Row, id=st.integers(0, 7), length=sizes(longest), content=st.sampled_from(contents))
+    palette = draw(st.lists(row, min_size=1, max_size=min(n_rows, 5), unique=True))
+    rows = palette + draw(st.lists(st.sampled_from(palette), min_size=n_rows - len(palette), max_size=n_rows - len(palette)))
+    layout = draw(st.sampled_from(layouts))
+    room = 0 if layout == "packed" else min(40, max_tokens // n_rows - max(row.length for row in rows))
+    extra_padding = draw(st.sampled_from([p for p in (0, 1, 3, 13, 16, 40) if p <= room]))
+    return BatchShape(tuple(draw(st.permutations(rows)) if n_rows <= 64 else rows), layout, extra_padding)
+
+
+def sweep(layouts: Sequence[str], max_length: int, max_tokens: int) -> Iterator[BatchShape]:
+    """Every small batch size, with the row of interest first, last, at 15 and at 31, in every layout. Not random."""
+    row = Row(0, min(13, max_length))
+    others = (1, 5, 16, 17, 31, 33)
+    for n_rows in SWEPT_SIZES:
+        for position in sorted({p % n_rows for p in SWEPT_POSITIONS if -n_rows <= p < n_rows}):
+            neighbours = [Row(1 + i % 5, min(others[i % len(others)], max_length)) for i in range(n_rows - 1)]
+            rows = (*neighbours[:position], row, *neighbours[position:])
+            for layout in layouts:
+                shape = BatchShape(rows, layout)
+                if shape.tokens <= max_tokens:
+                    yield shape
+
+
+def row_choices(pool: int, max_rows: int) -> st.SearchStrategy[list[int]]:
+    """Which rows of a pool stand in a batch, and in which order: lists of indices, repeats allowed, shrinking to few."""
+    return sizes(max_rows).flatmap(
+        lambda n_rows: st.lists(st.integers(0, pool - 1), min_size=n_rows, max_size=n_rows)
+    )

@@ -1,0 +1,1 @@
+"""The packaged conformance tests: ``pytest --batch-invariant --pyargs pytest_batchinv.suite``."""

@@ -1,0 +1,32 @@
+"""Relations R, I and X of a causal language model, and its negative control."""
+
+import pytest
+
+from pytest_batchinv import explain
+from pytest_batchinv.check import check_engine, check_negative_control
+
+
+@pytest.mark.batch_invariant
+@pytest.mark.compile_mode("eager", "default", "dynamic", "reduce-overhead")
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(batchinv_engine, batchinv_settings):
+    check_engine(
+        batchinv_engine,
+        relations=[relation for relation in batchinv_settings.relations if relation in ("R", "I")],
+        max_examples=batchinv_settings.max_examples,
+        shape=batchinv_settings.shape,
+    )
+
+
+@pytest.mark.batch_invariant
+@pytest.mark.compile_mode("default", "dynamic", "reduce-overhead")
+def test_compiled_code_gives_the_bits_of_eager_code(batchinv_engine, batchinv_settings):
+    if batchinv_engine.device == "cpu":
+        explain.report_eager_against_compiled(batchinv_engine)
+    else:
+        check_engine(batchinv_engine, relations=["X"], shape=batchinv_settings.shape)
+
+
+@pytest.mark.batch_invariant
+def test_stock_torch_is_caught_by_the_same_search(batchinv_engine, batchinv_settings):
+    control = check_negative_control(batchinv_engine, max_examples=batchinv_settings.max_examples)
+    check_engine(batchinv_engine, relations=["I"], shape=control.shape)

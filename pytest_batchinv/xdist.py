@@ -1,0 +1,41 @@
+"""pytest-xdist: one GPU for each worker. Records need nothing here; they travel on the tests' own reports."""
+
+import itertools
+import os
+from collections.abc import MutableMapping
+from typing import Any
+
+from pytest_batchinv import gpu
+
+_SLOT = "batchinv_slot"
+
+
+class WorkerSlots:
+    """On the controller: numbers the workers from 0 on. One that replaces a dead worker gets the dead one's number."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, int] = {}
+
+    def pytest_configure_node(self, node: Any) -> None:
+        slot = next(i for i in itertools.count() if i not in self._taken.values())
+        self._taken[node.gateway.id] = node.workerinput[_SLOT] = slot
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        self._taken.pop(node.gateway.id, None)
+
+
+def is_worker(config: Any) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def take_gpu(config: Any, environ: MutableMapping[str, str] = os.environ) -> None:
+    """On a worker: leaves one GPU visible, by the worker's number. Raises ValueError when CUDA has read the list already."""
+    gpus = gpu.visible(environ)
+    if not gpus:
+        return
+    if gpu.started():
+        raise ValueError(
+            "a worker cannot be given a GPU of its own, because CUDA has started in it already; "
+            "let no conftest.py and no plugin use CUDA while it is imported"
+        )
+    environ["CUDA_VISIBLE_DEVICES"] = gpus[config.workerinput[_SLOT] % len(gpus)]

@@ -1,0 +1,267 @@
+"""The engines: a row's tokens, place and mask are right in every layout. Tolerances here, bits in the suite."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pytest_batchinv.engines import NotRun
+from pytest_batchinv.engines.attention import attention_forward
+from pytest_batchinv.engines.layout import row_tokens
+from pytest_batchinv.engines.module import ModuleEngine
+from pytest_batchinv.engines.presets import UnknownModel
+from pytest_batchinv.engines.transformers import TransformersEngine
+from pytest_batchinv.engines.weights import build_preset
+from pytest_batchinv.shapes import BatchShape, Row
+
+TINY = ("tiny-llama", "tiny-qwen3", "tiny-qwen3-moe", "tiny-gpt2", "tiny-gemma")
+ATTENTIONS = ("eager", "sdpa", "batch_invariant")
+# Longer than tiny-gemma's window of 16; one token; every content.
+ROWS = (Row(0, 5), Row(1, 1), Row(2, 40), Row(3, 23, "extreme"), Row(4, 17, "repeated"))
+LAYOUTS = [("right", 0), ("right", 7), ("left", 0), ("left", 3), ("packed", 0)]
+
+
+def make(model="tiny-qwen3", **words):
+    return TransformersEngine(model, **{"device": "cpu", "dtype": "fp32", **words})
+
+
+@pytest.mark.parametrize("attn", ATTENTIONS)
+@pytest.mark.parametrize("model", TINY)
+def test_every_layout_gives_what_the_row_gives_alone(model, attn):
+    engine = make(model, attn=attn)
+    alone = [engine.logprobs(BatchShape((row,)))[0] for row in ROWS]
+    for layout, extra in LAYOUTS:
+        together = engine.logprobs(BatchShape(ROWS, layout, extra))
+        for row, expected, actual in zip(ROWS, alone, together, strict=True):
+            assert expected.shape == (row.length, 499)
+            assert expected.dtype == torch.float32
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4, msg=f"{layout} +{extra}, {row}")
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_logprobs_are_those_that_the_model_gives_without_our_masks(model):
+    engine = make(model, attn="sdpa")
+    row = Row(2, 40)
+    tokens = torch.tensor([row_tokens(row, engine.vocabulary, engine.loud)])
+    with torch.no_grad():
+        expected = torch.log_softmax(engine.model(input_ids=tokens).logits[0], -1)
+    torch.testing.assert_close(engine.logprobs(BatchShape((row,)))[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_logprobs_depend_on_the_context_and_the_token(model):
+    logits = make(model, attn="eager").logprobs(BatchShape((Row(0, 30), Row(1, 30))))
+    assert logits[0].std(-1).min() > 0.3  # over the vocabulary
+    first, second = make(model, attn="eager").logprobs(BatchShape((Row(7, 12, "repeated"), Row(5, 12))))
+    assert (first[0] - second[0]).abs().mean() > 0.1  # another token
+    assert (second[0] - second[-1]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+@pytest.mark.parametrize("model", TINY)
+def test_extreme_rows_stay_finite(model, dtype):
+    engine = make(model, dtype=dtype, attn="eager")
+    (logprobs,) = engine.logprobs(BatchShape((Row(0, 20, "extreme"),)))
+    assert logprobs.isfinite().all()
+    assert logprobs.dtype == (torch.float64 if dtype == "fp64" else torch.float32)
+
+
+def test_weights_are_the_same_every_time_and_the_same_in_every_dtype_but_for_rounding():
+    first, second = (build_preset("tiny-qwen3-moe", "cpu", torch.float32) for _ in range(2))
+    rounded = build_preset("tiny-qwen3-moe", "cpu", torch.bfloat16)
+    for a, b, c in zip(first.parameters(), second.parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c.float(), a, rtol=1e-2, atol=1e-3)
+
+
+def test_the_loud_token_is_the_last_and_about_a_thousand_times_louder():
+    weight = build_preset("tiny-llama", "cpu", torch.float32).get_input_embeddings().weight
+    norms = weight.norm(dim=1)
+    assert 500 < norms[-1] / norms[:-1].mean() < 2000
+
+
+@pytest.mark.parametrize(("model", "expected"), [("tiny-gpt2", ATTENTIONS), ("tiny-gemma", ATTENTIONS)])
+def test_the_engine_lists_its_attention_implementations(model, expected):
+    engine = make(model)
+    assert engine.attention_implementations == expected
+    assert engine.attn == "batch_invariant"
+
+
+def test_a_soft_cap_leaves_eager_attention_alone():
+    model = AutoModelForCausalLM.from_config(_gemma2())
+    with pytest.raises(ValueError, match="soft-capped.*choose attn=\"eager\""):
+        attention_forward(model, *[torch.ones(1, 1, 2, 16)] * 3, None, softcap=30.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"model": "random:nothing"}, "no model 'random:nothing'.*tiny-llama"),
+        ({"model": "/nowhere/at/all"}, "no model '/nowhere/at/all'.*tiny-llama"),
+        ({"dtype": "int8"}, "no dtype 'int8'; use one of fp32, bf16, fp16, fp64"),
+        ({"compile_mode": "fast"}, "no compile mode 'fast'; use one of eager, default"),
+        ({"attn": "linear"}, "no attention implementation 'linear'; use auto or eager, sdpa"),
+        ({"device": "tpu"}, "no device 'tpu' to test on; use one of cpu, cuda"),
+        ({"device": "cuda:63"}, "the device 'cuda:63' is not there"),
+    ],
+)
+def test_a_wrong_word_is_refused_with_the_right_ones(words, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        make(**words)
+    assert isinstance(caught.value, UnknownModel) == ("model" in words)
+
+
+class Deaf(LlamaForCausalLM):
+    """A model that ignores its attention mask."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_a_model_that_ignores_the_attention_mask_is_refused(monkeypatch, attn, dtype):
+    _engine_loads(monkeypatch, Deaf)
+    with pytest.raises(ValueError, match="forward of org/deaf ignores the attention mask"):
+        make("org/deaf", attn=attn, dtype=dtype)
+
+
+class Flat(LlamaForCausalLM):
+    """A model that knows 2-d masks only."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        assert attention_mask.ndim == 2
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_a_model_without_4d_masks_gets_the_2d_mask_and_no_packing(monkeypatch, attn):
+    _engine_loads(monkeypatch, Flat)
+    engine = make("org/flat", attn=attn)
+    assert engine.layouts == ("right", "left")
+    alone = [engine.logprobs(BatchShape((row,)))[0] for row in ROWS]
+    for layout in engine.layouts:
+        for expected, actual in zip(alone, engine.logprobs(BatchShape(ROWS, layout)), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    with pytest.raises(NotRun, match="no layout 'packed'"):
+        engine.logprobs(BatchShape(ROWS, "packed"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    ],
+)
+def test_a_batch_without_room_is_not_run(error):
+    engine = make(attn="eager")
+
+    def no_room(*args):
+        raise error
+
+    engine._run = no_room
+    with pytest.raises(NotRun, match="out of memory: 5 rows, 40 columns, 200 tokens with padding"):
+        engine.logprobs(BatchShape(ROWS))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    engine = make(attn="eager")
+
+    def broken(*args):
+        raise RuntimeError("broken")
+
+    engine._run = broken
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.logprobs(BatchShape(ROWS))
+
+
+def test_nan_logits_are_no_error():
+    engine = make(attn="eager")
+    with torch.no_grad():
+        engine.model.lm_head.weight[3] = torch.nan
+    assert engine.logprobs(BatchShape(ROWS))[0].isnan().any()
+
+
+def test_compiled_logprobs_are_those_of_eager_mode():
+    engine = make("tiny-gemma", compile_mode="default")
+    for layout in ("right", "packed"):
+        expected = engine.in_eager_mode().logprobs(BatchShape(ROWS, layout))
+        for a, b in zip(expected, engine.logprobs(BatchShape(ROWS, layout)), strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-4)
+
+
+# --- functions of rows -------------------------------------------------------------------------------------------------
+
+POOL = torch.arange(12.0).reshape(4, 3)
+
+
+def test_a_function_gets_its_rows_in_order_and_repeated():
+    engine = ModuleEngine(lambda x: x * 2, [POOL])
+    assert engine.pool == 4
+    assert [row[0].tolist() for row in engine.outputs([2, 0, 2])] == [[12, 14, 16], [0, 2, 4], [12, 14, 16]]
+
+
+@pytest.mark.parametrize("pack", [lambda a, b: (a, None, b), lambda a, b: [a, b], lambda a, b: {"a": a, "n": None, "b": b}])
+def test_tuples_lists_and_mappings_are_taken_apart_and_none_is_dropped(pack):
+    rows = ModuleEngine(lambda x: pack(x, x.sum(1)), [POOL]).outputs([1])
+    assert [part.tolist() for part in rows[0]] == [[3, 4, 5], 12]
+
+
+def test_another_dimension_may_hold_the_rows():
+    rows = ModuleEngine(nn.Identity(), [POOL.T], batch_dim=1).outputs([3])
+    assert rows[0][0].tolist() == [9, 10, 11]
+
+
+def test_outputs_are_copies():
+    memory = torch.empty(3)
+
+    def reuses_memory(x):
+        memory[: len(x)] = x[:, 0]
+        return memory[: len(x)]
+
+    engine = ModuleEngine(reuses_memory, [POOL])
+    first = engine.outputs([1])[0][0]
+    engine.outputs([2])
+    assert first == 3
+
+
+@pytest.mark.parametrize(
+    ("fn", "inputs", "sentence"),
+    [
+        (lambda x: x.sum(0), [POOL], r"the output of .* has the shape \[3\] for a batch of 2 rows"),
+        (lambda x: x.sum(), [POOL], r"the shape \[\] for a batch of 2 rows"),
+        (lambda x: (x, x[:1]), [POOL], r"output 1 of .* has the shape \[1, 3\]"),
+        (lambda x: (x, 1), [POOL], "output 1 is of type int, not a tensor"),
+        (lambda x: None, [POOL], "not None"),
+        (lambda x: (None,), [POOL], "returns no tensor"),
+        (lambda x: x, [POOL, POOL[:2]], r"the same number of rows.*\[4, 3\], \[2, 3\]"),
+        (lambda x: x, [POOL[:0]], "at least 1"),
+        (lambda x: x, [], "not none"),
+        (lambda x: x, [3], "not int"),
+    ],
+)
+def test_what_is_no_function_of_rows_is_refused(fn, inputs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ModuleEngine(fn, inputs).outputs([0, 1])
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _engine_loads(monkeypatch, model_class):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.1,
+    )  # fmt: skip
+    model = model_class(config)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, dtype, **_: model.to(dtype))
+
+
+def _gemma2():
+    from transformers import Gemma2Config
+
+    return Gemma2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=16
+    )
