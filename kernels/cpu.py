@@ -35,6 +35,7 @@ import struct
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -48,18 +49,17 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 
-# The kinds of `pointwise`, and the names of their params.
+# The kinds of `pointwise`: aten's names, and the defaults of the params, in aten's order. None: it must be given.
 KINDS = {
     "silu": (),
     "sigmoid": (),
-    "gelu": (),
-    "gelu_tanh": (),
-    "softplus": ("beta", "threshold"),
+    "gelu": ("none",),
+    "softplus": (1.0, 20.0),  # beta, threshold
     "log_sigmoid": (),
     "mish": (),
-    "elu": ("alpha", "scale", "input_scale"),
+    "elu": (1.0, 1.0, 1.0),  # alpha, scale, input_scale
     "rsqrt": (),
-    "pow": ("exponent",),
+    "pow": (None,),  # exponent
     "exp": (),
     "tanh": (),
     "erf": (),
@@ -156,7 +156,7 @@ def attention(
     """Chains over d and over the keys; the weights are divided by their sum at the end (see above)."""
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
-    _call("attention", _arg(q), _arg(k), _arg(v), _arg(mask), is_causal, scale, _arg(out), _arg(lse))
+    _call("attention", _arg(q), _arg(k), _arg(v), _arg(mask, _WITH_BOOL), is_causal, scale, _arg(out), _arg(lse))
     return out, lse
 
 
@@ -164,19 +164,22 @@ def index_add(self: Tensor, index: Tensor, source: Tensor, alpha: float) -> Tens
     """``acc[index[i]] += alpha * source[i]`` in float64, i ascending; rounded once."""
     out = torch.empty(self.shape, dtype=self.dtype)
     index = index.to(torch.int64)
-    _call("index_add", _arg(self), _arg(index), _arg(source), alpha, _arg(out))
+    _call("index_add", _arg(self), _arg(index, _INDEX), _arg(source), alpha, _arg(out))
     return out
 
 
-def pointwise(x: Tensor, kind: str, params: tuple[float, ...] = ()) -> Tensor:
+def pointwise(x: Tensor, kind: str, params: Sequence[float | str] = ()) -> Tensor:
     """One of `KINDS` for each element, in float64, rounded once. The strides are those of ``torch.empty_like(x)``."""
-    if len(params) != len(KINDS.get(kind, params)):
-        raise ValueError(f"pointwise {kind} needs the params {KINDS[kind]}, not {tuple(params)}.")
-    out = torch.empty_like(x)
+    params = (*params, *KINDS[kind][len(params) :])
+    if len(params) > len(KINDS[kind]) or None in params:
+        raise ValueError(f"pointwise {kind} needs {len(KINDS[kind])} params, not {params}.")
+    if kind == "gelu":
+        kind, params = "gelu_tanh" if params[0] == "tanh" else "gelu", ()
+    dtype, out = _DTYPES[x.dtype], torch.empty_like(x)
     if x.stride() != out.stride():
         x = out.copy_(x)
     values = (ctypes.c_double * 3)(*params)
-    _call("pointwise", kind.encode(), values, _DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), x.numel())
+    _call("pointwise", kind.encode(), values, dtype, x.data_ptr(), out.data_ptr(), x.numel())
     return out
 
 
@@ -186,13 +189,15 @@ class _Dtypes(dict):
 
 
 # enum Dtype in cpu.cpp
-_DTYPES = _Dtypes({torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4, torch.int64: 5})
+_DTYPES = _Dtypes({torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3})
+_WITH_BOOL = _Dtypes(_DTYPES | {torch.bool: 4})
+_INDEX = _Dtypes({torch.int64: 5})
 _PACK = [struct.Struct(f"{2 + 2 * n_dims}q").pack for n_dims in range(5)]
 
 
-def _arg(x: Tensor | None) -> bytes | None:
+def _arg(x: Tensor | None, dtypes: _Dtypes = _DTYPES) -> bytes | None:
     """x as the struct Tensor of cpu.cpp: data, dtype, sizes, strides."""
-    return None if x is None else _PACK[x.dim()](x.data_ptr(), _DTYPES[x.dtype], *x.shape, *x.stride())
+    return None if x is None else _PACK[x.dim()](x.data_ptr(), dtypes[x.dtype], *x.shape, *x.stride())
 
 
 _P, _D, _B, _I, _A = ctypes.c_char_p, ctypes.c_double, ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p

@@ -1,5 +1,6 @@
 """What the two installers share: the overloads behind the table's names, their siblings, and the ``batchinv`` operators."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,17 @@ _hits: dict[str, int] = {}
 def count(name: str) -> None:
     """Counts one call. A lost update between threads would only make a count smaller, never zero."""
     _hits[name] = _hits.get(name, 0) + 1
+
+
+@contextlib.contextmanager
+def counting_apart() -> Iterator[dict[str, int]]:
+    """Calls inside are counted in the dict that is handed out, and in nothing else."""
+    global _hits
+    before, _hits = _hits, {}
+    try:
+        yield _hits
+    finally:
+        _hits = before
 
 
 def hits() -> dict[str, int]:

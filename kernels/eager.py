@@ -37,8 +37,8 @@ _COMPOSITE = "CompositeImplicitAutograd"
 def _entries() -> Iterator[tuple[OpOverload, str, Callable]]:
     for name, implementation in table.LEAVES.items():
         yield from _leaf(name, implementation, _devices())
-    for name in table.POINTWISE:
-        yield from _leaf(name, aten.pointwise(name.partition(".")[0]), ("CPU",))
+    for name, implementation in table.POINTWISE.items():
+        yield from _leaf(name, implementation, ("CPU",))
     for name, reason in table.REFUSED.items():
         overload = overload_of(name)
         if overload is not None:

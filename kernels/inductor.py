@@ -1,8 +1,8 @@
 """The compile installer: the table in every graph that Inductor compiles, and the rules that keep its pointwise code exact.
 
 ``torch._inductor.compile_fx.compile_fx`` is the one way into Inductor. While the mode is on it is wrapped, and the wrapper
-holds the decompositions, the rules and the cache key for the length of one compilation, in whichever thread that happens
-(torch's config modules are per thread from 2.12 on).
+holds the rules and the cache key for the length of one compilation, in whichever thread that happens (torch's config
+modules are per thread from 2.12 on). The table goes in where that module looks its decompositions up.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def installed(fingerprint: str) -> Iterator[None]:
     """Every compilation inside, by any thread, gets the table, the rules and a cache key of its own."""
     from torch._inductor import compile_fx as module
 
-    stock = module.compile_fx
+    stock, stock_table = module.compile_fx, module.select_decomp_table
     active = True
 
     @functools.wraps(stock)
@@ -82,11 +82,9 @@ def installed(fingerprint: str) -> Iterator[None]:
         if not active:
             return stock(model_, example_inputs_, *args, **kwargs)
         with _rules(fingerprint):
-            if len(args) < 3:
-                kwargs["decompositions"] = decompositions(kwargs.get("decompositions"))
             return stock(model_, example_inputs_, *args, **kwargs)
 
-    module.compile_fx = compile_fx
+    module.compile_fx, module.select_decomp_table = compile_fx, decompositions
     torch._dynamo.reset()
     try:
         yield
@@ -94,14 +92,16 @@ def installed(fingerprint: str) -> Iterator[None]:
         active = False  # for whoever kept a reference to the wrapper
         if module.compile_fx is compile_fx:
             module.compile_fx = stock
+        if module.select_decomp_table is decompositions:
+            module.select_decomp_table = stock_table
         torch._dynamo.reset()
 
 
-def decompositions(given: dict[OpOverload, Callable] | None = None) -> dict[OpOverload, Callable]:
-    """Inductor's decompositions (or the caller's) with the table's entries in front."""
+def decompositions() -> dict[OpOverload, Callable]:
+    """Inductor's decompositions with the table's entries in front. A plain function, as it becomes part of a cache key."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return {**(select_decomp_table() if given is None else given), **_table()}
+    return {**select_decomp_table(), **_table()}
 
 
 @functools.cache

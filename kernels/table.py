@@ -57,10 +57,14 @@ COMPOSITES = {
     "scaled_dot_product_attention": aten.scaled_dot_product_attention,
 }
 
-POINTWISE = (
-    "silu", "sigmoid", "gelu", "softplus", "mish", "elu", "rsqrt", "pow.Tensor_Scalar", "exp", "tanh", "erf", "expm1",
-    "log", "log1p", "sin", "cos",
-)  # fmt: skip
+POINTWISE = {
+    **{kind: aten.unary(kind) for kind in ("silu", "sigmoid", "mish", "rsqrt", "exp", "tanh", "erf")},
+    **{kind: aten.unary(kind) for kind in ("expm1", "log", "log1p", "sin", "cos")},
+    "gelu": aten.gelu,
+    "softplus": aten.softplus,
+    "elu": aten.elu,
+    "pow.Tensor_Scalar": aten.pow,
+}
 
 _SDPA = "call torch.nn.functional.scaled_dot_product_attention, which the mode covers whatever backend is chosen"
 _UNFUSED = "this fused path is not covered: call it in training mode or with gradients, where torch uses plain operators"

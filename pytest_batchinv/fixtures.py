@@ -60,12 +60,13 @@ def batchinv_engine(request: pytest.FixtureRequest, batchinv_settings: Settings,
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
     try:
-        return request.config.stash[MAKE_ENGINE](
-            model=batchinv_settings.model,
-            device=device,
-            dtype=dtype,
-            attn=batchinv_settings.attn,
-            compile_mode=compile_mode,
-        )
+        with items.heavy_imports():
+            return request.config.stash[MAKE_ENGINE](
+                model=batchinv_settings.model,
+                device=device,
+                dtype=dtype,
+                attn=batchinv_settings.attn,
+                compile_mode=compile_mode,
+            )
     except ValueError as error:
         pytest.fail(str(error), pytrace=False)

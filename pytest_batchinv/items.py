@@ -1,6 +1,7 @@
 """What happens around one test: its markers are read, the mode is entered and left, its records are gathered."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -65,11 +66,13 @@ def skip_on_other_gpus(item: Any) -> None:
 
 def begin(item: Any) -> None:
     """From here to ``end``, the test's settings are the active ones, its records are gathered, and it may be in the mode."""
+    from pytest_batchinv.progress import listening
     from pytest_batchinv.records import collecting
 
     run = item.stash[RUN] = Run(_settings(item))
     run.stack.enter_context(_active(run.settings))
     run.stack.enter_context(collecting(lambda record: _keep(item, record)))
+    run.stack.enter_context(listening(lambda text: _show(item.config, text)))
     if in_mode(item):
         enter_mode(item)
 
@@ -78,13 +81,14 @@ def enter_mode(item: Any) -> Any:
     """The Mode that this test runs in, entered now unless it has been."""
     run = item.stash[RUN]
     if run.mode is None:
-        from pytest_batchinv.mode import ModeError, batch_invariant_mode
-
         resolve_device(run.settings)
-        try:
-            run.mode = run.stack.enter_context(batch_invariant_mode())
-        except ModeError as error:
-            pytest.fail(str(error), pytrace=False)
+        with heavy_imports():
+            from pytest_batchinv.mode import ModeError, batch_invariant_mode
+
+            try:
+                run.mode = run.stack.enter_context(batch_invariant_mode())
+            except ModeError as error:
+                pytest.fail(str(error), pytrace=False)
         run.calls_before = _calls(run.mode)
     return run.mode
 
@@ -122,6 +126,15 @@ def records(report: pytest.TestReport) -> list["Record"]:
     return [Record.from_json(text) for name, text in report.user_properties if name == RECORD]
 
 
+@contextlib.contextmanager
+def heavy_imports() -> Iterator[None]:
+    """torch and transformers warn about themselves while they load: with -W error that would fail the first test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def resolve_device(settings: Settings) -> str:
     from pytest_batchinv import gpu
 
@@ -150,6 +163,17 @@ def _keep(item: Any, record: "Record") -> None:
 
     stamped = replace(record, nodeid=item.nodeid, machine=record.machine or machine())
     item.user_properties.append((RECORD, stamped.to_json()))
+
+
+def _show(config: Any, text: str) -> None:
+    """A line while the test runs; nowhere on xdist's workers, which have no terminal, nor with -q."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None or config.get_verbosity() < 0:
+        return
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        terminal.ensure_newline()
+        terminal.write_line(text)
 
 
 def _calls(mode: Any) -> int:

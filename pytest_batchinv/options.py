@@ -141,7 +141,8 @@ OPTIONS = (
         "attn",
         parse_name,
         "auto",
-        "The attention implementation, by its name in transformers (eager, sdpa, ...). auto leaves it to the engine.",
+        "The attention implementation, by its name in transformers (eager, sdpa, ...), or batch_invariant. auto leaves it to "
+        "the engine.",
         "NAME",
     ),
     Option(

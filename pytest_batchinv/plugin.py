@@ -33,8 +33,8 @@ def _start(config: pytest.Config) -> None:
     ours = config.stash[SETTINGS]
     config.stash[MAKE_ENGINE] = engine_maker()
     if xdist.is_worker(config):
-        if ours.device != "cpu":
-            xdist.take_gpu(config)
+        if ours.device != "cpu" and (why := xdist.take_gpu(config)):
+            config.pluginmanager.register(xdist.Refusal(why), "batchinv-refusal")
         return
     preflight.check(ours, config)
     config.pluginmanager.register(Reporter(report.Results(ours)), "batchinv-reporter")
@@ -71,6 +71,8 @@ def _skip_what_needs_the_mode(collected: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    with _test_errors():
+        items.check_markers(item)  # again, for the tests of a unittest.TestCase: they pass no pytest_generate_tests
     items.skip_on_other_gpus(item)
     if item.config.stash[SETTINGS].enabled:
         items.begin(item)
@@ -136,3 +138,11 @@ def _collection_errors(nodeid: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise pytest.Collector.CollectError(f"{nodeid}: {error}") from None
+
+
+@contextlib.contextmanager
+def _test_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        pytest.fail(str(error), pytrace=False)

@@ -5,6 +5,8 @@ import os
 from collections.abc import MutableMapping
 from typing import Any
 
+import pytest
+
 from pytest_batchinv import gpu
 
 _SLOT = "batchinv_slot"
@@ -24,18 +26,29 @@ class WorkerSlots:
         self._taken.pop(node.gateway.id, None)
 
 
+class Refusal:
+    """On a worker that cannot work: one collection error with the reason, for a usage error would look like a crash."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def pytest_make_collect_report(self, collector: Any) -> pytest.CollectReport:
+        return pytest.CollectReport(collector.nodeid, "failed", self._reason, [])
+
+
 def is_worker(config: Any) -> bool:
     return hasattr(config, "workerinput")
 
 
-def take_gpu(config: Any, environ: MutableMapping[str, str] = os.environ) -> None:
-    """On a worker: leaves one GPU visible, by the worker's number. Raises ValueError when CUDA has read the list already."""
+def take_gpu(config: Any, environ: MutableMapping[str, str] = os.environ) -> str:
+    """On a worker: leaves one GPU visible, by the worker's number. Returns why that cannot be, or nothing."""
     gpus = gpu.visible(environ)
     if not gpus:
-        return
+        return ""
     if gpu.started():
-        raise ValueError(
-            "a worker cannot be given a GPU of its own, because CUDA has started in it already; "
-            "let no conftest.py and no plugin use CUDA while it is imported"
+        return (
+            "This worker cannot be given a GPU of its own, because CUDA has started in it already. "
+            "Let no conftest.py and no plugin use CUDA while it is imported, or run without -n."
         )
     environ["CUDA_VISIBLE_DEVICES"] = gpus[config.workerinput[_SLOT] % len(gpus)]
+    return ""

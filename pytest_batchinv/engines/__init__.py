@@ -1,10 +1,13 @@
 """Engines: what turns a batch shape into logprobs. One Protocol, so that the checks know no model library."""
 
-from typing import Protocol
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from pytest_batchinv.shapes import BatchShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class NotRun(Exception):
@@ -33,4 +36,8 @@ class Engine(Protocol):
 
         They stand in the order of ``shape.rows``, on the engine's device. Raises NotRun.
         """
+        ...
+
+    def in_eager_mode(self) -> Engine:
+        """The same subject with the same weights, run by eager code."""
         ...

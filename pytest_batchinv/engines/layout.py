@@ -1,4 +1,4 @@
-"""Lays the rows of a batch shape out as lines of cells: tokens, the row that each belongs to, and its position in the row.
+"""Lays the rows of a batch shape out as lines of cells: a token, the row it belongs to, and its position in that row.
 
 Pure Python: the same on every machine, whatever the device's random numbers are.
 """
@@ -49,7 +49,7 @@ class Sheet:
 
 
 def row_tokens(row: Row, vocabulary: int, loud: int) -> list[int]:
-    """The row's tokens: they depend on the row alone, never on its batch. ``loud``: the token with extreme activations."""
+    """The row's tokens; they depend on the row alone, never on its batch. loud: the token with extreme activations."""
     draw = random.Random(f"{row.id} {row.length} {row.content} {vocabulary}")
 
     def quiet() -> int:

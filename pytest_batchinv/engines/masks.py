@@ -16,7 +16,7 @@ _KINDS = {"full_attention", "sliding_attention"}
 
 
 def windows_of(config: Any) -> Windows | None:
-    """Sliding window (None: none) by kind of layer, as the model's configuration tells; None where it is of another sort."""
+    """Sliding window (None: none) by kind of layer, as the configuration tells; None for attention of another sort."""
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if getattr(config, "attention_chunk_size", None) is not None or not getattr(config, "is_causal", True):
@@ -44,7 +44,7 @@ def causal_masks(rows: Tensor, positions: Tensor, windows: Windows, form: Callab
 
 
 def _visible(rows: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """[lines, 1, queries, keys], True where the query sees the key. Positions count within the row, so packing is no case."""
+    """[lines, 1, queries, keys], True: visible. Positions count within the row, so packing is no special case."""
     query_row, key_row = rows[:, None, :, None], rows[:, None, None, :]
     query, key = positions[:, None, :, None], positions[:, None, None, :]
     visible = (query_row == key_row) & (key_row >= 0) & (key <= query)
@@ -64,7 +64,7 @@ def additive(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def block_masks(mask: Masks) -> Any:
-    """The form that flex attention reads. It is made inside the compiled region, whose graph then holds the mask itself."""
+    """The form that flex attention reads. Made inside the compiled region, whose graph then holds the mask itself."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if isinstance(mask, dict):

@@ -12,8 +12,8 @@ Outputs = tuple[Tensor, ...]
 class ModuleEngine:
     """A function of rows over a pool of them.
 
-    inputs: tensors whose ``batch_dim`` indexes the pool, given to fn side by side. fn returns a tensor, or a tuple, list
-    or mapping of tensors (a ModelOutput of transformers is one), row i of each belonging to row i of the inputs.
+    inputs: tensors whose ``batch_dim`` indexes the pool, given to fn side by side. fn returns a tensor, or a tuple,
+    list or mapping of tensors (a ModelOutput of transformers is one), row i of each belonging to row i of the inputs.
     """
 
     def __init__(self, fn: Callable[..., Any], inputs: Sequence[Tensor], batch_dim: int = 0) -> None:
@@ -52,8 +52,8 @@ class ModuleEngine:
         if _size(tensor, self.batch_dim) != n_rows:
             raise ValueError(
                 f"{name} of {self.subject} has the shape {list(tensor.shape)} for a batch of {n_rows} rows: its "
-                f"dimension {self.batch_dim} must hold a row for each row of the input; return per-row results only, or "
-                f"set batch_dim"
+                f"dimension {self.batch_dim} must hold a row for each row of the input; return per-row results only, "
+                f"or set batch_dim"
             )
 
 

@@ -1,4 +1,4 @@
-"""Presets: models known by name, built from a shipped configuration and seeded weights. Importing this imports no torch.
+"""Presets: models known by name, built from a shipped configuration and seeded weights. No torch is needed here.
 
 "tiny-*" are small enough for a CPU; "random:*" have the true sizes of published models. Nothing is downloaded.
 """

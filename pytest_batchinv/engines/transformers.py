@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from pytest_batchinv.engines import NotRun, attention
+from pytest_batchinv.engines import NotRun, attention, masks
 from pytest_batchinv.engines.layout import Sheet, lay_out, pad_lines, row_cells
-from pytest_batchinv.engines.masks import Windows, additive, block_masks, boolean, causal_masks, padding_mask, windows_of
+from pytest_batchinv.engines.masks import Windows
 from pytest_batchinv.engines.presets import UnknownModel, is_preset
 from pytest_batchinv.engines.weights import build_preset
 from pytest_batchinv.shapes import BatchShape, Row
@@ -29,7 +29,7 @@ COMPILE_MODES: dict[str, dict[str, Any] | None] = {
 }
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 # Longest row, tokens of a padded batch, bytes of its logprobs.
-_BOUNDS = {"cpu": (300, 8192, 2 << 30), "cuda": (1024, 32768, 6 << 30)}
+_BOUNDS = {"cpu": (300, 2048, 2 << 30), "cuda": (1024, 16384, 6 << 30)}
 _PROBE_LENGTH, _PROBE_PADDING = 24, 16
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -53,6 +53,8 @@ class TransformersEngine:
         self.model = _load(model, device, DTYPES[dtype])
         self.attn = _choose_attention(self.model, device, dtype, attn)
         self.model.set_attn_implementation(self.attn)
+        if dtype == "fp64" and self.model._can_set_experts_implementation():
+            self.model.set_experts_implementation("eager")  # grouped_mm, the default, has no fp64
 
         config = self.model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
@@ -60,7 +62,7 @@ class TransformersEngine:
         self.max_length, self.max_tokens = _bounds(config, device)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._forward = _Logprobs(self.model, flex=self.attn == "flex_attention")
-        self._windows = self._probe(None if _is_flash(self.attn) else windows_of(config))
+        self._windows = self._probe(None if _is_flash(self.attn) else masks.windows_of(config))
         self.layouts = ("right", "left") if self._windows is None else ("right", "left", "packed")
         options = COMPILE_MODES[compile_mode]
         self._run = self._forward if options is None else torch.compile(self._forward, **options)
@@ -77,7 +79,7 @@ class TransformersEngine:
         return eager
 
     def logprobs(self, shape: BatchShape) -> list[Tensor]:
-        """Logprobs over the full vocabulary of every real token, a tensor [length, vocabulary] for each row of the batch.
+        """Logprobs over the full vocabulary of every real token: [length, vocabulary] for each row of the batch.
 
         fp64 for a model in fp64, else fp32. Raises NotRun where the batch does not fit into memory.
         """
@@ -109,10 +111,10 @@ class TransformersEngine:
             torch.tensor(layer, device=self.device) for layer in (sheet.tokens, sheet.rows, sheet.positions)
         )
         if windows is None:
-            mask = padding_mask(rows)
+            mask = masks.padding_mask(rows)
         else:
-            form = additive(DTYPES[self.dtype]) if self.attn == "eager" else boolean
-            mask = causal_masks(rows, positions, windows, form)
+            form = masks.additive(DTYPES[self.dtype]) if self.attn == "eager" else masks.boolean
+            mask = masks.causal_masks(rows, positions, windows, form)
         return tokens, mask, positions if self._takes_positions else None
 
     def _probe(self, windows: Windows | None) -> Windows | None:
@@ -160,7 +162,7 @@ class _Logprobs(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Any, positions: Tensor | None) -> Tensor:
         if self.flex:
-            mask = block_masks(mask)
+            mask = masks.block_masks(mask)
         places = {} if positions is None else {"position_ids": positions}
         logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **places).logits
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -209,7 +211,9 @@ def _choose_attention(model: nn.Module, device: str, dtype: str, asked: str) -> 
     offered = attention_implementations(model, device, dtype)
     if asked == "auto":
         return attention.NAME if attention.NAME in offered else "eager"
-    _require(asked in offered, f"this model has no attention implementation {asked!r}; use auto or {', '.join(offered)}")
+    _require(
+        asked in offered, f"this model has no attention implementation {asked!r}; use auto or {', '.join(offered)}"
+    )
     return asked
 
 

@@ -1,32 +1,33 @@
 """The run on the terminal: header lines before it, a section after it. Made for 80 columns and a first-time reader."""
 
+import json
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, Mapping
 from importlib import metadata
 from itertools import chain
-import os
+from typing import Any
 
 from pytest_batchinv.options import RELATIONS
 from pytest_batchinv.records import Record
 from pytest_batchinv.report import Results
 from pytest_batchinv.settings import Settings
 
-WIDTH = 80
 MOST_OPS = 12
-MOST_EXAMPLES = 5
+MOST_REASONS = 5
 _VERDICTS = {"differs": "DIFFERS", "inconclusive": "INCONCLUSIVE", "error": "ERROR"}
 _WORST_FIRST = ("error", "differs", "inconclusive", "caught", "equal")
 
 
 def header(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[str]:
     """What is needed to repeat the run."""
-    examples = "1 batch shape, given" if settings.shape else f"{settings.max_examples} examples each"
+    examples = "the one batch shape given" if settings.shape else f"{_count(settings.max_examples, 'example')} each"
     drawn = "derandomised, as CI is set" if environ.get("CI") else "drawn at random"
     return [
         f"batch invariance: on; {settings.model} ({settings.engine}), device {settings.device}, "
         f"dtype {settings.dtype}, attention {settings.attn}",
         f"batch invariance: relations {','.join(settings.relations)}; {examples}, {drawn}; "
-        + ", ".join(_versions("torch", "triton", "transformers", "hypothesis")),
+        + ", ".join(_versions("torch", "triton")),
     ]
 
 
@@ -54,42 +55,60 @@ def _tables(records: list[Record]) -> Iterator[str]:
     for subject, group in _grouped(records, _subject):
         yield subject
         yield "  " + _columns("compiled", "relation", "verdict", "examples", "rows", "compared")
-        for (compile_mode, relation), same in _grouped(group, lambda r: (r.compile_mode, r.relation)):
+        for (compile_mode, relation), same in _grouped(group, lambda record: (record.compile_mode, record.relation)):
             yield "  " + _columns(
                 compile_mode or "-",
-                f"{relation} {RELATIONS.get(relation, '')}",
+                _words(relation),
                 _worst(same),
-                f"{sum(r.examples for r in same):,}",
-                f"{sum(r.rows for r in same):,}",
-                _bytes(sum(r.compared_bytes for r in same)),
+                f"{sum(record.examples for record in same):,}",
+                f"{sum(record.rows for record in same):,}",
+                _bytes(sum(record.compared_bytes for record in same)),
             )
         yield ""
 
 
 def _columns(compile_mode: str, relation: str, verdict: str, examples: str, rows: str, compared: str) -> str:
-    return f"{compile_mode:<15} {relation:<22} {verdict:<12} {examples:>8} {rows:>8} {compared:>9}".rstrip()
+    return f"{compile_mode:<15} {relation:<22} {verdict:<8} {examples:>8} {rows:>10} {compared:>9}"
 
 
 def _differences(records: list[Record]) -> Iterator[str]:
     for record in records:
         if record.verdict in ("differs", "error"):
-            yield f"{_VERDICTS[record.verdict]}: {_case(record)}, in {record.nodeid}"
-            yield from (f"  {name}: {value}" for name, value in record.difference.items())
+            yield f"{_VERDICTS[record.verdict]}: {_case(record)}"
+            yield f"  in {record.nodeid}"
+            yield from _difference(record.difference)
+            if record.difference.get("shape"):
+                yield f"  to repeat it, add --batchinv-shape '{record.difference['shape']}'"
             yield ""
+
+
+def _difference(found: Mapping[str, Any]) -> Iterator[str]:
+    """The first element that differs, the batch sizes that show it, and the batch."""
+    if not found:
+        return
+    yield f"  {found['n_differ']:,} of {found['n_total']:,} values differ; the first at {list(found['index'])}:"
+    distance = "" if found["ulp"] is None else f", {found['ulp']:,} ulp apart"
+    yield f"  {found['expected']} ({found['expected_hex']}) against {found['actual']} ({found['actual_hex']}){distance}"
+    if found.get("sizes"):
+        yield f"  the bits change at batch sizes {', '.join(map(str, found['sizes']))}"
+    if found.get("shape"):
+        shape = json.loads(found["shape"])
+        layout = "packed" if shape["layout"] == "packed" else f"{shape['layout']} padding"
+        yield f"  in a batch of {_count(len(shape['rows']), 'row')}, {layout}"
 
 
 def _controls(records: list[Record]) -> Iterator[str]:
     for record in records:
+        searched = f"{_count(record.examples, 'example')}, {_count(record.rows, 'row')}, {_bytes(record.compared_bytes)}"
         if record.verdict == "caught":
-            yield f"negative control: stock torch was caught ({_case(record)})"
+            yield f"negative control: stock torch was caught, after {searched}"
         elif record.verdict == "inconclusive":
-            yield f"negative control: INCONCLUSIVE ({_case(record)}): no shape was found where stock torch varies here,"
-            yield "  so equal bits above may be the merit of this machine and not of the mode"
+            yield f"negative control: INCONCLUSIVE: stock torch did not vary in {searched};"
+            yield "  equal bits may come from this machine, not from the mode"
         else:
-            yield f"negative control: {_VERDICTS.get(record.verdict, record.verdict)} ({_case(record)})"
-        yield f"  searched {record.examples:,} examples, {record.rows:,} rows, {_bytes(record.compared_bytes)}"
-        yield from (f"  {name}: {value}" for name, value in record.difference.items())
-    if records:
+            yield f"negative control: {_worst([record])}, after {searched}"
+        yield f"  {_case(record)}"
+        yield from _difference(record.difference)
         yield ""
 
 
@@ -97,7 +116,7 @@ def _operations(records: list[Record]) -> Iterator[str]:
     hits = sum((Counter(record.hits) for record in records), Counter())
     if not hits:
         return
-    yield f"operations replaced: {len(hits)} overloads, {hits.total():,} calls"
+    yield f"operations replaced: {_count(len(hits), 'overload')}, {_count(hits.total(), 'call')}"
     yield from (f"  {count:>12,}  {name}" for name, count in hits.most_common(MOST_OPS))
     if len(hits) > MOST_OPS:
         rest = hits.most_common()[MOST_OPS:]
@@ -108,8 +127,8 @@ def _operations(records: list[Record]) -> Iterator[str]:
 def _uncovered(records: list[Record]) -> Iterator[str]:
     names = sorted(set(chain.from_iterable(record.unclassified_ops for record in records)))
     if names:
-        yield f"NOT COVERED: {len(names)} operations ran as stock torch has them. They are neither replaced, nor known to"
-        yield "work on each row by itself, so the mode vouches for nothing that passed through them:"
+        yield f"NOT COVERED: {_count(len(names), 'operation')} ran as stock torch has them, neither replaced nor"
+        yield "known to work on each row by itself; the mode does not vouch for what they touched:"
         yield from (f"  {name}" for name in names)
         yield ""
 
@@ -117,17 +136,17 @@ def _uncovered(records: list[Record]) -> Iterator[str]:
 def _not_run(records: list[Record]) -> Iterator[str]:
     examples = [example for record in records for example in record.not_run]
     if examples:
-        yield f"not run: {len(examples)} examples"
-        yield from ("  " + "; ".join(example.values()) for example in examples[:MOST_EXAMPLES])
-        if len(examples) > MOST_EXAMPLES:
-            yield f"  and {len(examples) - MOST_EXAMPLES} more, in the record of --batchinv-report"
+        yield f"not run: {_count(len(examples), 'example')}"
+        reasons = Counter(example.get("reason", "no reason given") for example in examples)
+        yield from (f"  {_count(count, 'time')}: {reason}" for reason, count in reasons.most_common(MOST_REASONS))
+        yield "  their batch shapes are in the file of --batchinv-report"
         yield ""
 
 
 def _nan(records: list[Record]) -> Iterator[str]:
     rows = sum(record.nan_rows for record in records)
     if rows:
-        yield f"NaN: {rows:,} rows held NaN; NaN counts as equal only to NaN of the same bits"
+        yield f"NaN: {_count(rows, 'row')} held NaN; NaN counts as equal only to NaN of the same bits"
         yield ""
 
 
@@ -148,7 +167,7 @@ def _machine(facts: dict[str, str]) -> str:
     gpu = [f"{facts['gpu']} ({facts.get('capability', '')})"] if "gpu" in facts else []
     cpu = [f"{facts.get('cpu') or 'unknown CPU'}, {facts.get('threads', '?')} threads"]
     versions = [f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers") if name in facts]
-    return ", ".join(gpu + cpu + [facts.get("platform", "")] + versions)
+    return ", ".join(word for word in (*gpu, *cpu, facts.get("platform"), *versions) if word)
 
 
 def _subject(record: Record) -> str:
@@ -157,8 +176,12 @@ def _subject(record: Record) -> str:
 
 
 def _case(record: Record) -> str:
-    words = (_subject(record), record.compile_mode, f"{record.relation} {RELATIONS.get(record.relation, '')}".strip())
-    return ", ".join(word for word in words if word)
+    compiled = record.compile_mode and f"compile mode {record.compile_mode}"
+    return ", ".join(word for word in (_subject(record), compiled, _words(record.relation)) if word)
+
+
+def _words(relation: str) -> str:
+    return f"{relation} {RELATIONS[relation]}" if relation in RELATIONS else " + ".join(relation)
 
 
 def _worst(records: list[Record]) -> str:
@@ -166,17 +189,21 @@ def _worst(records: list[Record]) -> str:
     return _VERDICTS.get(verdict, verdict)
 
 
-def _grouped(records: Iterable[Record], key) -> Iterable:
-    groups = defaultdict(list)
+def _grouped(records: Iterable[Record], key: Callable[[Record], Hashable]) -> ItemsView[Any, list[Record]]:
+    groups: dict[Hashable, list[Record]] = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
     return groups.items()
 
 
-def _bytes(count: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
+            return f"{count:,.1f} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
         count /= 1000
     return f"{count:,.1f} TB"
 

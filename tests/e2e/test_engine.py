@@ -3,14 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaForCausalLM
 
 from pytest_batchinv.engines import NotRun
 from pytest_batchinv.engines.attention import attention_forward
 from pytest_batchinv.engines.layout import row_tokens
 from pytest_batchinv.engines.module import ModuleEngine
-from pytest_batchinv.engines.presets import UnknownModel
-from pytest_batchinv.engines.transformers import TransformersEngine
+from pytest_batchinv.engines.presets import UnknownModel, preset_config
+from pytest_batchinv.engines.transformers import TransformersEngine, attention_implementations
 from pytest_batchinv.engines.weights import build_preset
 from pytest_batchinv.shapes import BatchShape, Row
 
@@ -74,6 +74,26 @@ def test_weights_are_the_same_every_time_and_the_same_in_every_dtype_but_for_rou
         torch.testing.assert_close(c.float(), a, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("random:qwen3-0.6b", 0.596),
+        ("random:qwen3-1.7b", 1.721),
+        ("random:qwen3-4b", 4.022),
+        ("random:qwen3-8b", 8.191),
+        ("random:qwen3-30b-a3b", 30.532),
+        ("random:llama-3.2-1b", 1.236),
+        ("random:llama-3.1-8b", 8.030),
+    ],
+)
+def test_random_presets_have_as_many_parameters_as_the_published_models(name, billions):
+    settings = preset_config(name)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == billions
+
+
 def test_the_loud_token_is_the_last_and_about_a_thousand_times_louder():
     weight = build_preset("tiny-llama", "cpu", torch.float32).get_input_embeddings().weight
     norms = weight.norm(dim=1)
@@ -87,10 +107,22 @@ def test_the_engine_lists_its_attention_implementations(model, expected):
     assert engine.attn == "batch_invariant"
 
 
-def test_a_soft_cap_leaves_eager_attention_alone():
-    model = AutoModelForCausalLM.from_config(_gemma2())
-    with pytest.raises(ValueError, match="soft-capped.*choose attn=\"eager\""):
-        attention_forward(model, *[torch.ones(1, 1, 2, 16)] * 3, None, softcap=30.0)
+def test_a_model_with_a_soft_cap_is_left_with_eager_attention():
+    assert attention_implementations(AutoModelForCausalLM.from_config(_gemma2()), "cpu", "fp32") == ("eager",)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"softcap": 30.0}, "soft-capped attention logits"),
+        ({"s_aux": torch.ones(1)}, "attention sinks"),
+        ({"position_bias": torch.ones(1)}, "position bias"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_our_attention_refuses_what_it_does_not_compute(words, sentence):
+    with pytest.raises(ValueError, match=f'does not compute .*{sentence}.*choose attn="eager"'):
+        attention_forward(nn.Identity(), *[torch.ones(1, 1, 2, 16)] * 3, None, **words)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +147,8 @@ class Deaf(LlamaForCausalLM):
     """A model that ignores its attention mask."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
-        return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        everything = torch.ones_like(input_ids)
+        return super().forward(input_ids=input_ids, attention_mask=everything, position_ids=position_ids, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -191,7 +224,7 @@ def test_compiled_logprobs_are_those_of_eager_mode():
             torch.testing.assert_close(b, a, rtol=0, atol=1e-4)
 
 
-# --- functions of rows -------------------------------------------------------------------------------------------------
+# --- functions of rows ------------------------------------------------------------------------------------------------
 
 POOL = torch.arange(12.0).reshape(4, 3)
 
@@ -202,7 +235,9 @@ def test_a_function_gets_its_rows_in_order_and_repeated():
     assert [row[0].tolist() for row in engine.outputs([2, 0, 2])] == [[12, 14, 16], [0, 2, 4], [12, 14, 16]]
 
 
-@pytest.mark.parametrize("pack", [lambda a, b: (a, None, b), lambda a, b: [a, b], lambda a, b: {"a": a, "n": None, "b": b}])
+@pytest.mark.parametrize(
+    "pack", [lambda a, b: (a, None, b), lambda a, b: [a, b], lambda a, b: {"a": a, "n": None, "b": b}]
+)
 def test_tuples_lists_and_mappings_are_taken_apart_and_none_is_dropped(pack):
     rows = ModuleEngine(lambda x: pack(x, x.sum(1)), [POOL]).outputs([1])
     assert [part.tolist() for part in rows[0]] == [[3, 4, 5], 12]
@@ -246,7 +281,7 @@ def test_what_is_no_function_of_rows_is_refused(fn, inputs, sentence):
         ModuleEngine(fn, inputs).outputs([0, 1])
 
 
-# --- helpers -----------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _engine_loads(monkeypatch, model_class):
@@ -260,8 +295,6 @@ def _engine_loads(monkeypatch, model_class):
 
 
 def _gemma2():
-    from transformers import Gemma2Config
-
     return Gemma2Config(
         vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=16
     )

@@ -1,0 +1,138 @@
+"""Tiles: how much one program of a kernel does at a time, and the little a launch must know about its device.
+
+A tile may follow the number of rows for speed, but only within one *invariance class*: tiles that give the same bits.
+For products the class is "K ascending, one accumulator": no split-K, no atomics. BLOCK_M, BLOCK_N, warps and stages are
+free in it. BLOCK_K (BLOCK_N of attention) is a function of the dtype and of the model's sizes alone, never of M.
+``benchmarks/class_check.py`` checks the class on a GPU.
+
+For sums over rows the order is written out in the kernel (``reduce._tree_sum``), so their tiles follow the columns freely.
+"""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+SHARED_MEMORY_SM80 = 166_912
+"""Bytes of shared memory that one block may have on SM80 (A100); SM90 has 232,448, SM86 and SM89 101,376."""
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class Device(NamedTuple):
+    multiprocessors: int
+    shared_memory: int
+
+
+GEMM_TILES: dict[torch.dtype, tuple[Tile, ...]] = {
+    torch.bfloat16: (
+        Tile(128, 256, 64, 8, 4),
+        Tile(128, 128, 64, 4, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 5),
+        Tile(32, 128, 64, 4, 5),
+        Tile(32, 64, 64, 4, 6),
+        Tile(32, 32, 64, 4, 6),
+        Tile(16, 128, 64, 4, 5),
+        Tile(16, 64, 64, 4, 6),
+        Tile(16, 32, 64, 4, 8),
+    ),
+    # Plain fused multiply-adds: no tensor core multiplies fp32 without rounding its inputs first.
+    torch.float32: (
+        Tile(128, 64, 32, 8, 3),
+        Tile(64, 64, 32, 4, 3),
+        Tile(32, 64, 32, 4, 3),
+        Tile(32, 32, 32, 4, 3),
+        Tile(16, 64, 32, 4, 4),
+        Tile(16, 32, 32, 4, 4),
+    ),
+    torch.float64: (
+        Tile(64, 64, 16, 4, 3),
+        Tile(32, 64, 16, 4, 3),
+        Tile(32, 32, 16, 4, 4),
+        Tile(16, 32, 16, 4, 4),
+    ),
+}
+"""For each dtype, largest tile first; all of one dtype have the same BLOCK_K."""
+GEMM_TILES[torch.float16] = GEMM_TILES[torch.bfloat16]
+
+GROUP_M = 8
+"""Tiles of this many block rows are run column by column, so that neighbours share operands in the L2 cache."""
+
+ROW_BLOCKS = (128, 1024, 4096)
+"""Columns a row kernel reads at a time; the smallest that covers the row, else the last."""
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The dtype of sums in a kernel: fp64 for float64, else fp32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def gemm_tile(dtype: torch.dtype, rows: int, cols: int, batch: int, device: torch.device) -> Tile:
+    """The largest tile that is no taller than the rows need and still gives most multiprocessors a program."""
+    multiprocessors = device_of(device).multiprocessors
+    height = max(16, next_power_of_2(rows))
+    candidates = [tile for tile in GEMM_TILES[dtype] if tile.block_m <= height]
+    for tile in candidates:
+        if batch * ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n) * 4 >= multiprocessors * 3:
+            break
+    stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
+    return tile._replace(num_stages=_stages(tile.num_stages, stage, 0, device))
+
+
+def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.device) -> Tile:
+    """block_m queries by block_n keys; block_k is the head dim, padded. block_n follows the dtype and the head dim alone."""
+    block_d = max(16, next_power_of_2(head_dim))
+    if dtype.itemsize == 2:
+        block_n = 64 if block_d <= 128 else 32
+        block_m = 16 if rows <= 16 else 64 if rows < 512 or block_d > 128 else 128
+    else:
+        block_n = 32 if block_d * dtype.itemsize <= 512 else 16
+        block_m = 16 if rows <= 16 or block_d * dtype.itemsize > 512 else 32
+    size = block_d * dtype.itemsize
+    stages = _stages(3 if dtype.itemsize == 2 else 2, 2 * block_n * size, block_m * size, device)
+    return Tile(block_m, block_n, block_d, 8 if block_m == 128 else 4, stages)
+
+
+def row_tile(n_cols: int) -> Tile:
+    """block_m rows by block_n columns."""
+    block = next((block for block in ROW_BLOCKS if block >= n_cols), ROW_BLOCKS[-1])
+    return Tile(max(1, 1024 // block), block, 1, 8 if block > 1024 else 4, 1)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's: this guard makes it so."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """What the tile depends on. A device that is no GPU (Triton's interpreter) counts as an A100."""
+    if device.type != "cuda":
+        return Device(108, SHARED_MEMORY_SM80)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def _stages(wanted: int, stage_bytes: int, fixed_bytes: int, device: torch.device) -> int:
+    """As many stages of loads in flight as fit; they order nothing, so they may follow the device."""
+    return max(1, min(wanted, (device_of(device).shared_memory - fixed_bytes) // stage_bytes))

@@ -1,0 +1,181 @@
+"""Every entry of the table, through every overload: torch's values, the table's hit, no change with the batch."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.compare import first_difference
+from pytest_batchinv.kernels import doors, table
+
+torch.manual_seed(0)
+A, B3, V = torch.randn(5, 7), torch.randn(3, 5, 7), torch.randn(7)
+IMAGE = torch.randn(2, 6, 11)
+GROUPS = torch.randn(3, 8, 16).bfloat16()
+Q = torch.randn(2, 4, 5, 16)
+
+CALLS = {
+    "mm": (torch.mm, (A, A.t())),
+    "addmm": (torch.addmm, (torch.randn(5), A, A.t()), {"alpha": 0.5, "beta": 1.5}),
+    "_addmm_activation": (torch._addmm_activation, (torch.randn(5), A, A.t()), {"use_gelu": True}),
+    "bmm": (torch.bmm, (B3, B3.transpose(1, 2))),
+    "baddbmm": (torch.baddbmm, (torch.randn(3, 1, 5), B3, B3.transpose(1, 2)), {"alpha": 0.5, "beta": 2}),
+    "addbmm": (torch.addbmm, (torch.randn(5, 5), B3, B3.transpose(1, 2)), {}),
+    "mv": (torch.mv, (A, V)),
+    "addmv": (torch.addmv, (torch.randn(5), A, V), {"alpha": 2}),
+    "dot": (torch.dot, (V, V.flip(0))),
+    "vdot": (torch.vdot, (V, V.flip(0))),
+    "_grouped_mm": (torch._grouped_mm, (GROUPS, torch.randn(3, 16, 16).bfloat16())),
+    "convolution": (
+        torch.convolution,
+        (IMAGE, torch.randn(4, 3, 3), torch.randn(4), [2], [1], [2], False, [0], 2),
+    ),
+    "sum": (torch.sum, (A,)),
+    "sum.dim_IntList": (torch.sum, (B3, [0, 2]), {"keepdim": True}),
+    "mean": (torch.mean, (A,)),
+    "mean.dim": (torch.mean, (B3, [1])),
+    "var.correction": (torch.var, (B3, 1), {"correction": 0}),
+    "std.correction": (torch.std, (B3, -1)),
+    "var_mean.correction": (torch.var_mean, (B3, [0, 1])),
+    "std_mean.correction": (torch.std_mean, (B3, [2]), {"keepdim": True}),
+    "logsumexp": (torch.logsumexp, (B3, [1])),
+    "linalg_vector_norm": (torch.linalg.vector_norm, (B3, 3, [1])),
+    "norm.Scalar": (torch.ops.aten.norm.Scalar, (A, 2)),
+    "norm.ScalarOpt_dtype": (torch.ops.aten.norm.ScalarOpt_dtype, (A, 1), {"dtype": torch.float64}),
+    "norm.ScalarOpt_dim": (torch.ops.aten.norm.ScalarOpt_dim, (A, 2, [1])),
+    "norm.ScalarOpt_dim_dtype": (torch.ops.aten.norm.ScalarOpt_dim_dtype, (A, 0, [1], True), {"dtype": torch.float64}),
+    "cumsum": (torch.cumsum, (B3, 1)),
+    "_softmax": (torch.softmax, (B3, 1)),
+    "_log_softmax": (torch.log_softmax, (B3, 0)),
+    "topk": (torch.topk, (A, 3), {"dim": 1}),
+    "native_layer_norm": (torch.native_layer_norm, (B3, [7], V, V, 1e-5)),
+    "native_group_norm": (torch.native_group_norm, (IMAGE, torch.randn(6), torch.randn(6), 2, 6, 11, 3, 1e-5)),
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, (Q, Q, Q, 0.0, True),
+    ),
+    "index_add": (torch.index_add, (A, 1, torch.tensor([3, 0, 3]), torch.randn(5, 3)), {"alpha": 2}),
+    "scatter_add": (torch.scatter_add, (A, 1, torch.tensor([[3, 0, 3], [1, 1, 1]]), torch.randn(5, 3))),
+    "linear": (F.linear, (B3, torch.randn(4, 7), torch.randn(4))),
+    "rms_norm": (F.rms_norm, (B3, (7,), V)),
+    "scaled_dot_product_attention": (
+        F.scaled_dot_product_attention, (Q, Q[:, :2], Q[:, :2]), {"is_causal": True, "enable_gqa": True},
+    ),
+    "silu": (F.silu, (A,)),
+    "sigmoid": (torch.sigmoid, (A,)),
+    "gelu": (F.gelu, (A,), {"approximate": "tanh"}),
+    "softplus": (F.softplus, (A, 2, 1)),
+    "mish": (F.mish, (A,)),
+    "elu": (F.elu, (A, 0.7)),
+    "rsqrt": (torch.rsqrt, (A.abs(),)),
+    "pow.Tensor_Scalar": (torch.pow, (A.abs(), 1.7)),
+    "exp": (torch.exp, (A,)),
+    "tanh": (torch.tanh, (A,)),
+    "erf": (torch.erf, (A,)),
+    "expm1": (torch.expm1, (A,)),
+    "log": (torch.log, (A.abs(),)),
+    "log1p": (torch.log1p, (A.abs(),)),
+    "sin": (torch.sin, (A,)),
+    "cos": (torch.cos, (A,)),
+}  # fmt: skip
+
+NOT_ON_THE_CPU = {
+    "mm.dtype", "addmm.dtype", "bmm.dtype", "baddbmm.dtype", "_fused_rms_norm", "_scaled_dot_product_efficient_attention",
+}  # fmt: skip
+
+
+def as_tuple(out) -> tuple[torch.Tensor, ...]:
+    return tuple(o for o in out if isinstance(o, torch.Tensor)) if isinstance(out, (tuple, list)) else (out,)
+
+
+def call(name: str):
+    fn, args, *rest = CALLS[name]
+    return fn(*args, **(rest[0] if rest else {}))
+
+
+def test_every_entry_is_tested_here():
+    entries = {*table.LEAVES, *table.POINTWISE, *table.COMPOSITES}
+    assert entries - CALLS.keys() == NOT_ON_THE_CPU
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_entry_gives_torchs_values_and_is_counted(name):
+    expected = as_tuple(call(name))
+    with batch_invariant_mode() as mode:
+        actual = as_tuple(call(name))
+        hits = mode.hits
+    assert hits.get(doors.overload_of(name).name(), 0) >= 1
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n in table.LEAVES or n in table.POINTWISE])
+def test_out_and_in_place_forms_are_the_same_entry(name):
+    overload = doors.overload_of(name)
+    fn, args, *rest = CALLS[name]
+    kwargs = rest[0] if rest else {}
+    with batch_invariant_mode() as mode:
+        expected = as_tuple(fn(*args, **kwargs))
+        positional, named = _schema_arguments(overload, args, kwargs)
+        for sibling in doors.siblings(overload):
+            if sibling.out_names:
+                outs = {n: torch.empty(0, dtype=e.dtype) for n, e in zip(sibling.out_names, expected, strict=True)}
+                actual = as_tuple(sibling.overload(*positional, **named, **outs))
+            elif positional[0].shape == expected[0].shape:
+                target = positional[0].clone()
+                actual = as_tuple(sibling.overload(target, *positional[1:], **named))
+                assert actual[0] is target
+            else:
+                continue
+            assert mode.hits.get(sibling.overload.name(), 0) >= 1
+            for a, e in zip(actual, expected, strict=True):
+                assert first_difference(e, a) is None
+
+
+def _schema_arguments(overload, args, kwargs):
+    """The arguments as the overload's schema wants them: what torch's Python functions rename or fill in."""
+    arguments = overload._schema.arguments
+    if overload.name() == "aten::linalg_vector_norm" or overload.name().startswith("aten::norm"):
+        return args, kwargs
+    if overload.name() == "aten::_softmax" or overload.name() == "aten::_log_softmax":
+        return (*args, False), {}
+    if overload.name() == "aten::std.correction" and "correction" not in kwargs:
+        kwargs = {"correction": 1, **kwargs}
+    wrapped = [
+        [a] if isinstance(a, int) and not isinstance(a, bool) and "int[]" in str(s.type).lower() else a
+        for a, s in zip(args, arguments, strict=False)
+    ]
+    return tuple(wrapped), kwargs
+
+
+def test_out_with_a_dtype_that_cannot_hold_the_result_raises():
+    with batch_invariant_mode(), pytest.raises(RuntimeError, match="can't be cast"):
+        torch.mm(A, A.t(), out=torch.empty(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (4, 5)), ((2, 3), (3,)), ((2, 3, 4), (4, 5))])
+def test_mismatched_products_raise_as_torch_does(shapes):
+    a, b = (torch.randn(s) for s in shapes)
+    with pytest.raises(RuntimeError):
+        torch.mm(a, b)
+    with batch_invariant_mode(), pytest.raises(RuntimeError):
+        torch.mm(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (5, 0)])
+def test_empty_tensors_give_what_torch_gives(shape):
+    x = torch.randn(shape)
+    calls = (
+        lambda: x @ torch.randn(shape[1], 3).fill_(1), lambda: x.sum(-1), lambda: x.sum(), lambda: x.softmax(-1),
+        lambda: x.mean(-1), lambda: x.cumsum(-1), lambda: F.linear(x, torch.ones(2, shape[1]), torch.ones(2)),
+    )  # fmt: skip
+    for fn in calls:
+        expected = fn()
+        with batch_invariant_mode():
+            actual = fn()
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_an_index_out_of_range_is_an_index_error():
+    with batch_invariant_mode(), pytest.raises(IndexError, match="from 0 to 4"):
+        torch.index_add(A, 0, torch.tensor([9]), torch.randn(1, 7))

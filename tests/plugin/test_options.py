@@ -1,0 +1,124 @@
+"""Options: what they say of bad values, what the header and the help show, and that nothing is paid while they are off."""
+
+import subprocess
+import sys
+
+import pytest
+
+USAGE = pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.mark.parametrize(
+    "option, says",
+    [
+        ("--batchinv-dtype=int8", "--batchinv-dtype: 'int8' is not among the choices: auto, bf16, fp16, fp32, fp64"),
+        ("--batchinv-engine=vllm", "--batchinv-engine: 'vllm' is not among the choices: transformers"),
+        ("--batchinv-device=tpu", "--batchinv-device: 'tpu' is not among the choices: auto, cpu, cuda"),
+        ("--batchinv-relations=R,L", "--batchinv-relations: no such relation as 'L'; ask for one or more of R *"),
+        ("--batchinv-max-examples=many", "--batchinv-max-examples: 'many' is not a whole number from 1 on"),
+        ("--batchinv-shape={", "--batchinv-shape: not a batch shape: *It looks like *"),
+        ("--batchinv-report=x.html", "--batchinv-report: 'x.html' cannot be written; the name of a report ends in .json"),
+        ("--batchinv-report=/proc/x/y.json", "--batchinv-report: /proc/x/y.json cannot be written: *"),
+        ("--batchinv-model=tiny-bert", "--batchinv-model: there is no model 'tiny-bert'*tiny-llama, tiny-qwen3,*"),
+        ("--batchinv-model=bert", "--batchinv-model: there is no model 'bert'*tiny-llama, tiny-qwen3,*"),
+        ("--batchinv-url=http://localhost", "--batchinv-url: the engine transformers loads the model itself*"),
+    ],
+)
+def test_a_bad_value_is_a_usage_error_that_lists_the_right_ones(pytester, option, says):
+    result = pytester.runpytest_inprocess("--batch-invariant", option)
+    assert result.ret == USAGE
+    result.stderr.fnmatch_lines([f"ERROR: {says}"])
+    result.stderr.no_fnmatch_line("*Traceback*")
+
+
+def test_the_door_of_a_bad_value_is_named(pytester, monkeypatch):
+    pytester.makeini("[pytest]\nbatchinv_dtype = int4\n")
+    pytester.runpytest_inprocess().stderr.fnmatch_lines(["ERROR: ini option batchinv_dtype: 'int4' is not *"])
+    monkeypatch.setenv("BATCHINV_DTYPE", "int8")
+    pytester.runpytest_inprocess().stderr.fnmatch_lines(["ERROR: BATCHINV_DTYPE: 'int8' is not *"])
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_a_usage_error(pytester, monkeypatch):
+    monkeypatch.setattr("pytest_batchinv.gpu.missing", lambda: "torch finds no CUDA GPU on this machine")
+    result = pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cuda")
+    assert result.ret == USAGE
+    result.stderr.fnmatch_lines(["ERROR: --batchinv-device: cuda was asked for, but torch finds no CUDA GPU*"])
+    assert pytester.runpytest_inprocess("--batchinv-device=cuda").ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_a_gpu_that_is_too_old_is_a_usage_error(pytester, monkeypatch):
+    monkeypatch.setattr("pytest_batchinv.gpu.missing", lambda: "")
+    monkeypatch.setattr("pytest_batchinv.gpu.capability", lambda: 75)
+    result = pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cuda")
+    assert result.ret == USAGE
+    result.stderr.fnmatch_lines(["ERROR: the GPU here is sm_75; batch-invariant mode needs sm_80 (A100) or later.*"])
+
+
+def test_the_environment_and_the_ini_file_turn_the_mode_on(pytester, monkeypatch):
+    pytester.makepyfile("def test_it(batch_invariant): batch_invariant.hits['aten::mm'] = 1")
+    monkeypatch.setenv("BATCHINV_DEVICE", "cpu")
+    pytester.runpytest_inprocess().assert_outcomes(skipped=1)
+    pytester.makeini("[pytest]\nbatchinv_enabled = true\n")
+    pytester.runpytest_inprocess().assert_outcomes(passed=1)
+    monkeypatch.setenv("BATCHINV_ENABLED", "off")
+    pytester.runpytest_inprocess().assert_outcomes(skipped=1)
+
+
+def test_the_header_has_what_is_needed_to_repeat_the_run(pytester, monkeypatch):
+    on = ["--batch-invariant", "--batchinv-device=cpu", "--batchinv-dtype=bf16", "--batchinv-max-examples=7"]
+    result = pytester.runpytest_inprocess(*on)
+    result.stdout.fnmatch_lines(
+        [
+            "batch invariance: on; tiny-qwen3 (transformers), device cpu, dtype bf16, attention auto",
+            "batch invariance: relations R,I; 7 examples each, drawn at random; torch *, triton *",
+        ]
+    )
+    monkeypatch.setenv("CI", "1")
+    pytester.runpytest_inprocess(*on).stdout.fnmatch_lines(["*7 examples each, derandomised, as CI is set*"])
+    pytester.runpytest_inprocess().stdout.no_fnmatch_line("batch invariance*")
+
+
+def test_markers_and_help_tell_all(pytester):
+    markers = pytester.runpytest_inprocess("--markers").stdout
+    markers.fnmatch_lines_random(
+        [
+            "@pytest.mark.batch_invariant(relations=..., max_examples=..., dtype=...): *",
+            "@pytest.mark.compile_mode(?modes): *eager, default, dynamic, fullgraph, reduce-overhead, max-autotune*",
+            "@pytest.mark.sm(?capabilities): *",
+        ]
+    )
+    text = pytester.runpytest_inprocess("--help").stdout.str()
+    from pytest_batchinv.options import OPTIONS
+
+    for option in OPTIONS:
+        assert option.flag in text and option.env in text and f"{option.ini} (" in text
+
+
+def test_while_off_nothing_heavy_is_loaded(pytester):
+    pytester.makeconftest("")
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_it():
+            ours = {name for name in sys.modules if name.startswith("pytest_batchinv.")}
+            assert "pytest_batchinv.plugin" in ours
+            assert not {"torch", "triton", "transformers", "hypothesis"} & set(sys.modules)
+            assert not {f"pytest_batchinv.{name}" for name in ("records", "shapes", "gpu", "preflight", "report")} & ours
+        """
+    )
+    pytester.runpytest_subprocess().assert_outcomes(passed=1)
+
+
+def test_the_public_names_load_on_first_use():
+    code = "import sys, pytest_batchinv as b; print('torch' in sys.modules, b.BatchShape, sorted(set(dir(b)) & set(b.__all__)))"
+    shown = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("False <class 'pytest_batchinv.shapes.BatchShape'> ['BatchShape', 'BatchVarianceError', 'assert_")
+
+
+def test_the_plugin_can_be_turned_off(pytester):
+    pytester.makeconftest("")
+    pytester.makepyfile("def test_it(): pass")
+    result = pytester.runpytest_subprocess("-p", "no:batchinv", "--strict-config")
+    result.assert_outcomes(passed=1)
+    assert pytester.runpytest_subprocess("-p", "no:batchinv", "--batch-invariant").ret == USAGE
