@@ -5,7 +5,7 @@
 // * Every operation has one result: IEEE +, -, *, /, sqrt, and fused multiply-adds that are asked for by name (`fma`).
 //   The compiler may not contract a * b + c on its own (-ffp-contract=off): it would do so in the body of a vectorised
 //   loop and not in its tail, or in one instance of a template and not in another. exp and the like are written out
-//   here, or are scalar calls of libm behind NOINLINE, so no vector variant can stand in for them in the body of a loop.
+//   here, or are scalar calls of libm behind NOINLINE: no vector variant can stand in for them in the body of a loop.
 // * Where a result is NaN it is always the same NaN: which of two NaNs an instruction hands on depends on the order of
 //   its operands, and that is the compiler's choice.
 //
@@ -81,8 +81,8 @@ template <> struct Narrow<float> {
   INLINE float from(double x) { return x != x ? std::numeric_limits<float>::quiet_NaN() : float(x); }
 };
 
-// Rounds to the neighbour with an odd last bit unless x is a float: a second rounding to 16 bits then sees on which side
-// of a tie x was, and gives what one rounding would.
+// Rounds to the neighbour with an odd last bit unless x is a float: a second rounding to 16 bits then sees on which
+// side of a tie x was, and gives what one rounding would.
 INLINE float round_to_odd(double x) {
   float nearest = float(x);
   double back = nearest;
@@ -188,7 +188,7 @@ constexpr int64 MIN_WORK = 1 << 15;  // multiply-adds; waking a thread costs abo
 // Independent tasks; `work` is that of all tasks together.
 template <class F>
 void parallel(int64 n_tasks, double work, int threads, F task) {
-  (void)threads;
+  (void)work, (void)threads;  // without OpenMP
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && n_tasks > 1 && work > MIN_WORK)
   for (int64 i = 0; i < n_tasks; i++) task(i);
 }
@@ -213,15 +213,15 @@ using vdouble = Vector<double>::type;
 using vfloat = Vector<float>::type;
 
 #if defined(__AVX512F__)
-INLINE vdouble broadcast(double x) { return (vdouble)_mm512_set1_pd(x); }
-INLINE vfloat broadcast(float x) { return (vfloat)_mm512_set1_ps(x); }
-INLINE vdouble fma(vdouble a, vdouble b, vdouble c) { return (vdouble)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
-INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vdouble broadcast(double x) { return _mm512_set1_pd(x); }
+INLINE vfloat broadcast(float x) { return _mm512_set1_ps(x); }
+INLINE vdouble fma(vdouble a, vdouble b, vdouble c) { return _mm512_fmadd_pd(a, b, c); }
+INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
 #elif defined(__AVX2__) && defined(__FMA__)
-INLINE vdouble broadcast(double x) { return (vdouble)_mm256_set1_pd(x); }
-INLINE vfloat broadcast(float x) { return (vfloat)_mm256_set1_ps(x); }
-INLINE vdouble fma(vdouble a, vdouble b, vdouble c) { return (vdouble)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
-INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vdouble broadcast(double x) { return _mm256_set1_pd(x); }
+INLINE vfloat broadcast(float x) { return _mm256_set1_ps(x); }
+INLINE vdouble fma(vdouble a, vdouble b, vdouble c) { return _mm256_fmadd_pd(a, b, c); }
+INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
 #else
 template <class V, class A>
 INLINE V broadcast_lanes(A x) {
@@ -244,12 +244,12 @@ INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix product: one chain of fused multiply-adds over k for each element, k ascending.
 //
-// Rows of a times a panel of columns of b, an outer product for each k: no lane ever holds a part of another lane's sum.
+// Rows of a times a panel of columns of b, an outer product for each k: no lane holds a part of another lane's sum.
 // K is cut into blocks only so that the packed operands stay in the cache; the accumulators are carried over.
 
 constexpr int K_BLOCK = 128, M_BLOCK = 128, N_BLOCK = 128;
-constexpr int NARROW_ROWS = 2;                       // up to here (decoding) tiles are wide, to have enough chains at work
-constexpr int VECTORS = 2, NARROW_VECTORS = 4;       // columns of a tile, in vectors
+constexpr int NARROW_ROWS = 2;                  // up to here (decoding) tiles are wide, for enough chains at work
+constexpr int VECTORS = 2, NARROW_VECTORS = 4;  // columns of a tile, in vectors
 template <class A> constexpr int MAX_PANEL = NARROW_VECTORS * LANES<A>;
 
 int64 round_up(int64 n, int64 multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -293,7 +293,8 @@ void tile_of(int64 rows, int64 K, const A* a, const A* b, A* c, int64 c_stride) 
 template <class A>
 struct Block {
   typedef A Row __attribute__((vector_size(8 * sizeof(A))));
-  typedef std::conditional_t<sizeof(A) == 8, std::int64_t, std::int32_t> Index __attribute__((vector_size(8 * sizeof(A))));
+  typedef std::conditional_t<sizeof(A) == 8, std::int64_t, std::int32_t> Integer;
+  typedef Integer Index __attribute__((vector_size(8 * sizeof(A))));
   Row row[8];
 
   INLINE void interleave(Row x, Row y, Row& low, Row& high) {
@@ -440,10 +441,13 @@ void solve_all(const std::vector<Problem<T>>& problems, double alpha, double bet
 // Functions of one number, branch-free so that loops over them become vector code
 
 // 2^n e^r with x = n ln 2 + r, |r| <= ln(2) / 2, e^r by its Taylor series up to r^13 / 13! (remainder 4e-18).
-INLINE double exp_(double x) {
-  constexpr double ROUND = 0x1.8p52, LOG2E = 0x1.71547652b82fep+0, LN2 = 0x1.62e42fefa39efp-1, LN2_LOW = 0x1.abc9e3b39803fp-56;
-  x = x > 710.0 ? 710.0 : x;    // e^710 overflows
-  x = x < -746.0 ? -746.0 : x;  // e^-746 is below half the smallest subnormal
+// 0 and infinity somewhat early, below e^-708 and above e^709: so 2^n and the result are normal numbers. Underflow
+// would be slow, and happen for every masked score.
+INLINE double exp_(double original) {
+  constexpr double ROUND = 0x1.8p52, LOG2E = 0x1.71547652b82fep+0;
+  constexpr double LN2 = 0x1.62e42fefa39efp-1, LN2_LOW = 0x1.abc9e3b39803fp-56;
+  double x = original < -708.0 ? -708.0 : original;
+  x = x > 709.0 ? 709.0 : x;
   double shifted = std::fma(x, LOG2E, ROUND);  // n is in the last bits
   double n = shifted - ROUND;
   double r = std::fma(n, -LN2_LOW, std::fma(n, -LN2, x));
@@ -461,15 +465,14 @@ INLINE double exp_(double x) {
   sum = std::fma(sum, r, 0.5);
   sum = std::fma(sum, r, 1.0);
   sum = std::fma(sum, r, 1.0);
-  // In two factors, each a normal number: the first of them may be 2^-538, the second 2^512.
   std::int64_t exponent = bit_cast<std::int64_t>(shifted) - bit_cast<std::int64_t>(ROUND);
-  std::uint64_t half_exponent = std::uint64_t(exponent + 2048) / 2;
-  std::uint64_t rest = std::uint64_t(exponent + 2048) - half_exponent;
-  return sum * bit_cast<double>((half_exponent - 1) << 52) * bit_cast<double>((rest - 1) << 52);
+  double result = sum * bit_cast<double>(std::uint64_t(exponent + 1023) << 52);
+  result = original < -708.0 ? 0.0 : result;
+  return original > 709.0 ? INF : result;
 }
 
-// For float32 and below: erfc(z) = t P(2t - 1) e^(-z^2) with t = 3 / (3 + z), z >= 0; relative error 3e-11. P was fitted
-// at the Chebyshev nodes.
+// For float32 and below: erfc(z) = t P(2t - 1) e^(-z^2) with t = 3 / (3 + z), z >= 0; relative error 3e-11. P was
+// fitted at the Chebyshev nodes.
 INLINE double erfc_(double x) {
   double z = std::fabs(x), t = 3.0 / (3.0 + z), s = 2.0 * t - 1.0;
   double p = 5.308803288917317e-07;
@@ -498,14 +501,17 @@ constexpr int64 CHUNK = 1024;
 constexpr int SUM_LANES = 32;
 
 // Lane j sums columns j, j + 32, j + 64, ...; then lane j += lane j + 16, + 8, + 4, + 2, + 1.
+// Zeros before or behind the values change no bit: they turn the circle of lanes, and the tree looks the same from each
+// of them, as lanes always meet those opposite to them.
 struct LaneSum {
   double lane[SUM_LANES] = {};
 
-  void add(const double* x, int64 n) {  // n is a multiple of 32 except in the last call
+  template <class A>
+  void add(const A* x, int64 n) {  // n is a multiple of 32 except in the last call
     int64 i = 0;
     for (; i + SUM_LANES <= n; i += SUM_LANES)
-      for (int j = 0; j < SUM_LANES; j++) lane[j] += x[i + j];
-    for (int j = 0; i + j < n; j++) lane[j] += x[i + j];
+      for (int j = 0; j < SUM_LANES; j++) lane[j] += double(x[i + j]);
+    for (int j = 0; i + j < n; j++) lane[j] += double(x[i + j]);
   }
 
   double total() {
@@ -574,14 +580,9 @@ double max_of(const Row& row) {
   return max.total();
 }
 
-// One chain over the columns: a column of -inf adds an exact 0 and changes no bit, wherever it stands.
+// Columns of -inf before and behind the others add exact zeros, which change no bit.
 double sum_of_exp(const Row& row, double max) {
-  double sum = 0;
-  each_chunk(row, [&](double* x, int64 n, int64) {
-    for (int64 i = 0; i < n; i++) x[i] = exp_(x[i] - max);
-    for (int64 i = 0; i < n; i++) sum += x[i];
-  });
-  return sum;
+  return sum_of(row, [=](double x) { return exp_(x - max); });
 }
 
 double logsumexp_of(const Row& row) {
@@ -591,9 +592,9 @@ double logsumexp_of(const Row& row) {
 
 template <class F>
 void each_row(const Tensor<2>& x, double cost, int threads, F f) {
-  int64 rows = x.size[0], rows_per_task = std::max<int64>(1, MIN_WORK / 4 / std::max<int64>(1, x.size[1]));
-  parallel((rows + rows_per_task - 1) / rows_per_task, double(rows) * double(x.size[1]) * cost, threads, [&](int64 task) {
-    for (int64 r = task * rows_per_task; r < std::min(rows, (task + 1) * rows_per_task); r++) f(r, row_of(x, r));
+  int64 rows = x.size[0], step = std::max<int64>(1, MIN_WORK / 4 / std::max<int64>(1, x.size[1]));
+  parallel((rows + step - 1) / step, double(rows) * double(x.size[1]) * cost, threads, [&](int64 task) {
+    for (int64 r = task * step; r < std::min(rows, (task + 1) * step); r++) f(r, row_of(x, r));
   });
 }
 
@@ -645,16 +646,17 @@ struct Softmax {
 // score -> weight = exp(score - max), not normalised. A query that sees no key gets weights of 0.
 template <class A>
 Softmax weights_of(A* score, int64 n) {
-  LaneMax lanes;
-  lanes.add(score, n);
-  double max = lanes.total(), sum = 0;
+  LaneMax largest;
+  largest.add(score, n);
+  double max = largest.total();
   if (max == -INF) {
     std::fill(score, score + n, A(0));
     return {max, 0};
   }
   for (int64 j = 0; j < n; j++) score[j] = A(exp_(double(score[j]) - max));
-  for (int64 j = 0; j < n; j++) sum += double(score[j]);
-  return {max, sum};
+  LaneSum sum;
+  sum.add(score, n);
+  return {max, sum.total()};
 }
 
 struct Attention {
@@ -831,8 +833,10 @@ EXPORT const char* grouped_gemm(const Tensor<2>* a, const Tensor<3>* b, const st
     T* result = reinterpret_cast<T*>(out->data);
     std::vector<Problem<T>> problems;
     int64 begin = 0;
-    for (int64 g = 0; g < n_offs; begin = offs[g++])
-      problems.push_back({matrix<T>(*a).from(begin, 0), matrix<T>(*b, {g}), {}, result + begin * N, offs[g] - begin, N, K});
+    for (int64 g = 0; g < n_offs; begin = offs[g++]) {
+      View<T> rows_of_group = matrix<T>(*a).from(begin, 0);
+      problems.push_back({rows_of_group, matrix<T>(*b, {g}), {}, result + begin * N, offs[g] - begin, N, K});
+    }
     std::fill(result + begin * N, result + rows * N, T{});
     solve_all(problems, 1.0, 1.0, threads);
   });

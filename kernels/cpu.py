@@ -8,11 +8,12 @@ gemm               ``acc = fma(a[m, k], b[k, n], acc)`` from 0 in wide, one chai
                    nothing.
 row sums           in float64: lane j of 32 sums the columns j, j + 32, j + 64, ...; then lane j += lane j + 16, + 8,
                    + 4, + 2, + 1. So do mean, norm, var (second pass over ``(x - mean) ** 2``), layer_norm, rms_norm.
-softmax            ``exp(x - max)`` in float64, summed as one chain: columns of -inf add an exact 0 wherever they stand.
+                   Zeros in front or behind turn the lanes like a wheel, which the tree cannot see: no bit changes.
+softmax            ``exp(x - max)`` in float64, summed like a row: columns of -inf in front or behind are zeros there.
                    So do log_softmax and logsumexp.
 cumsum             one chain in float64, each partial sum rounded to the dtype.
-attention          ``score = scale * chain(q, k) + mask`` in wide; ``weight = wide(exp(score - max))``; the sum of the
-                   weights is one chain in float64; ``acc = fma(weight[j], v[j], acc)`` in wide, keys of weight 0 left
+attention          ``score = scale * chain(q, k) + mask`` in wide; ``weight = wide(exp(score - max))``; the weights are
+                   summed like a row; ``acc = fma(weight[j], v[j], acc)`` in wide, keys of weight 0 left
                    out (even if v is NaN there); ``acc / sum`` in float64, rounded once. A key is hidden by False, by
                    -inf, or by is_causal, and then adds nothing, whatever it holds.
 index_add          ``acc += alpha * source[i]`` in float64, i ascending, two roundings; then once to the dtype.
@@ -115,14 +116,14 @@ def row_var_mean(x: Tensor, correction: float, out_dtype: torch.dtype) -> tuple[
 
 
 def row_logsumexp(x: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """``max + log(sum)``, the sum of ``exp(x - max)`` being one chain over the columns."""
+    """``max + log(sum)``, ``exp(x - max)`` being summed as in :func:`row_sum`."""
     out = torch.empty(x.shape[0], dtype=out_dtype)
     _call("row_logsumexp", _arg(x), _arg(out))
     return out
 
 
 def row_softmax(x: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
-    """``exp(x - max) / sum``, or ``(x - max) - log(sum)``, the sum being one chain over the columns."""
+    """``exp(x - max) / sum``, or ``(x - max) - log(sum)``, the sum as in :func:`row_sum`."""
     out = torch.empty(x.shape, dtype=out_dtype)
     _call("row_softmax", _arg(x), log, _arg(out))
     return out
@@ -153,7 +154,7 @@ def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Chains over d and over the keys; the weights are divided by their sum at the end (see above)."""
+    """Chains over d and over the keys, divided by the sum of the weights at the end (see above)."""
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
     _call("attention", _arg(q), _arg(k), _arg(v), _arg(mask, _WITH_BOOL), is_causal, scale, _arg(out), _arg(lse))
@@ -298,8 +299,8 @@ def _compile(compiler: list[str], library: Path) -> None:
         results.append(_run(command))
     if results[-1].returncode:
         raise RuntimeError(
-            f"The CPU kernels could not be compiled with `{shlex.join(compiler)}`. They need a C++17 compiler: g++ 9 or "
-            f"newer, or clang 10 or newer; CXX names another one. It said:\n{results[-1].stderr[-2000:]}"
+            f"The CPU kernels could not be compiled with `{shlex.join(compiler)}`. They need a C++17 compiler: g++ 9 "
+            f"or newer, or clang 10 or newer; CXX names another one. It said:\n{results[-1].stderr[-2000:]}"
         )
 
 

@@ -121,19 +121,24 @@ def operators() -> dict[OpOverload, OpOverload]:
     for name, implementation in table.LEAVES.items():
         overload = overload_of(name)
         if overload is not None:
-            made[overload] = _define(library, overload, implementation)
+            made[overload] = _define(library, overload, implementation, _contiguous_fake(overload))
+    for name, implementation in table.POINTWISE.items():
+        overload = overload_of(name)
+        made[overload] = _define(library, overload, implementation, _like_the_input)
     return made
 
 
 _keep_alive: list[torch.library.Library] = []
 
 
-def _define(library: torch.library.Library, overload: OpOverload, implementation: Implementation) -> OpOverload:
+def _define(
+    library: torch.library.Library, overload: OpOverload, implementation: Implementation, fake: Implementation
+) -> OpOverload:
     schema = str(overload._schema).split("::", 1)[1]
     name = overload.name().split("::", 1)[1]
     library.define(schema, tags=_TAGS)
     library.impl(name, _counted(f"batchinv::{name}", implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"batchinv::{name}", _contiguous_fake(overload), lib=library)
+    torch.library.register_fake(f"batchinv::{name}", fake, lib=library)
     packet_name, _, overload_name = name.partition(".")
     return getattr(getattr(torch.ops.batchinv, packet_name), overload_name or "default")
 
@@ -165,3 +170,7 @@ def _contiguous_fake(overload: OpOverload) -> Implementation:
         return tuple(torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in out)
 
     return fake
+
+
+def _like_the_input(self: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    return torch.empty_like(self)

@@ -106,18 +106,39 @@ def decompositions() -> dict[OpOverload, Callable]:
 
 @functools.cache
 def _table() -> dict[OpOverload, Callable]:
-    entries = {overload: _replacement(overload, operator) for overload, operator in operators().items()}
+    from torch._inductor.decomposition import select_decomp_table
+
+    stock = dict(select_decomp_table())
+    pointwise = {overload_of(name) for name in table.POINTWISE}
+    entries = {
+        overload: _on_the_cpu(overload, operator, stock.get(overload))
+        if overload in pointwise
+        else _replacement(overload, operator)
+        for overload, operator in operators().items()
+    }
     for name, reason in table.REFUSED.items():
         overload = overload_of(name)
         if overload is not None:
             entries[overload] = _refusal_of_floats(overload, reason)
-    entries[torch.ops.aten.pow.Tensor_Scalar] = _pow
     return entries
 
 
 def _replacement(overload: OpOverload, operator: OpOverload) -> Callable:
     def decompose(*args, **kwargs):
         return NotImplemented if is_exact(overload, args, kwargs) else operator(*args, **kwargs)
+
+    return decompose
+
+
+def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Callable | None) -> Callable:
+    """Pointwise entries are the CPU's alone; on a GPU Inductor's own code gives the bits of eager code."""
+    if overload is torch.ops.aten.pow.Tensor_Scalar:
+        stock = _pow
+
+    def decompose(self, *args, **kwargs):
+        if self.device.type == "cpu" and not is_exact(overload, (self,), kwargs):
+            return operator(self, *args, **kwargs)
+        return NotImplemented if stock is None else stock(self, *args, **kwargs)
 
     return decompose
 

@@ -1,7 +1,7 @@
 """The table: which implementation stands for which aten overload, and nothing else.
 
 ``LEAVES`` are installed below autograd, ``COMPOSITES`` above it (they are made of leaves, so gradients flow), ``POINTWISE``
-on the CPU in eager code only (Inductor masks its vector tails and needs no cure), ``REFUSED`` raise with the reason.
+on the CPU only, whose stock kernels treat the tail of a vector differently, ``REFUSED`` raise with the reason.
 A functional overload stands for its ``.out`` and in-place siblings too: ``doors.py`` finds them by their schemas.
 """
 

@@ -68,8 +68,8 @@ GEMM_TILES[torch.float16] = GEMM_TILES[torch.bfloat16]
 GROUP_M = 8
 """Tiles of this many block rows are run column by column, so that neighbours share operands in the L2 cache."""
 
-ROW_BLOCKS = (128, 1024, 4096)
-"""Columns a row kernel reads at a time; the smallest that covers the row, else the last."""
+ROW_TILES = (Tile(16, 128, 1, 4, 1), Tile(1, 1024, 1, 4, 1), Tile(1, 4096, 1, 8, 1))
+"""Rows and columns a row kernel reads at a time: the first that covers the row, else the last."""
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -105,8 +105,7 @@ def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.d
 
 def row_tile(n_cols: int) -> Tile:
     """block_m rows by block_n columns."""
-    block = next((block for block in ROW_BLOCKS if block >= n_cols), ROW_BLOCKS[-1])
-    return Tile(max(1, 1024 // block), block, 1, 8 if block > 1024 else 4, 1)
+    return next((tile for tile in ROW_TILES if tile.block_n >= n_cols), ROW_TILES[-1])
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -1,4 +1,4 @@
-"""pytest-batchinv: makes torch batch-invariant, and proves it. The public names load on first use, so importing this is free."""
+"""pytest-batchinv: makes torch batch-invariant, and proves it. Its names load on first use: importing it is free."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -34,7 +34,7 @@ def batchinv_settings(request: pytest.FixtureRequest) -> Settings:
 
 @pytest.fixture
 def batch_invariant(request: pytest.FixtureRequest, batchinv_settings: Settings) -> Any:
-    """The Mode that this test runs in: its ``hits`` are the replaced operations with their calls. Needs --batch-invariant."""
+    """The Mode that this test runs in; its ``hits`` count the replaced operations. Needs --batch-invariant."""
     return items.enter_mode(request.node)
 
 
@@ -51,7 +51,7 @@ def compile_mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def batchinv_engine(request: pytest.FixtureRequest, batchinv_settings: Settings, compile_mode: str) -> Any:
-    """The model under test, ready to give logprobs of batch shapes, in this item's compile mode. Needs --batch-invariant.
+    """The model under test in this item's compile mode, ready for batch shapes. Needs --batch-invariant.
 
     It does not turn the mode on by itself: the marker batch_invariant does, and a negative control goes without.
     """

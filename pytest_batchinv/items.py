@@ -65,7 +65,7 @@ def skip_on_other_gpus(item: Any) -> None:
 
 
 def begin(item: Any) -> None:
-    """From here to ``end``, the test's settings are the active ones, its records are gathered, and it may be in the mode."""
+    """From here to ``end`` the test's settings are active, its records are kept, and it is in the mode if it asks."""
     from pytest_batchinv.progress import listening
     from pytest_batchinv.records import collecting
 

@@ -12,7 +12,7 @@ from pytest_batchinv.settings import Settings
 
 @dataclass
 class Run:
-    """One run of one test. settings: its marker's arguments included. calls_before: the mode's hits when it was entered."""
+    """One run of one test. settings: with its marker's arguments. calls_before: the mode's hits when it was entered."""
 
     settings: Settings
     stack: ExitStack = field(default_factory=ExitStack)

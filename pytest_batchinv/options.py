@@ -36,12 +36,14 @@ def parse_dtype(text: str) -> str:
 
 
 def parse_relations(text: str) -> tuple[str, ...]:
-    """ "I,R" -> ("R", "I"): always in the order in which they are checked, so that noise is not taken for batch variance."""
+    """ "I,R" -> ("R", "I"): in the order in which they are checked, so that noise is not taken for variance."""
     asked = {name.strip() for name in text.split(",")}
     unknown = sorted(asked - RELATIONS.keys())
     if unknown:
         known = ", ".join(f"{name} ({words})" for name, words in RELATIONS.items())
-        raise ValueError(f"no such relation as {', '.join(map(repr, unknown))}; ask for one or more of {known}, as in R,I")
+        raise ValueError(
+            f"no such relation as {', '.join(map(repr, unknown))}; ask for one or more of {known}, as in R,I"
+        )
     return tuple(name for name in RELATIONS if name in asked)
 
 
@@ -80,7 +82,7 @@ def parse_name(text: str) -> str:
 class Option:
     """One setting with its three doors: ``--batchinv-NAME``, ``BATCHINV_NAME`` and the ini option ``batchinv_name``.
 
-    parse: text -> value; raises ValueError with a sentence. form: "value", "switch" (no argument) or "list" (repeatable).
+    parse: text -> value; raises ValueError with a sentence. form: "value", "switch" (no argument), "list" (repeatable).
     """
 
     name: str
@@ -117,8 +119,8 @@ OPTIONS = (
         "model",
         parse_name,
         "tiny-qwen3",
-        "The causal language model under test: a preset (tiny-qwen3, random:qwen3-0.6b, ...), a local path, or a hub id "
-        "such as org/name.",
+        "The causal language model under test: a preset (tiny-qwen3, random:qwen3-0.6b, ...), a local path, or a hub "
+        "id such as org/name.",
         "NAME",
     ),
     Option("engine", one_of(ENGINES), "transformers", f"What runs the model: {', '.join(ENGINES)}.", "NAME"),
@@ -141,8 +143,8 @@ OPTIONS = (
         "attn",
         parse_name,
         "auto",
-        "The attention implementation, by its name in transformers (eager, sdpa, ...), or batch_invariant. auto leaves it to "
-        "the engine.",
+        "The attention implementation, by its name in transformers (eager, sdpa, ...), or batch_invariant. auto leaves "
+        "it to the engine.",
         "NAME",
     ),
     Option(
@@ -172,7 +174,7 @@ OPTIONS = (
 
 
 def declare(parser: Any) -> None:
-    """Adds the table to pytest's parser. Texts stay texts here: ``settings.resolve`` parses those of all three doors alike."""
+    """Adds the table to pytest's parser. Texts stay texts: ``settings.resolve`` parses those of all doors alike."""
     group = parser.getgroup("batchinv", "batch invariance", after="general")
     actions: dict[str, dict[str, Any]] = {
         "value": {"metavar": "..."},

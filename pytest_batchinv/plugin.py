@@ -95,7 +95,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 class Reporter:
-    """Where the run is reported (not on xdist's workers): gathers the results, prints their summary, writes their files."""
+    """Where the run is reported, so not on xdist's workers: gathers the results, prints and writes them."""
 
     def __init__(self, results: Any) -> None:
         self.results = results
@@ -133,7 +133,7 @@ def _usage_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collection_errors(nodeid: str) -> Iterator[None]:
-    """Errors in a test's markers: those of collection reach the controller from xdist's workers, usage errors do not."""
+    """Errors in a test's markers. From xdist's workers collection errors reach the controller, usage errors do not."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What has to hold before the first test of a run in batch-invariant mode. Each check raises ValueError with a sentence."""
+"""What has to hold before a run in batch-invariant mode begins. Each check raises ValueError with a sentence."""
 
 import os
 import re

@@ -12,6 +12,7 @@ from pytest_batchinv.options import OPTIONS, Option
 if TYPE_CHECKING:
     from pytest_batchinv.shapes import BatchShape
 
+
 @dataclass(frozen=True)
 class Settings:
     """One field for each option. device, dtype and attn may be "auto": what that means is asked when a test runs."""
@@ -36,7 +37,7 @@ active: ContextVar[Settings] = ContextVar("batchinv_settings", default=DEFAULTS)
 
 
 def resolve(config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
-    """The settings of a pytest config. Raises ValueError with a sentence that names the door the bad value came through."""
+    """The settings of a pytest config. Raises ValueError that names the door through which a bad value came."""
     settings = Settings(**{option.name: _value(option, config, environ) for option in OPTIONS})
     if settings.url is not None:
         raise ValueError(f"--batchinv-url: the engine {settings.engine} loads the model itself and takes no URL")

@@ -5,8 +5,8 @@ The inner tests use a stub of the mode and of the engine, so that they import no
 
 import os
 
-# pytester undoes the imports of an inner run. What the runs share is loaded before: a second import of torch fails, one of
-# our modules would be a second module.
+# pytester undoes the imports of an inner run. What the runs share is loaded before: a second import of torch fails, and
+# one of our modules would be a second module.
 import hypothesis.stateful  # noqa: F401
 import pytest
 import torch  # noqa: F401
@@ -15,7 +15,7 @@ from pytest_batchinv import preflight, progress, records, report, shapes, xdist 
 from pytest_batchinv.engines import presets  # noqa: F401
 from pytest_batchinv.report import json, terminal  # noqa: F401
 
-STUBS = '''
+STUBS = """
 import contextlib
 import sys
 import types
@@ -68,7 +68,8 @@ def emit(relation="I", verdict="equal", **words):
 
     case = {"compile_mode": "eager", "device": "cpu", "dtype": "fp32", "machine": {"cpu": "a stub", "torch": "2.0"}}
     records.emit(records.Record("stub-model", relation, verdict, **{**case, **words}))
-'''
+"""
+
 
 @pytest.fixture(autouse=True)
 def _no_settings_of_the_outer_run(monkeypatch, pytester):

@@ -26,7 +26,8 @@ def test_model(compile_mode, batch_invariant):
     batch_invariant.hits["aten::mm"] = 1
     words = dict(compile_mode=compile_mode, examples=20, rows=300, compared_bytes=5_000_000, hits={{"aten::mm": 1234}})
     emit("R", **words)
-    emit("I", unclassified_ops=["aten::erfinv"], nan_rows=2, not_run=[{{"shape": "...", "reason": "out of memory"}}], **words)
+    not_run = [{{"shape": "...", "reason": "out of memory"}}]
+    emit("I", unclassified_ops=["aten::erfinv"], nan_rows=2, not_run=not_run, **words)
 
 def test_that_fails():
     emit("X", "differs", difference={DIFFERENCE})

@@ -7,14 +7,15 @@ import pytest
 
 from pytest_batchinv import records
 from pytest_batchinv.records import Record
-from pytest_batchinv.report import Results
+from pytest_batchinv.report import Results, terminal
 from pytest_batchinv.report import json as json_report
-from pytest_batchinv.report import terminal
 from pytest_batchinv.settings import DEFAULTS
 
 
 def test_json_there_and_back():
-    record = Record("m", "I", "differs", hits={"aten::mm": 3}, difference={"index": [1, 2]}, not_run=[{"reason": "memory"}])
+    record = Record(
+        "m", "I", "differs", hits={"aten::mm": 3}, difference={"index": [1, 2]}, not_run=[{"reason": "memory"}]
+    )
     assert Record.from_json(record.to_json()) == record
 
 
@@ -44,7 +45,7 @@ def test_the_innermost_collector_gets_the_record_and_outside_nobody_does():
 def test_the_machine_is_told_in_strings():
     facts = records.machine()
     assert {"python", "platform", "torch", "threads", "pytest-batchinv"} <= facts.keys()
-    assert all(type(value) is str for value in facts.values())
+    assert all(isinstance(value, str) for value in facts.values())
 
 
 def test_the_summary_of_no_record_says_so():
@@ -76,7 +77,7 @@ def test_a_report_replaces_the_old_file_whole_or_not_at_all(tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(json_report.os, "replace", no_room)
         json_report.write(Results(DEFAULTS), path)
-    assert path.read_text() == "old"
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])
     json_report.write(Results(DEFAULTS, [Record("m", "I", "equal")]), path)
     assert Record.from_json(json.dumps(json.loads(path.read_text())["records"][0])) == Record("m", "I", "equal")
     assert list(tmp_path.iterdir()) == [path]

@@ -54,7 +54,18 @@ def test_what_is_no_batch_is_refused(make, says):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "5", "[]", "null", "{}", '{"rows":5}', '{"rows":[5]}', '{"rows":[{"id":"a"}]}', '{"rows":[{"id":0,"size":1}]}']
+    [
+        "",
+        "{",
+        "5",
+        "[]",
+        "null",
+        "{}",
+        '{"rows":5}',
+        '{"rows":[5]}',
+        '{"rows":[{"id":"a"}]}',
+        '{"rows":[{"id":0,"size":1}]}',
+    ]
     + ['{"rows":[{"id":0}],"width":3}'],
 )
 def test_what_is_no_shape_in_json_is_refused_with_an_example(text):

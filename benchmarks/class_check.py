@@ -1,0 +1,467 @@
+"""Is what the kernels rely on true on this GPU? One bit pattern for every tile, and for every row, whatever is around it.
+
+    python benchmarks/class_check.py --out class-check.json
+
+Each check compares bits and counts them; it never tolerates. A count of mismatches above 0 means that the tile tables in
+``kernels/tiles.py`` must not be used on this GPU with these versions. The exit status is 1 then.
+``TRITON_INTERPRET=1 python benchmarks/class_check.py --device cpu --tiny`` runs the script itself on a machine without a GPU.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+from torch import Tensor
+
+from pytest_batchinv.kernels import attention as attention_module
+from pytest_batchinv.kernels import cuda, matmul, reference, tiles
+
+M_VALUES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128, 129, 200, 255, 256, 299, 300)
+ROW_COUNTS = (1, 2, 3, 7, 16, 17, 64, 129, 1000)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+class Report:
+    """Counts of comparisons and of mismatches by check, and where the first mismatches were."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[int]] = {}
+        self.mismatches: list[dict[str, object]] = []
+        self.cut_short: list[str] = []
+
+    def same(self, check: str, got: object, want: object, **where: object) -> None:
+        """Compares bits, NaN with NaN too; each tensor of a tuple counts."""
+        for index, (x, y) in enumerate(zip(_tuple(got), _tuple(want), strict=True)):
+            count = self.counts.setdefault(check, [0, 0])
+            count[0] += 1
+            if x.shape != y.shape or x.dtype != y.dtype:
+                raise AssertionError(f"{check}: compares {x.shape} {x.dtype} with {y.shape} {y.dtype}.")
+            different = int((_bits(x) != _bits(y)).sum())
+            if different:
+                count[1] += 1
+                where = {name: str(value) for name, value in where.items()}
+                self.mismatches.append(
+                    {"check": check, "output": index, **where, "different": different, "of": x.numel()}
+                )
+
+    def near(self, check: str, got: object, want: object, **where: object) -> None:
+        """An accuracy check, so that a kernel that is constantly wrong is not taken for an invariant one."""
+        count = self.counts.setdefault(check, [0, 0])
+        count[0] += 1
+        for x, y in zip(_tuple(got), _tuple(want), strict=True):
+            scale = max(1.0, y.double().abs().max().item()) if y.numel() else 1.0
+            error = ((x.double() - y.double()).abs().max().item() if y.numel() else 0.0) / scale
+            eps = max(torch.finfo(x.dtype).eps, where["eps"] if isinstance(where.get("eps"), float) else 0.0)
+            if not error <= 16 * eps:
+                count[1] += 1
+                where = {name: str(value) for name, value in where.items()}
+                self.mismatches.append({"check": check, **where, "error": error})
+                return
+
+
+class Clock:
+    """The time that each section may take; a section that runs out says so instead of running on."""
+
+    def __init__(self, report: Report, seconds: float) -> None:
+        self.report, self.seconds = report, seconds
+        self.end = 0.0
+        self.section = ""
+
+    def start(self, section: str, share: float) -> None:
+        self.section, self.end = section, time.monotonic() + share * self.seconds
+
+    def over(self) -> bool:
+        if time.monotonic() < self.end:
+            return False
+        if self.section not in self.report.cut_short:
+            self.report.cut_short.append(self.section)
+        return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes that the interpreter can bear")
+    parser.add_argument("--seconds", type=float, default=150.0, help="how long the checks may take, in all")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    report = Report()
+    clock = Clock(report, args.seconds)
+    started = time.monotonic()
+    seconds = {}
+    for section, share in (
+        (check_gemm, 0.45),
+        (check_grouped_gemm, 0.07),
+        (check_rows, 0.2),
+        (check_padding, 0.05),
+        (check_attention, 0.18),
+        (check_index_add, 0.02),
+        (check_graphs, 0.03),
+    ):
+        begin = time.monotonic()
+        clock.start(section.__name__, share)
+        with torch.device(device):
+            section(report, clock, args.tiny)
+        seconds[section.__name__] = round(time.monotonic() - begin, 1)
+
+    record = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "capability": list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "seed": args.seed,
+        "tiny": args.tiny,
+        "seconds": {**seconds, "all": round(time.monotonic() - started, 1)},
+        "cut_short": report.cut_short,
+        "checks": {name: {"compared": c, "mismatches": m} for name, (c, m) in report.counts.items()},
+        "mismatches": report.mismatches[:200],
+    }
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    failed = sum(m for _, m in report.counts.values())
+    for mismatch in report.mismatches[:20]:
+        print(json.dumps(mismatch))
+    print(f"{record['device']}, torch {record['torch']}, triton {record['triton']}, {record['seconds']['all']} s")
+    if report.cut_short:
+        print("out of time, so not all was checked:", ", ".join(report.cut_short))
+    print(f"{'check':42} compared  mismatches")
+    for name, (compared, mismatches) in report.counts.items():
+        print(f"{name:42} {compared:8}  {mismatches:10}")
+    return 1 if failed else 0
+
+
+# --- products ----------------------------------------------------------------------------------------------------------
+
+
+def check_gemm(report: Report, clock: Clock, tiny: bool) -> None:
+    """All tiles of the table on one shape; then every M with the tile it gets, from different positions in the batch."""
+    most = 40 if tiny else 300
+    rounds = 1 if tiny else 2
+    for turn in range(rounds):
+        for dtype in DTYPES:
+            for aligned in (True, False):
+                for transposed in (True, False):
+                    if clock.over():
+                        return
+                    K, N = _gemm_sizes(dtype, aligned, tiny)
+                    a = _shifted(_randn(1, most, K, dtype=dtype), 0 if aligned else 1)
+                    b = _randn(1, N, K, dtype=dtype).mT if transposed else _randn(1, K, N, dtype=dtype)
+                    bias = _randn(N, dtype=dtype)
+                    where = {"dtype": dtype, "K": K, "N": N, "transposed": transposed, "aligned": aligned}
+                    _check_gemm_shape(report, clock, a, b, bias, where)
+
+
+def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: Tensor, where: dict[str, object]) -> None:
+    most, N, dtype = a.shape[1], b.shape[2], a.dtype
+    want = cuda.gemm(a, b)
+    report.near("gemm: near fp64", want, reference.gemm(a, b), **where)
+    for tile in tiles.GEMM_TILES[dtype]:
+        if clock.over():
+            return
+        with _patched(matmul, "gemm_tile", lambda *args, tile=tile: _fitting(tile, a)):
+            report.same("gemm: tiles", cuda.gemm(a, b), want, tile=tuple(tile), **where)
+            report.same("gemm: tiles, one row", cuda.gemm(a[:, 5:6], b), want[:, 5:6], tile=tuple(tile), **where)
+    order = torch.randperm(most)
+    with_bias = cuda.gemm(a, b, bias.expand(1, most, N), 0.5, 2.0)
+    for M in (M for M in M_VALUES if M <= most):
+        if clock.over():
+            return
+        rows = order[:M]
+        report.same("gemm: M first rows", cuda.gemm(a[:, :M], b), want[:, :M], M=M, **where)
+        report.same("gemm: M last rows", cuda.gemm(a[:, most - M :], b), want[:, most - M :], M=M, **where)
+        report.same("gemm: M rows in any order", cuda.gemm(a[:, rows], b), want[:, rows], M=M, **where)
+        got = cuda.gemm(a[:, rows], b, bias.expand(1, M, N), 0.5, 2.0)
+        report.same("gemm: alpha, beta, bias", got, with_bias[:, rows], M=M, **where)
+    report.same("gemm: batch of 3", cuda.gemm(a.expand(3, -1, -1), b.expand(3, -1, -1))[2:], want, **where)
+    strided = torch.zeros(1, most, 2 * a.shape[2], dtype=dtype)[:, :, ::2].copy_(a)
+    report.same("gemm: strided a", cuda.gemm(strided, b), want, **where)
+    report.same("gemm: transposed a", cuda.gemm(a.mT.contiguous().mT, b), want, **where)
+
+
+def check_grouped_gemm(report: Report, clock: Clock, tiny: bool) -> None:
+    """Each group against ``gemm`` of its rows: a token's bits do not depend on who else went to its expert."""
+    T, G, K, N = (40, 3, 64, 48) if tiny else (300, 8, 512, 384)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        a, b = _randn(T, K, dtype=dtype), _randn(G, N, K, dtype=dtype).mT
+        for turn in range(2 if tiny else 6):
+            if clock.over():
+                return
+            ends = torch.randint(0, T + 1, (G,)).sort().values.to(torch.int32)
+            got, start = cuda.grouped_gemm(a, b, ends), 0
+            for group, end in enumerate(ends.tolist()):
+                if end > start:
+                    want = cuda.gemm(a[None, start:end], b[None, group])[0]
+                    report.same("grouped_gemm: as gemm", got[start:end], want, dtype=dtype, rows=end - start)
+                start = end
+            report.same("grouped_gemm: rows behind", got[start:], torch.zeros_like(got[start:]), dtype=dtype)
+
+
+def _gemm_sizes(dtype: torch.dtype, aligned: bool, tiny: bool) -> tuple[int, int]:
+    """K and N: multiples of 64 and 16, or neither of any power of two above 1."""
+    largest_k = 192 if tiny else 8192 if dtype.itemsize == 2 else 2048
+    largest_n = 64 if tiny else 1024
+    if aligned:
+        return 64 * _between(1, largest_k // 64), 16 * _between(1, largest_n // 16)
+    return 2 * _between(0, largest_k // 2 - 1) + 1, 2 * _between(0, largest_n // 2) + 1
+
+
+def _fitting(tile: tiles.Tile, a: Tensor) -> tiles.Tile:
+    """The tile with as many stages as fit on the device, as the launcher would have it."""
+    stage = (tile.block_m + tile.block_n) * tile.block_k * a.dtype.itemsize
+    return tile._replace(num_stages=tiles._stages(tile.num_stages, stage, 0, a.device))
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------
+
+ROW_FUNCTIONS: dict[str, Callable[[ModuleType, Tensor, Tensor], object]] = {
+    "row_sum": lambda s, x, w: s.row_sum(x, x.dtype),
+    "row_mean": lambda s, x, w: s.row_mean(x, x.dtype),
+    "row_norm, p = 1": lambda s, x, w: s.row_norm(x, 1, x.dtype),
+    "row_norm, p = 2": lambda s, x, w: s.row_norm(x, 2, x.dtype),
+    "row_var_mean": lambda s, x, w: s.row_var_mean(x, 1.0, x.dtype),
+    "row_logsumexp": lambda s, x, w: s.row_logsumexp(x, x.dtype),
+    "row_softmax": lambda s, x, w: s.row_softmax(x, False, x.dtype),
+    "row_softmax, log": lambda s, x, w: s.row_softmax(x, True, x.dtype),
+    "row_cumsum": lambda s, x, w: s.row_cumsum(x, x.dtype),
+    "row_layer_norm": lambda s, x, w: s.row_layer_norm(x, w[0], w[1], 1e-5),
+    "row_rms_norm": lambda s, x, w: s.row_rms_norm(x, w[0], 1e-6),
+}
+
+
+def check_rows(report: Report, clock: Clock, tiny: bool) -> None:
+    """The same rows alone, in batches, at odd addresses, with other strides."""
+    most = 20 if tiny else 1000
+    for n_cols in (64, 100) if tiny else (1, 64, 100, 128, 1000, 1024, 4096, 5000):
+        for dtype in (torch.bfloat16, torch.float32):
+            x, w = _randn(most, n_cols, dtype=dtype), _randn(2, n_cols, dtype=dtype)
+            for name, call in ROW_FUNCTIONS.items():
+                if clock.over():
+                    return
+                where = {"dtype": dtype, "n_cols": n_cols}
+                want = _tuple(call(cuda, x, w))
+                eps = 1e-6 if dtype == torch.float32 else 0.0
+                report.near(f"{name}: near fp64", want, call(reference, x, w), eps=eps, **where)
+                for count in (count for count in ROW_COUNTS if count <= most):
+                    start = _between(0, most - count)
+                    rows = slice(start, start + count)
+                    expected = tuple(out[rows] for out in want)
+                    report.same(f"{name}: rows", call(cuda, x[rows], w), expected, rows=count, **where)
+                    odd = _shifted(x[rows], 1)
+                    report.same(f"{name}: odd address", call(cuda, odd, w), expected, rows=count, **where)
+                transposed = x[:17].T.contiguous().T
+                report.same(f"{name}: transposed", call(cuda, transposed, w), tuple(out[:17] for out in want), **where)
+                wide = torch.zeros(17, n_cols + 3, dtype=dtype)[:, 2 : n_cols + 2].copy_(x[:17])
+                report.same(f"{name}: row stride", call(cuda, wide, w), tuple(out[:17] for out in want), **where)
+
+
+def check_padding(report: Report, clock: Clock, tiny: bool) -> None:
+    """Masked columns behind a row for softmax, zeros for sums, whatever follows for cumsum."""
+    widths = (65, 128, 130) if tiny else (65, 127, 128, 129, 255, 256, 1000, 1024, 1025, 2048, 4096, 4097, 5000, 9000)
+    for length in (3, 64, 128) if tiny else (1, 3, 17, 64, 96, 100, 128, 255, 1000, 1024, 4096):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = _randn(3, length, dtype=dtype)
+            for width in (width for width in widths if width > length):
+                if clock.over():
+                    return
+                where = {"dtype": dtype, "length": length, "width": width}
+                masked = torch.nn.functional.pad(x, (0, width - length), value=-torch.inf)
+                for log in (False, True):
+                    got, want = cuda.row_softmax(masked, log, dtype)[:, :length], cuda.row_softmax(x, log, dtype)
+                    report.same("padding: row_softmax", got, want, log=log, **where)
+                got, want = cuda.row_logsumexp(masked, dtype), cuda.row_logsumexp(x, dtype)
+                report.same("padding: row_logsumexp", got, want, **where)
+                zeros = torch.nn.functional.pad(x, (0, width - length))
+                report.same("padding: row_sum", cuda.row_sum(zeros, dtype), cuda.row_sum(x, dtype), **where)
+                longer = torch.cat([x, _randn(3, width - length, dtype=dtype)], 1)
+                got, want = cuda.row_cumsum(longer, dtype)[:, :length], cuda.row_cumsum(x, dtype)
+                report.same("padding: row_cumsum", got, want, **where)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------------
+
+
+def check_attention(report: Report, clock: Clock, tiny: bool) -> None:
+    shapes = [(torch.float32, 16, 16)] if tiny else [
+        (torch.bfloat16, 128, 128),
+        (torch.bfloat16, 64, 64),
+        (torch.float16, 128, 128),
+        (torch.float32, 64, 64),
+        (torch.bfloat16, 80, 72),
+        (torch.bfloat16, 256, 256),
+        (torch.float32, 128, 128),
+        (torch.float64, 64, 64),
+    ]  # fmt: skip
+    for dtype, D, DV in shapes:
+        if clock.over():
+            return
+        H, Hkv, length = (2, 1, 40) if tiny else (8, 2, 300)
+        q, k = _randn(1, H, length, D, dtype=dtype), _randn(1, Hkv, length, D, dtype=dtype)
+        v, scale = _randn(1, Hkv, length, DV, dtype=dtype), D**-0.5
+        where: dict[str, object] = {"dtype": dtype, "D": D}
+        want = cuda.attention(q, k, v, None, True, scale)
+        eps = torch.finfo(dtype).eps  # the weights are rounded to it
+        report.near("attention: near fp64", want, reference.attention(q, k, v, None, True, scale), eps=eps, **where)
+        _check_attention_tiles(report, q, k, v, scale, want, where)
+        _check_decode(report, clock, q, k, v, scale, want, where)
+        for left in (1, 16, 37) if tiny else (0, 1, 16, 37, 64, 100, 212):
+            for right in (0, 5) if tiny else (0, 1, 84):
+                if clock.over():
+                    return
+                _check_padded(report, q, k, v, scale, want, left, right, where)
+
+
+def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
+    """Blocks of queries of every height, and heads packed into one tile or not."""
+    chosen = tiles.attention_tile(q.dtype, max(q.shape[3], v.shape[3]), 1, q.device)
+    heights = (16, 32, 64, 128) if q.dtype.itemsize == 2 and chosen.block_k <= 128 else (16, 32)
+    for block_m in heights:
+        tile = chosen._replace(block_m=block_m, num_warps=8 if block_m == 128 else 4, num_stages=2)
+        with _patched(attention_module, "attention_tile", lambda *args, tile=tile: tile):
+            report.same("attention: tiles", cuda.attention(q, k, v, None, True, scale), want, block_m=block_m, **where)
+    size = q.shape[2]
+    mask = torch.ones(1, q.shape[1], size, size, dtype=torch.bool).tril()
+    report.same("attention: a mask for each head", cuda.attention(q, k, v, mask, False, scale), want, **where)
+
+
+def _check_decode(report, clock, q, k, v, scale, want, where) -> None:
+    """One query at a time, from a cache that ends at it, and from a longer one; some queries at a time; some batches."""
+    length = q.shape[2]
+    for i in sorted({0, 1, 15, 16, 31, 32, 33, 63, 64, 65, 127, 128, 200, length - 1}):
+        if i >= length or clock.over():
+            continue
+        expected = tuple(out[:, :, i : i + 1] for out in want)
+        step = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, scale)
+        report.same("attention: decode == prefill", step, expected, position=i, **where)
+        visible = (torch.arange(length) <= i).expand(1, q.shape[1], 1, length)
+        step = cuda.attention(q[:, :, i : i + 1], k, v, visible, False, scale)
+        report.same("attention: decode, static cache", step, expected, position=i, **where)
+        chunk = min(7, length - i)
+        mask = torch.ones(length, length, dtype=torch.bool).tril()[i : i + chunk].expand(1, q.shape[1], chunk, length)
+        step = cuda.attention(q[:, :, i : i + chunk], k, v, mask, False, scale)
+        expected = tuple(out[:, :, i : i + chunk] for out in want)
+        report.same("attention: chunk of prefill", step, expected, position=i, **where)
+
+
+def _check_padded(report, q, k, v, scale, want, left, right, where) -> None:
+    """The sequence as one of three, padded on both sides, with the masks that models use; and with odd strides."""
+    H, length, dtype = q.shape[1], q.shape[2], q.dtype
+    size, here = left + length + right, slice(left, left + length)
+    padded = [torch.randn(3, x.shape[1], size, x.shape[3] + 1).to(dtype)[..., 1:] for x in (q, k, v)]
+    for x, y in zip(padded, (q, k, v), strict=True):
+        x[1, :, here] = y[0]
+    visible = torch.ones(3, 1, size, size, dtype=torch.bool).tril()
+    visible[1] = False
+    visible[1, 0, here, here] = True
+    visible.tril_()
+    zero = torch.zeros((), dtype=dtype)
+    lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype)
+    hidden = torch.where(visible, zero, lowest)
+    hidden[1, 0, :left] = -torch.inf  # what the padding's own queries see is of no interest
+    masks = {"bool": visible, "-inf": torch.where(visible, zero, zero - torch.inf), "lowest": hidden}
+    for kind, mask in masks.items():
+        got = cuda.attention(*padded, mask.expand(3, H, size, size), False, scale)
+        got = tuple(out[1:2, :, here] for out in got)
+        report.same("attention: padding", got, want, left=left, right=right, mask=kind, **where)
+
+
+# --- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def check_index_add(report: Report, clock: Clock, tiny: bool) -> None:
+    """A row's sum among other rows, and alone with its own sources."""
+    R, n, C = (10, 30, 20) if tiny else (300, 2400, 1030)
+    for dtype in (torch.bfloat16, torch.float32):
+        x, source, index = _randn(R, C, dtype=dtype), _randn(n, C, dtype=dtype), torch.randint(0, R, (n,))
+        whole = cuda.index_add(x, index, source, 0.7)
+        report.near("index_add: near fp64", whole, reference.index_add(x, index, source, 0.7), dtype=dtype, eps=1e-6)
+        for row in range(0, R, max(1, R // 20)):
+            if clock.over():
+                return
+            mine = (index == row).nonzero()[:, 0]
+            alone = cuda.index_add(x[row : row + 1], torch.zeros_like(mine), source[mine], 0.7)
+            report.same("index_add: row alone", alone, whole[row : row + 1], dtype=dtype, row=row)
+            column = cuda.index_add(x[:, :1], index, source[:, :1], 0.7)
+            report.same("index_add: column alone", column, whole[:, :1], dtype=dtype)
+
+
+def check_graphs(report: Report, clock: Clock, tiny: bool) -> None:
+    """Every launcher, captured in a CUDA graph and replayed: so none waits for the GPU, and none depends on when it ran."""
+    if torch.get_default_device().type != "cuda":
+        return
+    bf16 = torch.bfloat16
+    x, w = _randn(17, 300, dtype=bf16), _randn(2, 300, dtype=bf16)
+    q, k = _randn(2, 4, 33, 64, dtype=bf16), _randn(2, 2, 70, 64, dtype=bf16)
+    mask = (torch.rand(2, 1, 33, 70) > 0.3).expand(2, 4, 33, 70)
+    a, b, offs = _randn(1, 33, 300, dtype=bf16), _randn(1, 300, 64, dtype=bf16), torch.tensor([7, 20, 33]).to(torch.int32)
+    experts, index = _randn(3, 300, 64, dtype=bf16), torch.randint(0, 17, (33,))
+    calls: dict[str, Callable[[], object]] = {
+        name: (lambda call=call: call(cuda, x, w)) for name, call in ROW_FUNCTIONS.items()
+    }
+    calls["gemm"] = lambda: cuda.gemm(a, b)
+    calls["grouped_gemm"] = lambda: cuda.grouped_gemm(a[0], experts, offs)
+    calls["attention"] = lambda: cuda.attention(q, k, k, mask, False, 0.125)
+    calls["index_add"] = lambda: cuda.index_add(x, index, a[0], 1.0)
+    for name, call in calls.items():
+        if clock.over():
+            return
+        want = _tuple(call())
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = _tuple(call())
+        for _ in range(2):
+            for out in got:
+                out.zero_()
+            graph.replay()
+        torch.cuda.synchronize()
+        report.same("CUDA graph", got, want, launcher=name)
+
+
+def _randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """The same values, ``by`` elements behind an aligned address."""
+    return x.new_empty(x.numel() + by)[by:].view(x.shape).copy_(x)
+
+
+def _between(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, (), device="cpu"))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(INTEGERS[x.element_size()])
+
+
+def _tuple(x: object) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+@contextmanager
+def _patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,473 @@
+"""The Triton kernels against ``kernels/reference.py``, on the CPU, in Triton's interpreter.
+
+The interpreter must be chosen before a kernel is defined, so the checks (``check_*``) run in a process of their own; the
+tests (``test_*``) start it. To run the checks directly:
+``TRITON_INTERPRET=1 python -P -m pytest -p no:batchinv -o python_functions='check_*' tests/kernels/test_triton.py``
+
+The interpreter's own ``tl.dot`` leaves the order of sums to numpy. Here it is replaced by the chain the GPU was measured to
+compute: K ascending, one product after the other. So the checks of bits see every order that a kernel itself chooses.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pytest_batchinv.kernels import attention as attention_module
+from pytest_batchinv.kernels import cuda, matmul, reference, tiles
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Relative to the largest value: fp32 sums of some hundred terms, one rounding of the result. The interpreter cuts bf16 off
+# where the GPU rounds, and attention rounds its weights to 16 bits too.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("group", ["gemm", "row", "attention", "index_add"])
+def test_checks_pass_in_the_interpreter(group, pytestconfig):
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:batchinv", "-p", "no:cacheprovider"]
+    command += ["-o", "python_functions=check_*", "-k", f"check_{group} or check_grouped_{group}", __file__]
+    run = subprocess.run(
+        command,
+        cwd=pytestconfig.rootpath,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", cuda.__all__)
+def test_launchers_have_the_signatures_of_the_reference(name):
+    assert inspect.signature(getattr(cuda, name)) == inspect.signature(getattr(reference, name))
+
+
+def test_the_kernel_set_is_complete():
+    functions = {name for name, _ in inspect.getmembers(reference, inspect.isfunction)}
+    assert set(cuda.__all__) == functions - {"accumulator_dtype"}
+
+
+# --- what the checks share ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def k_ascending_dot(monkeypatch):
+    from triton.runtime import interpreter
+
+    def wide(handle, dtype):
+        if handle.data.dtype == np.uint16:  # bfloat16: the upper half of a float32
+            return (handle.data.astype(np.uint32) << 16).view(np.float32).astype(dtype)
+        return handle.data.astype(dtype)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total = d.data.copy()
+        a, b = wide(a, total.dtype), wide(b, total.dtype)
+        with np.errstate(all="ignore"):
+            for k in range(a.shape[1]):
+                total = total + a[:, k, None] * b[None, k, :]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def randn(*shape, dtype):
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def bits(x):
+    return x.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()])
+
+
+def assert_same_bits(got, want):
+    for x, y in zip(as_tuple(got), as_tuple(want), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert torch.equal(bits(x), bits(y)), f"{(bits(x) != bits(y)).sum().item()} of {x.numel()} values differ"
+
+
+def assert_near(got, want, dtype):
+    for x, y in zip(as_tuple(got), as_tuple(want), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape and x.is_contiguous()
+        finite = y[y.isfinite()].double().abs()
+        scale = max(1.0, finite.max().item()) if finite.numel() else 1.0
+        torch.testing.assert_close(x, y, rtol=0, atol=TOLERANCE[dtype] * scale, equal_nan=True)
+
+
+def as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def layouts(x):
+    """The same values with other strides and alignment: a step of 2, transposed storage, an odd offset."""
+    stepped = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])[..., ::2]
+    transposed = x.new_zeros(*x.shape[:-2], x.shape[-1], x.shape[-2]).transpose(-1, -2)
+    offset = x.new_zeros(x.numel() + 1)[1:].view(x.shape)
+    for view in (stepped, transposed, offset):
+        yield view.copy_(x)
+
+
+# --- products ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 33, 70), (1, 40, 65, 64), (3, 17, 2, 130)])
+def check_gemm_is_near_the_reference(dtype, shape):
+    B, M, N, K = shape
+    a, b = randn(B, M, K, dtype=dtype) / K**0.5, randn(B, K, N, dtype=dtype)
+    assert_near(cuda.gemm(a, b), reference.gemm(a, b), dtype)
+    for bias in (randn(B, M, N, dtype=dtype), randn(N, dtype=dtype).expand(B, M, N)):
+        assert_near(cuda.gemm(a, b, bias, 0.5, -2.0), reference.gemm(a, b, bias, 0.5, -2.0), dtype)
+
+
+def check_gemm_bias_with_beta_zero_is_not_read():
+    a, b = randn(1, 3, 4, dtype=torch.float32), randn(1, 4, 5, dtype=torch.float32)
+    assert_same_bits(cuda.gemm(a, b, torch.full((1, 3, 5), torch.nan), 1.0, 0.0), cuda.gemm(a, b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def check_gemm_rows_alone_and_in_a_batch(dtype):
+    a, b = randn(1, 70, 150, dtype=dtype), randn(1, 150, 40, dtype=dtype)
+    bias = randn(1, 70, 40, dtype=dtype)
+    whole = cuda.gemm(a, b, bias, 0.3, 0.7)
+    for rows in ([69], [3, 2, 1], list(range(69, 40, -1))):
+        assert_same_bits(cuda.gemm(a[:, rows], b, bias[:, rows], 0.3, 0.7), whole[:, rows])
+    twice = cuda.gemm(a.repeat(3, 1, 1), b.expand(3, -1, -1), bias.expand(3, -1, -1), 0.3, 0.7)
+    assert_same_bits(twice[2:], whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def check_gemm_tiles_are_one_class(dtype, monkeypatch):
+    a, b = randn(1, 20, 150, dtype=dtype), randn(1, 150, 40, dtype=dtype)
+    want = cuda.gemm(a, b)
+    for tile in tiles.GEMM_TILES[dtype]:
+        monkeypatch.setattr(matmul, "gemm_tile", lambda *args, tile=tile: tile)
+        assert_same_bits(cuda.gemm(a, b), want)
+
+
+def check_gemm_block_k_does_not_follow_m():
+    for dtype, table in tiles.GEMM_TILES.items():
+        assert len({tile.block_k for tile in table}) == 1, dtype
+
+
+def check_gemm_strides_change_no_bit():
+    a, b = randn(2, 5, 70, dtype=torch.float32), randn(2, 70, 33, dtype=torch.float32)
+    want = cuda.gemm(a, b)
+    for a_view, b_view in zip(layouts(a), layouts(b), strict=True):
+        assert_same_bits(cuda.gemm(a_view, b_view), want)
+    row = a[:, :1].expand(-1, 5, -1)
+    assert_same_bits(cuda.gemm(row, b), want[:, :1].expand(-1, 5, -1).contiguous())
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (2, 2, 3, 0)])
+def check_gemm_of_nothing(shape):
+    B, M, N, K = shape
+    a, b, bias = torch.ones(B, M, K), torch.ones(B, K, N), torch.ones(B, M, N)
+    assert_same_bits(cuda.gemm(a, b, bias, 1.0, 3.0), reference.gemm(a, b, bias, 1.0, 3.0))
+
+
+def check_gemm_nan_stays_in_its_row():
+    a, b = randn(1, 20, 70, dtype=torch.float32), randn(1, 70, 33, dtype=torch.float32)
+    want = cuda.gemm(a, b)
+    a[0, 7, 3] = torch.nan
+    got = cuda.gemm(a, b)
+    assert got[0, 7].isnan().all()
+    others = [row for row in range(20) if row != 7]
+    assert_same_bits(got[:, others], want[:, others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ends", [[3, 3, 20, 37], [0, 0, 0, 0], [0, 45, 45, 45], [16, 32, 40, 45]])
+def check_grouped_gemm_is_gemm_of_each_group(dtype, ends):
+    a, b = randn(45, 70, dtype=dtype) / 8, randn(4, 70, 33, dtype=dtype)
+    offs = torch.tensor(ends, dtype=torch.int32)
+    got = cuda.grouped_gemm(a, b, offs)
+    assert_near(got, reference.grouped_gemm(a, b, offs), dtype)
+    start = 0
+    for group, end in enumerate(ends):
+        assert_same_bits(got[start:end], cuda.gemm(a[None, start:end], b[None, group])[0])
+        start = end
+    assert (got[start:] == 0).all()
+
+
+def check_grouped_gemm_of_nothing():
+    offs = torch.zeros(2, dtype=torch.int32)
+    assert cuda.grouped_gemm(torch.ones(0, 4), torch.ones(2, 4, 3), offs).shape == (0, 3)
+    assert (cuda.grouped_gemm(torch.ones(5, 4), torch.ones(0, 4, 3), offs[:0]) == 0).all()
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------
+
+ROW_FUNCTIONS = {
+    "row_sum": lambda s, x, w: s.row_sum(x, x.dtype),
+    "row_mean": lambda s, x, w: s.row_mean(x, x.dtype),
+    "row_norm_1": lambda s, x, w: s.row_norm(x, 1, x.dtype),
+    "row_norm_2": lambda s, x, w: s.row_norm(x, 2.0, x.dtype),
+    "row_var_mean": lambda s, x, w: s.row_var_mean(x, 1, x.dtype),
+    "row_logsumexp": lambda s, x, w: s.row_logsumexp(x, x.dtype),
+    "row_softmax": lambda s, x, w: s.row_softmax(x, False, x.dtype),
+    "row_log_softmax": lambda s, x, w: s.row_softmax(x, True, x.dtype),
+    "row_cumsum": lambda s, x, w: s.row_cumsum(x, x.dtype),
+    "row_layer_norm": lambda s, x, w: s.row_layer_norm(x, w[0], w[1], 1e-5),
+    "row_layer_norm_plain": lambda s, x, w: s.row_layer_norm(x, None, None, 1e-5),
+    "row_rms_norm": lambda s, x, w: s.row_rms_norm(x, w[0], 1e-6),
+    "row_rms_norm_plain": lambda s, x, w: s.row_rms_norm(x, None, 1e-6),
+}
+each_row_function = pytest.mark.parametrize("call", ROW_FUNCTIONS.values(), ids=ROW_FUNCTIONS)
+
+
+@each_row_function
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_cols", [1, 129, 5000])
+def check_row_functions_are_near_the_reference(call, dtype, n_cols):
+    x, w = randn(3, n_cols, dtype=dtype), randn(2, n_cols, dtype=dtype)
+    assert_near(call(cuda, x, w), call(reference, x, w), dtype)
+
+
+@each_row_function
+@pytest.mark.parametrize("n_cols", [100, 4500])
+def check_row_functions_do_not_see_other_rows(call, n_cols):
+    x, w = randn(19, n_cols, dtype=torch.float32), randn(2, n_cols, dtype=torch.float32)
+    whole = as_tuple(call(cuda, x, w))
+    for rows in ([18], [4, 3, 17], list(range(16))):
+        assert_same_bits(call(cuda, x[rows], w), tuple(out[rows] for out in whole))
+    x[2] = torch.nan
+    others = [row for row in range(19) if row != 2]
+    assert_same_bits(tuple(out[others] for out in as_tuple(call(cuda, x, w))), tuple(out[others] for out in whole))
+
+
+@each_row_function
+def check_row_functions_do_not_see_strides(call):
+    x, w = randn(3, 300, dtype=torch.float32), randn(2, 300, dtype=torch.float32)
+    want = call(cuda, x, w)
+    for x_view, w_view in zip(layouts(x), layouts(w), strict=True):
+        assert_same_bits(call(cuda, x_view, w_view), want)
+    first = tuple(out[:1].expand(3, *out.shape[1:]).contiguous() for out in as_tuple(want))
+    assert_same_bits(call(cuda, x[:1].expand(3, -1), w), first)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("n_cols", [3, 100, 128, 700, 4096])
+def check_row_softmax_does_not_see_masked_columns_behind(log, n_cols):
+    x = randn(3, n_cols, dtype=torch.float32)
+    want, want_lse = cuda.row_softmax(x, log, x.dtype), cuda.row_logsumexp(x, x.dtype)
+    for width in (n_cols + 1, 129, 255, 1024, 1500, 5000, 9000):
+        if width > n_cols:
+            padded = torch.nn.functional.pad(x, (0, width - n_cols), value=-torch.inf)
+            assert_same_bits(cuda.row_softmax(padded, log, x.dtype)[:, :n_cols], want)
+            assert_same_bits(cuda.row_logsumexp(padded, x.dtype), want_lse)
+
+
+@pytest.mark.parametrize("n_cols", [3, 100, 700, 4096])
+def check_row_sums_do_not_see_zeros_behind(n_cols):
+    x = randn(3, n_cols, dtype=torch.float32)
+    for width in (n_cols + 1, 129, 1500, 5000, 9000):
+        padded = torch.nn.functional.pad(x, (0, max(0, width - n_cols)))
+        assert_same_bits(cuda.row_sum(padded, x.dtype), cuda.row_sum(x, x.dtype))
+        assert_same_bits(cuda.row_norm(padded, 2, x.dtype), cuda.row_norm(x, 2, x.dtype))
+
+
+def check_row_sum_has_the_order_it_documents():
+    """4096 slots, each ascending; then the upper half on the lower half, until one is left."""
+    x = randn(2, 9000, dtype=torch.float32)
+    slots = torch.zeros(2, 4096)
+    for block in torch.nn.functional.pad(x, (0, 3 * 4096 - 9000)).split(4096, dim=1):
+        slots = slots + block
+    while slots.shape[1] > 1:
+        half = slots.shape[1] // 2
+        slots = slots[:, :half] + slots[:, half:]
+    assert_same_bits(cuda.row_sum(x, x.dtype), slots[:, 0])
+
+
+def check_row_cumsum_does_not_see_columns_behind():
+    x = randn(2, 2500, dtype=torch.float32)
+    whole = cuda.row_cumsum(x, x.dtype)
+    for n_cols in (1, 16, 1000, 1024, 1025, 2400):
+        assert_same_bits(cuda.row_cumsum(x[:, :n_cols], x.dtype), whole[:, :n_cols])
+
+
+def check_row_functions_of_infinities():
+    x = randn(4, 50, dtype=torch.float32)
+    x[0] = -torch.inf
+    x[1, 3] = torch.inf
+    x[2, :20] = -torch.inf
+    for call in (ROW_FUNCTIONS["row_softmax"], ROW_FUNCTIONS["row_log_softmax"], ROW_FUNCTIONS["row_logsumexp"]):
+        assert_near(call(cuda, x, None), call(reference, x, None), torch.float32)
+
+
+@each_row_function
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def check_row_functions_of_nothing(call, shape):
+    x, w = torch.ones(shape), torch.ones(2, shape[1])
+    assert_near(call(cuda, x, w), call(reference, x, w), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def check_row_functions_take_and_give_wider_dtypes(dtype):
+    x, w = randn(3, 300, dtype=dtype), randn(2, 300, dtype=torch.float32)
+    for out_dtype in (torch.float32, torch.float64):
+        assert_near(cuda.row_sum(x, out_dtype), reference.row_sum(x, out_dtype), torch.float32)
+        assert_near(cuda.row_softmax(x, True, out_dtype), reference.row_softmax(x, True, out_dtype), torch.float32)
+    assert_near(cuda.row_layer_norm(x, *w, 1e-5), reference.row_layer_norm(x, *w, 1e-5), dtype)
+    assert_near(cuda.row_rms_norm(x, w[0], 1e-5), reference.row_rms_norm(x, w[0], 1e-5), dtype)
+
+
+def check_row_scalars_keep_their_precision():
+    x = randn(3, 30, dtype=torch.float64)
+    assert_near(cuda.row_var_mean(x, 0.1, x.dtype), reference.row_var_mean(x, 0.1, x.dtype), torch.float64)
+    assert_near(cuda.row_rms_norm(x * 1e-3, None, 1e-5), reference.row_rms_norm(x * 1e-3, None, 1e-5), torch.float64)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------------
+
+
+def qkv(B, H, Hkv, Sq, Skv, D, DV, dtype):
+    return (
+        randn(B, H, Sq, D, dtype=dtype),
+        randn(B, Hkv, Skv, D, dtype=dtype),
+        randn(B, Hkv, Skv, DV, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 5, 70, 20, 24), (1, 2, 2, 40, 40, 64, 64), (1, 3, 1, 1, 100, 130, 16)])
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "bool_causal", "additive", "lowest"])
+def check_attention_is_near_the_reference(dtype, sizes, kind):
+    q, k, v = qkv(*sizes, dtype)
+    B, H, _, Sq, Skv = sizes[:5]
+    mask = None
+    if kind not in ("none", "causal"):
+        mask = torch.rand(B, 1, Sq, Skv) > 0.4
+        mask[..., :3] = False
+        mask[0, 0, 0] = False  # a query that sees no key
+    if kind == "additive":
+        mask = torch.where(mask, randn(B, H, Sq, Skv, dtype=dtype), torch.full((), -torch.inf, dtype=dtype))
+    if kind == "lowest":
+        mask = torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min, dtype=dtype))
+    mask = None if mask is None else mask.expand(B, H, Sq, Skv)
+    causal = kind in ("causal", "bool_causal")
+    assert_near(cuda.attention(q, k, v, mask, causal, 0.2), reference.attention(q, k, v, mask, causal, 0.2), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("additive", [None, -torch.inf, "lowest"])
+@pytest.mark.parametrize("pad", [1, 70])
+def check_attention_does_not_see_padding(dtype, additive, pad):
+    """One sequence of 50 alone, and padded on either side next to another one: causal, grouped heads."""
+    q, k, v = qkv(1, 2, 1, 50, 50, 16, 16, dtype)
+    want = cuda.attention(q, k, v, None, True, 0.25)
+    causal = torch.ones(50, 50, dtype=torch.bool).tril()
+    for left in (0, pad):
+        size, here = 50 + pad, slice(left, left + 50)
+        padded = [randn(2, x.shape[1], size, 16, dtype=dtype) for x in (q, k, v)]
+        for x, y in zip(padded, (q, k, v), strict=True):
+            x[1, :, here] = y[0]
+        mask = torch.ones(2, 1, size, size, dtype=torch.bool).tril()
+        mask[1] = False
+        mask[1, 0, here, here] = causal
+        if additive is not None:
+            lowest = torch.finfo(dtype).min if additive == "lowest" else additive
+            mask = torch.where(mask, 0.0, lowest).to(dtype)
+            mask[1, 0, : here.start] = -torch.inf  # what the padding's own queries see is of no interest
+        out, lse = cuda.attention(*padded, mask.expand(2, 2, size, size), False, 0.25)
+        assert_same_bits((out[1:, :, here], lse[1:, :, here]), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def check_attention_decodes_as_it_prefills(dtype):
+    q, k, v = qkv(1, 4, 2, 150, 150, 16, 16, dtype)
+    out, lse = cuda.attention(q, k, v, None, True, 0.25)
+    for i in (0, 1, 31, 32, 63, 64, 149):
+        step = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, 0.25)
+        assert_same_bits(step, (out[:, :, i : i + 1], lse[:, :, i : i + 1]))
+        cache = torch.arange(150).expand(1, 4, 1, 150) <= i
+        step = cuda.attention(q[:, :, i : i + 1], k, v, cache, False, 0.25)
+        assert_same_bits(step, (out[:, :, i : i + 1], lse[:, :, i : i + 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def check_attention_tiles_are_one_class(dtype, monkeypatch):
+    q, k, v = qkv(1, 4, 2, 40, 100, 16, 16, dtype)
+    mask = (torch.rand(1, 1, 40, 100) > 0.3).expand(1, 4, 40, 100)
+    chosen = tiles.attention_tile(dtype, 16, 40, torch.device("cpu"))
+    want = cuda.attention(q, k, v, mask, False, 0.25)
+    for block_m in (16, 32, 64, 128):
+        tile = chosen._replace(block_m=block_m)
+        monkeypatch.setattr(attention_module, "attention_tile", lambda *args, tile=tile: tile)
+        assert_same_bits(cuda.attention(q, k, v, mask, False, 0.25), want)
+        each_head = mask.contiguous()  # a mask of its own for each head: heads are not packed into one tile
+        assert_same_bits(cuda.attention(q, k, v, each_head, False, 0.25), want)
+
+
+def check_attention_block_n_does_not_follow_the_queries():
+    for dtype in DTYPES:
+        for head_dim in (16, 64, 80, 128, 256):
+            chosen = [tiles.attention_tile(dtype, head_dim, rows, torch.device("cpu")) for rows in (1, 40, 9999)]
+            assert len({tile.block_n for tile in chosen}) == 1
+
+
+def check_attention_rows_strides_and_nan():
+    q, k, v = qkv(3, 4, 2, 10, 40, 16, 16, torch.float32)
+    mask = torch.rand(3, 4, 10, 40) > 0.3
+    want = cuda.attention(q, k, v, mask, False, 0.25)
+    for views in zip(layouts(q), layouts(k), layouts(v), layouts(mask), strict=True):
+        assert_same_bits(cuda.attention(*views, False, 0.25), want)
+    for b in range(3):
+        one = slice(b, b + 1)
+        assert_same_bits(cuda.attention(q[one], k[one], v[one], mask[one], False, 0.25), tuple(x[one] for x in want))
+    q[1, 2, 4] = torch.nan
+    v[2, 1] = torch.nan
+    out, lse = cuda.attention(q, k, v, mask, False, 0.25)
+    spoilt = torch.zeros(3, 4, 10, dtype=torch.bool)
+    spoilt[1, 2, 4] = spoilt[2, 2:] = True
+    assert torch.equal(out.isnan().any(-1), spoilt)
+    assert_same_bits(out[~spoilt], want[0][~spoilt])
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 2, 3, 4), (1, 0, 0, 3, 4), (1, 2, 2, 0, 4), (1, 2, 2, 3, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def check_attention_of_nothing(sizes, masked):
+    B, H, _, Sq, Skv = sizes
+    q, k, v = qkv(*sizes, 8, 8, torch.float32)
+    mask = torch.ones(B, H, Sq, Skv, dtype=torch.bool) if masked else None
+    out, lse = cuda.attention(q, k, v, mask, False, 1.0)
+    assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all() and lse.shape == q.shape[:3]
+
+
+# --- index_add ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(6, 40, 30), (70, 1, 200), (3, 1500, 9), (200, 3, 50)])
+def check_index_add_adds_in_the_order_of_the_sources(dtype, sizes):
+    R, C, n = sizes
+    x, source, index = randn(R, C, dtype=dtype), randn(n, C, dtype=dtype), torch.randint(0, R, (n,))
+    index[: n // 2] = 1
+    got = cuda.index_add(x, index, source, 0.3)
+    assert_near(got, reference.index_add(x, index, source, 0.3), dtype)
+    if dtype == torch.float32:
+        want = x.clone()
+        for i, row in enumerate(index.tolist()):
+            want[row] = want[row] + torch.tensor(0.3) * source[i]
+        assert_same_bits(got, want)
+        for x_view, source_view in zip(layouts(x), layouts(source), strict=True):
+            assert_same_bits(cuda.index_add(x_view, index, source_view, 0.3), got)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 0), (3, 0, 2), (3, 4, 0)])
+def check_index_add_of_nothing(sizes):
+    R, C, n = sizes
+    x, source, index = torch.ones(R, C), torch.ones(n, C), torch.zeros(n, dtype=torch.int64)
+    assert_same_bits(cuda.index_add(x, index, source, 1.0), reference.index_add(x, index, source, 1.0))
+
+
+def check_index_add_nan_stays_in_its_row():
+    x, source, index = torch.zeros(5, 3), torch.ones(4, 3), torch.tensor([1, 2, 2, 4])
+    source[1] = torch.nan
+    assert cuda.index_add(x, index, source, 1.0).isnan().any(-1).tolist() == [False, False, True, False, False]
