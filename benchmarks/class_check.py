@@ -1,10 +1,12 @@
-"""Is what the kernels rely on true on this GPU? One bit pattern for every tile, and for every row, whatever is around it.
+"""Is what the kernels rely on true on this GPU? One bit pattern for all tiles, and for a row, whatever is around it.
 
     python benchmarks/class_check.py --out class-check.json
 
-Each check compares bits and counts them; it never tolerates. A count of mismatches above 0 means that the tile tables in
-``kernels/tiles.py`` must not be used on this GPU with these versions. The exit status is 1 then.
-``TRITON_INTERPRET=1 python benchmarks/class_check.py --device cpu --tiny`` runs the script itself on a machine without a GPU.
+Each check compares bits and counts them ("near fp64" compares values). A count of mismatches above 0 means that the tile
+tables in ``kernels/tiles.py`` must not be used on this GPU with these versions. The exit status is 1 then.
+
+``TRITON_INTERPRET=1 python benchmarks/class_check.py --device cpu --tiny`` runs the script without a GPU. Its counts
+mean nothing then: the interpreter leaves products to numpy, which has no one order, and takes bf16 for integers.
 """
 
 import argparse
@@ -52,15 +54,14 @@ class Report:
                     {"check": check, "output": index, **where, "different": different, "of": x.numel()}
                 )
 
-    def near(self, check: str, got: object, want: object, **where: object) -> None:
+    def near(self, check: str, got: object, want: object, eps: float = 0.0, **where: object) -> None:
         """An accuracy check, so that a kernel that is constantly wrong is not taken for an invariant one."""
         count = self.counts.setdefault(check, [0, 0])
         count[0] += 1
         for x, y in zip(_tuple(got), _tuple(want), strict=True):
-            scale = max(1.0, y.double().abs().max().item()) if y.numel() else 1.0
-            error = ((x.double() - y.double()).abs().max().item() if y.numel() else 0.0) / scale
-            eps = max(torch.finfo(x.dtype).eps, where["eps"] if isinstance(where.get("eps"), float) else 0.0)
-            if not error <= 16 * eps:
+            exact = y.double().nan_to_num(1e9)
+            error = (x.double().nan_to_num(1e9) - exact).abs().max().item() / max(1.0, exact.abs().max().item())
+            if error > 16 * max(torch.finfo(x.dtype).eps, eps):
                 count[1] += 1
                 where = {name: str(value) for name, value in where.items()}
                 self.mismatches.append({"check": check, **where, "error": error})
@@ -104,11 +105,11 @@ def main() -> int:
     started = time.monotonic()
     seconds = {}
     for section, share in (
-        (check_gemm, 0.45),
-        (check_grouped_gemm, 0.07),
-        (check_rows, 0.2),
+        (check_gemm, 0.36),
+        (check_grouped_gemm, 0.04),
+        (check_rows, 0.18),
         (check_padding, 0.05),
-        (check_attention, 0.18),
+        (check_attention, 0.32),
         (check_index_add, 0.02),
         (check_graphs, 0.03),
     ):
@@ -145,28 +146,27 @@ def main() -> int:
     return 1 if failed else 0
 
 
-# --- products ----------------------------------------------------------------------------------------------------------
+# --- products --------------------------------------------------------------------------------------------------------
 
 
 def check_gemm(report: Report, clock: Clock, tiny: bool) -> None:
-    """All tiles of the table on one shape; then every M with the tile it gets, from different positions in the batch."""
+    """All tiles of the table on one shape; then every M with the tile it gets, from any positions in the batch."""
     most = 40 if tiny else 300
-    rounds = 1 if tiny else 2
-    for turn in range(rounds):
-        for dtype in DTYPES:
-            for aligned in (True, False):
-                for transposed in (True, False):
-                    if clock.over():
-                        return
-                    K, N = _gemm_sizes(dtype, aligned, tiny)
-                    a = _shifted(_randn(1, most, K, dtype=dtype), 0 if aligned else 1)
-                    b = _randn(1, N, K, dtype=dtype).mT if transposed else _randn(1, K, N, dtype=dtype)
-                    bias = _randn(N, dtype=dtype)
-                    where = {"dtype": dtype, "K": K, "N": N, "transposed": transposed, "aligned": aligned}
-                    _check_gemm_shape(report, clock, a, b, bias, where)
+    for turn in range(1 if tiny else 8):
+        # A weight as linear layers have it, an odd one, and one that is not transposed; shapes differ from turn to turn.
+        for aligned, transposed in ((True, True), (False, True), (True, False), (False, False)):
+            for dtype in DTYPES:
+                if clock.over():
+                    return
+                K, N = _gemm_sizes(dtype, aligned, tiny)
+                a = _shifted(_randn(1, most, K, dtype=dtype), 0 if aligned else 1)
+                b = _randn(1, N, K, dtype=dtype).mT if transposed else _randn(1, K, N, dtype=dtype)
+                bias = _randn(N, dtype=dtype)
+                where = {"dtype": dtype, "K": K, "N": N, "transposed": transposed, "aligned": aligned}
+                _check_gemm_shape(report, clock, a, b, bias, where)
 
 
-def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: Tensor, where: dict[str, object]) -> None:
+def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: Tensor, where: dict) -> None:
     most, N, dtype = a.shape[1], b.shape[2], a.dtype
     want = cuda.gemm(a, b)
     report.near("gemm: near fp64", want, reference.gemm(a, b), **where)
@@ -185,8 +185,9 @@ def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: 
         report.same("gemm: M first rows", cuda.gemm(a[:, :M], b), want[:, :M], M=M, **where)
         report.same("gemm: M last rows", cuda.gemm(a[:, most - M :], b), want[:, most - M :], M=M, **where)
         report.same("gemm: M rows in any order", cuda.gemm(a[:, rows], b), want[:, rows], M=M, **where)
-        got = cuda.gemm(a[:, rows], b, bias.expand(1, M, N), 0.5, 2.0)
-        report.same("gemm: alpha, beta, bias", got, with_bias[:, rows], M=M, **where)
+        if M in (1, 17, 200):
+            got = cuda.gemm(a[:, rows], b, bias.expand(1, M, N), 0.5, 2.0)
+            report.same("gemm: alpha, beta, bias", got, with_bias[:, rows], M=M, **where)
     report.same("gemm: batch of 3", cuda.gemm(a.expand(3, -1, -1), b.expand(3, -1, -1))[2:], want, **where)
     strided = torch.zeros(1, most, 2 * a.shape[2], dtype=dtype)[:, :, ::2].copy_(a)
     report.same("gemm: strided a", cuda.gemm(strided, b), want, **where)
@@ -226,7 +227,7 @@ def _fitting(tile: tiles.Tile, a: Tensor) -> tiles.Tile:
     return tile._replace(num_stages=tiles._stages(tile.num_stages, stage, 0, a.device))
 
 
-# --- rows --------------------------------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 ROW_FUNCTIONS: dict[str, Callable[[ModuleType, Tensor, Tensor], object]] = {
     "row_sum": lambda s, x, w: s.row_sum(x, x.dtype),
@@ -292,7 +293,7 @@ def check_padding(report: Report, clock: Clock, tiny: bool) -> None:
                 report.same("padding: row_cumsum", got, want, **where)
 
 
-# --- attention ---------------------------------------------------------------------------------------------------------
+# --- attention -------------------------------------------------------------------------------------------------------
 
 
 def check_attention(report: Report, clock: Clock, tiny: bool) -> None:
@@ -339,7 +340,7 @@ def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
 
 
 def _check_decode(report, clock, q, k, v, scale, want, where) -> None:
-    """One query at a time, from a cache that ends at it, and from a longer one; some queries at a time; some batches."""
+    """One query at a time, from a cache that ends at it, and from a longer one; some queries at a time."""
     length = q.shape[2]
     for i in sorted({0, 1, 15, 16, 31, 32, 33, 63, 64, 65, 127, 128, 200, length - 1}):
         if i >= length or clock.over():
@@ -379,7 +380,7 @@ def _check_padded(report, q, k, v, scale, want, left, right, where) -> None:
         report.same("attention: padding", got, want, left=left, right=right, mask=kind, **where)
 
 
-# --- the rest ----------------------------------------------------------------------------------------------------------
+# --- the rest --------------------------------------------------------------------------------------------------------
 
 
 def check_index_add(report: Report, clock: Clock, tiny: bool) -> None:
@@ -400,14 +401,15 @@ def check_index_add(report: Report, clock: Clock, tiny: bool) -> None:
 
 
 def check_graphs(report: Report, clock: Clock, tiny: bool) -> None:
-    """Every launcher, captured in a CUDA graph and replayed: so none waits for the GPU, and none depends on when it ran."""
-    if torch.get_default_device().type != "cuda":
+    """Every launcher, captured in a CUDA graph and replayed: so none waits for the GPU."""
+    if torch.zeros(()).device.type != "cuda":
         return
     bf16 = torch.bfloat16
     x, w = _randn(17, 300, dtype=bf16), _randn(2, 300, dtype=bf16)
     q, k = _randn(2, 4, 33, 64, dtype=bf16), _randn(2, 2, 70, 64, dtype=bf16)
     mask = (torch.rand(2, 1, 33, 70) > 0.3).expand(2, 4, 33, 70)
-    a, b, offs = _randn(1, 33, 300, dtype=bf16), _randn(1, 300, 64, dtype=bf16), torch.tensor([7, 20, 33]).to(torch.int32)
+    a, b = _randn(1, 33, 300, dtype=bf16), _randn(1, 300, 64, dtype=bf16)
+    offs = torch.tensor([7, 20, 33], dtype=torch.int32)
     experts, index = _randn(3, 300, 64, dtype=bf16), torch.randint(0, 17, (33,))
     calls: dict[str, Callable[[], object]] = {
         name: (lambda call=call: call(cuda, x, w)) for name, call in ROW_FUNCTIONS.items()

@@ -1,8 +1,8 @@
-"""``attention``: one pass over the keys with a running maximum (online softmax), for any mask, grouped heads, any strides.
+"""``attention``: one pass over the keys with a running maximum (online softmax), any mask, grouped heads, any strides.
 
 The order over the keys counts from the first key that any query of the same (batch, head) can see. So padding on either
-side changes no bit, nor does the number of queries: a block of keys that a query cannot see leaves its maximum, its sum and
-its accumulator as they are, bit for bit.
+side changes no bit, nor does the number of queries: a block of keys that a query cannot see leaves its maximum, its sum
+and its accumulator as they are, bit for bit. The values of hidden keys must be finite: 0 * NaN is NaN, as in torch.
 """
 
 import torch
@@ -129,10 +129,11 @@ def _attention_kernel(
         acc = acc * r + p @ v, p rounded to v's dtype first, the product over the keys ascending
     and at the end out = acc / l, lse = m + log(l). A block with no visible key has m' = m, p = 0, r = 1.
 
-    An additive mask may hide keys by its dtype's lowest value instead of -inf, and such keys do count for a query that sees
-    no others. So with an additive mask the blocks start at or before key 0, still in step with the first visible key.
+    An additive mask may hide keys by its dtype's lowest value instead of -inf, and such keys do count for a query that
+    sees no others. So with it the blocks start at or before key 0, still in step with the first visible key.
     """
-    block = n_blocks - 1 - tl.program_id(0) % n_blocks  # with a causal mask the last blocks are the longest: they go first
+    # With a causal mask the last blocks are the longest, so they go first.
+    block = n_blocks - 1 - tl.program_id(0) % n_blocks
     pack_index = tl.program_id(0) // n_blocks % n_packs
     batch = (tl.program_id(0) // n_blocks // n_packs).to(tl.int64)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -267,12 +268,12 @@ def attention(
 
 
 def _first_keys(mask: Tensor, is_causal: bool) -> Tensor:
-    """For each batch, head and block of queries, the first key that one of them can see: int32 [B or 1, H or 1, blocks].
+    """For each batch, head and block of queries, the first key one of them can see: int32 [B or 1, H or 1, blocks].
 
-    Dims along which the mask is expanded are looked at once. For queries it is the last: a causal mask hides least from it.
+    Dims along which the mask is expanded are looked at once; for queries at the last, as causality hides least from it.
     """
     last_query = mask.shape[2] - 1
-    B, H, n_queries = (1 if stride == 0 else size for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True))
+    B, H, n_queries = (1 if mask.stride(dim) == 0 else mask.shape[dim] for dim in range(3))
     n_blocks = ceil_div(n_queries, _FIRST_KEY_QUERIES)
     firsts = torch.empty((B, H, n_blocks), dtype=torch.int32, device=mask.device)
     _first_key_kernel[(firsts.numel(),)](

@@ -183,7 +183,9 @@ void store(char* data, int64 dtype, int64 start, const double* x, int64 n) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads
 
-constexpr int64 MIN_WORK = 1 << 15;  // multiply-adds; waking a thread costs about as much
+// In multiply-adds, some 30 microseconds. Waking a thread takes a few, but milliseconds on a machine that is busy with
+// other things, such as other workers of pytest-xdist.
+constexpr int64 MIN_WORK = 1 << 17;
 
 // Independent tasks; `work` is that of all tasks together.
 template <class F>
@@ -592,7 +594,7 @@ double logsumexp_of(const Row& row) {
 
 template <class F>
 void each_row(const Tensor<2>& x, double cost, int threads, F f) {
-  int64 rows = x.size[0], step = std::max<int64>(1, MIN_WORK / 4 / std::max<int64>(1, x.size[1]));
+  int64 rows = x.size[0], step = std::max<int64>(1, 8 * CHUNK / std::max<int64>(1, x.size[1]));
   parallel((rows + step - 1) / step, double(rows) * double(x.size[1]) * cost, threads, [&](int64 task) {
     for (int64 r = task * step; r < std::min(rows, (task + 1) * step); r++) f(r, row_of(x, r));
   });

@@ -50,17 +50,18 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 
-# The kinds of `pointwise`: aten's names, and the defaults of the params, in aten's order. None: it must be given.
+# The kinds of `pointwise`, and the names of their params.
 KINDS = {
     "silu": (),
     "sigmoid": (),
-    "gelu": ("none",),
-    "softplus": (1.0, 20.0),  # beta, threshold
+    "gelu": (),
+    "gelu_tanh": (),
+    "softplus": ("beta", "threshold"),
     "log_sigmoid": (),
     "mish": (),
-    "elu": (1.0, 1.0, 1.0),  # alpha, scale, input_scale
+    "elu": ("alpha", "scale", "input_scale"),
     "rsqrt": (),
-    "pow": (None,),  # exponent
+    "pow": ("exponent",),
     "exp": (),
     "tanh": (),
     "erf": (),
@@ -169,13 +170,10 @@ def index_add(self: Tensor, index: Tensor, source: Tensor, alpha: float) -> Tens
     return out
 
 
-def pointwise(x: Tensor, kind: str, params: Sequence[float | str] = ()) -> Tensor:
+def pointwise(x: Tensor, kind: str, params: Sequence[float] = ()) -> Tensor:
     """One of `KINDS` for each element, in float64, rounded once. The strides are those of ``torch.empty_like(x)``."""
-    params = (*params, *KINDS[kind][len(params) :])
-    if len(params) > len(KINDS[kind]) or None in params:
-        raise ValueError(f"pointwise {kind} needs {len(KINDS[kind])} params, not {params}.")
-    if kind == "gelu":
-        kind, params = "gelu_tanh" if params[0] == "tanh" else "gelu", ()
+    if len(params) != len(KINDS.get(kind, params)):
+        raise ValueError(f"pointwise {kind} needs the params {KINDS[kind]}, not {tuple(params)}.")
     dtype, out = _DTYPES[x.dtype], torch.empty_like(x)
     if x.stride() != out.stride():
         x = out.copy_(x)

@@ -1,8 +1,8 @@
 """Matrix products: ``gemm`` and ``grouped_gemm``.
 
-Every element of a result is one chain of sums over K, ascending, in one accumulator (fp32; fp64 for fp64): the order is the
-same for every tile, so the tile may follow M. There is no split-K and no atomic. Strides and pointers of the operands are
-specialised by Triton for speed: they choose the width of loads into shared memory, and no order of sums. M is not.
+Every element of a result is one chain of sums over K, ascending, in one accumulator (fp32; fp64 for fp64): the order is
+the same for every tile, so the tile may follow M. There is no split-K and no atomic. Triton specialises the operands'
+strides and pointers, for speed: they choose the width of loads into shared memory, and no order of sums. M it does not.
 """
 
 import torch
@@ -26,7 +26,7 @@ def _product(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """sum over k of a[:, k] * b[k, :]: blocks of BLOCK_K, ascending, into one accumulator. Columns behind K are zeros."""
+    """sum over k of a[:, k] * b[k, :]: blocks of BLOCK_K, ascending, into one accumulator. Behind K there are zeros."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     offs_k = tl.arange(0, BLOCK_K)
     for start in range(0, K, BLOCK_K):
@@ -179,8 +179,8 @@ def _grouped_gemm_kernel(
 ):
     """out[t] = a[t] @ b[g] for one tile of the rows of one group, in the order of ``_gemm_kernel``.
 
-    The grid has room for the most row tiles that any offs can need, cdiv(T, BLOCK_M) + G. A program counts the tiles of the
-    groups in front of it (in integers, exactly) to find its own; programs behind the last tile have nothing to do.
+    The grid has room for the most row tiles that any offs can need, cdiv(T, BLOCK_M) + G. A program counts the tiles of
+    the groups in front of it (in integers, exactly) to find its own; programs behind the last tile have nothing to do.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // tiles_n

@@ -125,8 +125,8 @@ def _row_rms_norm_kernel(
 ):
     """y = x * rstd * weight, rstd = 1 / sqrt(sum(x ** 2) / n_cols + eps), of each row.
 
-    Two passes over the row: the squares (a sum in the order of ``reduce.py``), the results. Every step is rounded on its
-    own in ACC, and the result cast once.
+    Two passes over the row: the squares (a sum in the order of ``reduce.py``), the results. Every step is rounded on
+    its own in ACC, and the result cast once.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     squares = _row_total(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, "square", ACC, ROWS, BLOCK)

@@ -1,11 +1,11 @@
 """Sums over rows: ``row_sum``, ``row_mean``, ``row_norm``, ``row_var_mean``, ``row_logsumexp``, ``row_cumsum``.
 
-One order for every row sum, whatever the tile: 4096 slots; slot s adds columns s, s + 4096, s + 8192, ... ascending; then
-the upper half of the slots is added to the lower half, until one is left. Slots behind the row's end hold zeros and change
-nothing, so rows of up to 128 (1024) columns use 128 (1024) slots and get the same bits.
+One order for every row sum, whatever the tile: 4096 slots; slot s adds columns s, s + 4096, s + 8192, ... ascending;
+then the upper half of the slots is added to the lower half, until one is left. Slots behind the row's end hold zeros
+and change nothing, so rows of up to 128 (1024) columns use 128 (1024) slots and get the same bits.
 
-The tree is written out instead of left to ``tl.sum``, whose order follows the layout that Triton picks. And no integer and
-no pointer is specialised, so that no layout and no width of loads can follow the number of rows or columns either.
+The tree is written out instead of left to ``tl.sum``, whose order follows the layout that Triton picks. And no integer
+and no pointer is specialised, so that no layout and no width of loads can follow the number of rows or columns either.
 """
 
 import torch
@@ -127,7 +127,7 @@ def _row_sum_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = sum(x), sum(x) / n_cols, sum(abs(x)) or sqrt(sum(x ** 2)) of each row: the sum in the order of this file."""
+    """out = sum(x), sum(x) / n_cols, sum(abs(x)) or sqrt(sum(x ** 2)) of each row: sums in the order of this file."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = _row_total(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, TERM, ACC, ROWS, BLOCK)
     if FINISH == "mean":
@@ -195,7 +195,7 @@ def _row_var_mean_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """mean = sum(x) / n_cols; var = sum((x - mean) ** 2) / max(n_cols - correction, 0): both sums in the order of this file."""
+    """mean = sum(x) / n_cols; var = sum((x - mean) ** 2) / max(n_cols - correction, 0): sums in this file's order."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = _row_total(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, "plain", ACC, ROWS, BLOCK)
     mean = _divide(total, n_cols.to(ACC), ACC)
@@ -285,7 +285,7 @@ def row_logsumexp(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     do_not_specialize_on_alignment=["x_ptr", "out_ptr"],
 )
 def _row_cumsum_kernel(x_ptr, out_ptr, n_cols, x_row_stride, x_col_stride, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """out[j] = sum(x[: j + 1]) of one row: blocks of BLOCK columns ascending, each a scan plus the sum of those before it.
+    """out[j] = sum(x[: j + 1]) of one row: blocks of BLOCK columns ascending, each a scan plus the sum of those before.
 
     The scan's own order is that of ``tl.cumsum`` for this BLOCK and this number of warps. Nothing else can choose its
     layout: no argument is specialised, and the block does not follow the columns.

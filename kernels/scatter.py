@@ -29,9 +29,9 @@ def _index_add_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[r] = self[r] + alpha * source[i] + ..., over the i that go to row r, ascending: order[bound[r] : bound[r + 1]].
+    """out[r] = self[r] + alpha * source[i] + ..., for the i that go to row r, ascending: order[bound[r]:bound[r + 1]].
 
-    Each product and each sum is rounded on its own in ACC, and the result cast once. A row that has no more sources than
+    Each product and each sum is rounded on its own in ACC, and the result cast once. A row that has fewer sources than
     its neighbours in the tile keeps its bits while they go on.
     """
     blocks = tl.cdiv(C, BLOCK)
@@ -40,7 +40,8 @@ def _index_add_kernel(
     inside = (rows < R)[:, None] & (cols < C)[None, :]
     begin = tl.load(bound_ptr + rows, mask=rows < R, other=0)
     end = tl.load(bound_ptr + rows + 1, mask=rows < R, other=0)
-    acc = tl.load(self_ptr + rows[:, None] * stride_selfr + cols[None, :] * stride_selfc, mask=inside, other=0.0).to(ACC)
+    self_ptrs = self_ptr + rows[:, None] * stride_selfr + cols[None, :] * stride_selfc
+    acc = tl.load(self_ptrs, mask=inside, other=0.0).to(ACC)
     for i in range(0, tl.max(end - begin, 0)):
         more = begin + i < end
         source_row = tl.load(order_ptr + begin + i, mask=more, other=0)
@@ -51,7 +52,7 @@ def _index_add_kernel(
 
 
 def index_add(self: Tensor, index: Tensor, source: Tensor, alpha: float) -> Tensor:
-    """``reference.index_add`` on the GPU. The sources of each row are found by a stable sort: no atomics, nothing waits."""
+    """``reference.index_add`` on the GPU. A stable sort finds the sources of each row: no atomics, nothing waits."""
     R, C = self.shape
     out = torch.empty((R, C), dtype=self.dtype, device=self.device)
     if out.numel() == 0:

@@ -27,8 +27,8 @@ def _row_softmax_kernel(
 ):
     """out = exp(x - max) / sum(exp(x - max)), or x - max - log(sum(exp(x - max))), of each row.
 
-    Three passes over the row: the maximum, the sum (in the order of ``reduce.py``), the results. Columns of -inf add exact
-    zeros to the sum. A row of nothing but -inf gives NaN, as in torch.
+    Three passes over the row: the maximum, the sum (in the order of ``reduce.py``), the results. Columns of -inf add
+    exact zeros to the sum. A row of nothing but -inf gives NaN, as in torch.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     largest = _row_max(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, ACC, ROWS, BLOCK)

@@ -5,7 +5,7 @@ For products the class is "K ascending, one accumulator": no split-K, no atomics
 free in it. BLOCK_K (BLOCK_N of attention) is a function of the dtype and of the model's sizes alone, never of M.
 ``benchmarks/class_check.py`` checks the class on a GPU.
 
-For sums over rows the order is written out in the kernel (``reduce._tree_sum``), so their tiles follow the columns freely.
+For sums over rows the order is written out in the kernel (``reduce._tree_sum``): their tiles follow the columns freely.
 """
 
 import functools
@@ -90,7 +90,7 @@ def gemm_tile(dtype: torch.dtype, rows: int, cols: int, batch: int, device: torc
 
 
 def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.device) -> Tile:
-    """block_m queries by block_n keys; block_k is the head dim, padded. block_n follows the dtype and the head dim alone."""
+    """block_m queries by block_n keys; block_k is the padded head dim. block_n follows the dtype and head dim alone."""
     block_d = max(16, next_power_of_2(head_dim))
     if dtype.itemsize == 2:
         block_n = 64 if block_d <= 128 else 32

@@ -16,16 +16,15 @@ import torch
 from hypothesis import HealthCheck, Phase, strategies as st
 from torch import Tensor
 
-from pytest_batchinv import census, mode, progress, records, strategies
+from pytest_batchinv import census, explain, mode, progress, records, settings, strategies
 from pytest_batchinv.compare import Difference, first_difference
 from pytest_batchinv.engines import Engine, NotRun
 from pytest_batchinv.kernels import doors
 from pytest_batchinv.records import Record
 from pytest_batchinv.shapes import BatchShape, Row
 
-DEFAULT_MAX_EXAMPLES = 100
-RUN_TO_RUN_BATCHES = 6
 ALONE_CACHE_BYTES = 2 << 30
+_TRIED_SIZES = [size for size in strategies.BOUNDARIES if size <= 65]
 
 
 class BatchVarianceError(AssertionError):
@@ -66,7 +65,7 @@ def check_engine(
         before = doors.hits()
         error: Exception | None = None
         try:
-            checks[relation](engine, ledger, max_examples or DEFAULT_MAX_EXAMPLES, shape)
+            checks[relation](engine, ledger, max_examples or settings.active.get().max_examples, shape)
         except Exception as caught:
             error = caught
         record = ledger.record(relation, _verdict(error))
@@ -94,7 +93,7 @@ def check_negative_control(engine: Engine, *, max_examples: int | None = None) -
     record = None
     with mode.stock_torch():
         try:
-            _check_batches(engine, ledger, max_examples or DEFAULT_MAX_EXAMPLES, None)
+            _check_batches(engine, ledger, max_examples or settings.active.get().max_examples, None)
         except BatchVarianceError as caught:
             record = ledger.record("N", "caught")
             record.difference = asdict(caught.difference) | {"shape": caught.shape.to_json(), "sizes": list(caught.sizes)}
@@ -115,7 +114,7 @@ def _check_run_to_run(engine: Engine, ledger: "_Ledger", max_examples: int, shap
         for position, (expected, actual) in enumerate(zip(first, second, strict=True)):
             difference = ledger.compare(expected, actual)
             if difference is not None:
-                raise _variance(engine, "R", batch, position, difference, ())
+                raise _variance(engine, "R", batch, position, difference)
 
 
 def _check_batches(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
@@ -163,7 +162,8 @@ def _check_eager_equals_compiled(engine: Engine, ledger: "_Ledger", max_examples
         for position, (expected, actual) in enumerate(zip(expected_rows, actual_rows, strict=True)):
             difference = ledger.compare(expected, actual)
             if difference is not None:
-                raise _variance(engine, "X", batch, position, difference, ())
+                stopping = explain.ops_that_stop(lambda batch=batch: eager.logprobs(batch))
+                raise _variance(engine, "X", batch, position, difference, stopping=stopping)
 
 
 def _first_batches(engine: Engine, shape: BatchShape | None, every: int = 11) -> Iterable[BatchShape]:
@@ -178,7 +178,7 @@ def _sizes_that_change(engine: Engine, ledger: "_Ledger", batch: BatchShape, pos
     row = batch.rows[position]
     others = [r for i, r in enumerate(batch.rows) if i != position] or [row]
     changed = []
-    for n_rows in (size for size in strategies.BOUNDARIES if size <= 65):
+    for n_rows in _TRIED_SIZES:
         candidate = batch.with_rows(row, *(others[i % len(others)] for i in range(n_rows - 1)))
         if candidate.tokens > engine.max_tokens:
             break
@@ -262,7 +262,13 @@ _MEANING = {
 
 
 def _variance(
-    engine: Engine, relation: str, batch: BatchShape, position: int, difference: Difference, sizes: Sequence[int]
+    engine: Engine,
+    relation: str,
+    batch: BatchShape,
+    position: int,
+    difference: Difference,
+    sizes: Sequence[int] = (),
+    stopping: Sequence[str] = (),
 ) -> BatchVarianceError:
     row = batch.rows[position]
     token, vocabulary = difference.index
@@ -278,17 +284,15 @@ def _variance(
         + ("" if difference.ulp is None else f", {difference.ulp} ulp apart"),
     ]
     if relation == "I":
-        lines.append(f"  sizes       bits change at batch sizes {_ranges(sizes)} (of {_ranges(_tried(engine))} tried)")
+        lines.append(f"  sizes       bits change at batch sizes {_listed(sizes)} (of {_listed(_TRIED_SIZES)} tried)")
+    if relation == "X":
+        lines.append(f"  operators   compiled alone, other bits than in eager code: {_listed(stopping)}")
     lines += [f"  batch       {batch.to_json()}", f"  replay      {_replay_command(engine, batch)}"]
     return BatchVarianceError("\n".join(lines), difference, batch, sizes)
 
 
-def _tried(engine: Engine) -> list[int]:
-    return [size for size in strategies.BOUNDARIES if size <= 65]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    return ", ".join(str(number) for number in numbers) if numbers else "none"
+def _listed(words: Iterable[object]) -> str:
+    return ", ".join(map(str, words)) or "none"
 
 
 def _replay_command(engine: Engine, batch: BatchShape) -> str:
@@ -331,7 +335,7 @@ def assert_batch_invariant(
     if unknown:
         raise ValueError(f"assert_batch_invariant checks the relations R and I, not {', '.join(unknown)}")
     name = getattr(fn, "__qualname__", type(fn).__name__)
-    return check_rows(name, fn, inputs, batch_dim, relations, max_examples or DEFAULT_MAX_EXAMPLES, seed)
+    return check_rows(name, fn, inputs, batch_dim, relations, max_examples or settings.active.get().max_examples, seed)
 
 
 def check_rows(
@@ -340,7 +344,7 @@ def check_rows(
     inputs: Sequence[Tensor],
     batch_dim: int = 0,
     relations: Sequence[str] = ("R", "I"),
-    max_examples: int = DEFAULT_MAX_EXAMPLES,
+    max_examples: int = 100,
     seed: int | None = None,
 ) -> Record:
     """``assert_batch_invariant`` under a name of the caller's."""
@@ -419,8 +423,7 @@ def _swept_rows(pool: int) -> Iterator[list[int]]:
 def _row_variance(name, subject, alone, rows, position, part, difference) -> BatchVarianceError:
     row = rows[position]
     sizes = []
-    tried = [size for size in strategies.BOUNDARIES if size <= 129]
-    for n_rows in tried:
+    for n_rows in _TRIED_SIZES:
         candidate = [row, *((row + 1 + i) % subject.pool for i in range(n_rows - 1))]
         if first_difference(alone[row][part], subject.outputs(candidate)[0][part]) is not None:
             sizes.append(n_rows)
@@ -428,7 +431,7 @@ def _row_variance(name, subject, alone, rows, position, part, difference) -> Bat
         f"{name}: {_MEANING['I']}.\n"
         f"  row         {row}, at position {position} of {len(rows)}, output {part}\n"
         f"  difference  {difference}\n"
-        f"  sizes       bits change at batch sizes {_ranges(sizes)} (of {_ranges(tried)} tried)\n"
+        f"  sizes       bits change at batch sizes {_listed(sizes)} (of {_listed(_TRIED_SIZES)} tried)\n"
         f"  batch       rows {rows}\n"
         f"  replay      batch = [x.index_select({subject.batch_dim}, torch.tensor({rows})) for x in inputs]"
     )

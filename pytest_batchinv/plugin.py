@@ -33,6 +33,7 @@ def _start(config: pytest.Config) -> None:
     ours = config.stash[SETTINGS]
     config.stash[MAKE_ENGINE] = engine_maker()
     if xdist.is_worker(config):
+        xdist.share_cores(config)
         if ours.device != "cpu" and (why := xdist.take_gpu(config)):
             config.pluginmanager.register(xdist.Refusal(why), "batchinv-refusal")
         return

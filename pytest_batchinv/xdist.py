@@ -1,7 +1,8 @@
-"""pytest-xdist: one GPU for each worker. Records need nothing here; they travel on the tests' own reports."""
+"""pytest-xdist: one GPU and a share of the cores for each worker. Records need nothing here; they travel on the tests' own reports."""
 
 import itertools
 import os
+import sys
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -52,3 +53,15 @@ def take_gpu(config: Any, environ: MutableMapping[str, str] = os.environ) -> str
         )
     environ["CUDA_VISIBLE_DEVICES"] = gpus[config.workerinput[_SLOT] % len(gpus)]
     return ""
+
+
+def share_cores(config: Any, environ: MutableMapping[str, str] = os.environ) -> None:
+    """On a worker: as many threads as its share of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    Threads that wait for work spin: with more of them than cores a run takes ten times as long.
+    """
+    if "OMP_NUM_THREADS" not in environ:
+        threads = max(1, len(os.sched_getaffinity(0)) // config.workerinput["workercount"])
+        environ["OMP_NUM_THREADS"] = str(threads)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)

@@ -11,9 +11,15 @@ DEFAULT_MODELS = (DEFAULTS.model, "tiny-llama")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "model" in metafunc.fixturenames:
+    if "batchinv_engine" in metafunc.fixturenames:
         asked = metafunc.config.stash[SETTINGS].model
         metafunc.parametrize("model", DEFAULT_MODELS if asked == DEFAULTS.model else (asked,))
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> str:
+    """The model of tests that run none: parametrised for those that do."""
+    return request.config.stash[SETTINGS].model
 
 
 @pytest.fixture

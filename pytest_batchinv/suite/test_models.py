@@ -2,29 +2,19 @@
 
 import pytest
 
-from pytest_batchinv import explain
 from pytest_batchinv.check import check_engine, check_negative_control
 from pytest_batchinv.shapes import BatchShape
 
 
-@pytest.mark.batch_invariant
+@pytest.mark.batch_invariant(relations=("R", "I", "X"))
 @pytest.mark.compile_mode("eager", "default", "dynamic", "reduce-overhead")
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(batchinv_engine, batchinv_settings):
+def test_a_row_has_the_same_bits_alone_in_any_batch_and_in_eager_code(batchinv_engine, batchinv_settings):
     check_engine(
         batchinv_engine,
-        relations=[relation for relation in batchinv_settings.relations if relation in ("R", "I")],
+        relations=batchinv_settings.relations,
         max_examples=batchinv_settings.max_examples,
         shape=batchinv_settings.shape,
     )
-
-
-@pytest.mark.batch_invariant
-@pytest.mark.compile_mode("default", "dynamic", "reduce-overhead")
-def test_compiled_code_gives_the_bits_of_eager_code(batchinv_engine, batchinv_settings):
-    if batchinv_engine.device == "cpu":
-        explain.report_eager_against_compiled(batchinv_engine)
-    else:
-        check_engine(batchinv_engine, relations=["X"], shape=batchinv_settings.shape)
 
 
 @pytest.mark.batch_invariant

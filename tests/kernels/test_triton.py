@@ -1,11 +1,12 @@
 """The Triton kernels against ``kernels/reference.py``, on the CPU, in Triton's interpreter.
 
-The interpreter must be chosen before a kernel is defined, so the checks (``check_*``) run in a process of their own; the
-tests (``test_*``) start it. To run the checks directly:
+The interpreter must be chosen before a kernel is defined, so the checks (``check_*``) run in a process of their own;
+the tests (``test_*``) start it. To run the checks directly:
 ``TRITON_INTERPRET=1 python -P -m pytest -p no:batchinv -o python_functions='check_*' tests/kernels/test_triton.py``
 
-The interpreter's own ``tl.dot`` leaves the order of sums to numpy. Here it is replaced by the chain the GPU was measured to
-compute: K ascending, one product after the other. So the checks of bits see every order that a kernel itself chooses.
+The interpreter's own ``tl.dot`` leaves the order of sums to numpy. Here it is replaced by the chain the GPU was
+measured to compute: K ascending, one product after the other. So the checks of bits see every order that a kernel
+itself chooses.
 """
 
 import inspect
@@ -21,8 +22,8 @@ from pytest_batchinv.kernels import attention as attention_module
 from pytest_batchinv.kernels import cuda, matmul, reference, tiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Relative to the largest value: fp32 sums of some hundred terms, one rounding of the result. The interpreter cuts bf16 off
-# where the GPU rounds, and attention rounds its weights to 16 bits too.
+# Relative to the largest value: fp32 sums of some hundred terms, one rounding of the result. The interpreter cuts bf16
+# off where the GPU rounds, and attention rounds its weights to 16 bits too.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -50,7 +51,7 @@ def test_the_kernel_set_is_complete():
     assert set(cuda.__all__) == functions - {"accumulator_dtype"}
 
 
-# --- what the checks share ---------------------------------------------------------------------------------------------
+# --- what the checks share -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +114,7 @@ def layouts(x):
         yield view.copy_(x)
 
 
-# --- products ----------------------------------------------------------------------------------------------------------
+# --- products --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,7 +203,7 @@ def check_grouped_gemm_of_nothing():
     assert (cuda.grouped_gemm(torch.ones(5, 4), torch.ones(0, 4, 3), offs[:0]) == 0).all()
 
 
-# --- rows --------------------------------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 ROW_FUNCTIONS = {
     "row_sum": lambda s, x, w: s.row_sum(x, x.dtype),
@@ -324,7 +325,7 @@ def check_row_scalars_keep_their_precision():
     assert_near(cuda.row_rms_norm(x * 1e-3, None, 1e-5), reference.row_rms_norm(x * 1e-3, None, 1e-5), torch.float64)
 
 
-# --- attention ---------------------------------------------------------------------------------------------------------
+# --- attention -------------------------------------------------------------------------------------------------------
 
 
 def qkv(B, H, Hkv, Sq, Skv, D, DV, dtype):
@@ -412,6 +413,31 @@ def check_attention_block_n_does_not_follow_the_queries():
             assert len({tile.block_n for tile in chosen}) == 1
 
 
+@pytest.mark.parametrize("kind", ["keys", "queries"])
+def check_attention_first_key_heeds_mask_and_causality(kind):
+    """A left-padded sequence with a mask and is_causal; "queries": the padding's own queries see later keys alone."""
+    q, k, v = qkv(1, 2, 1, 50, 50, 16, 16, torch.float32)
+    want = cuda.attention(q, k, v, None, True, 0.25)
+    padded = [torch.cat([randn(1, x.shape[1], 37, 16, dtype=x.dtype), x], 2) for x in (q, k, v)]
+    mask = (torch.arange(87) >= 37).expand(1, 1, 1, 87)
+    if kind == "queries":
+        mask = mask.repeat(1, 1, 87, 1)
+        mask[0, 0, :37] = torch.ones(37, 87, dtype=torch.bool).triu(1)
+    out, lse = cuda.attention(*padded, mask.expand(1, 2, 87, 87), True, 0.25)
+    assert_same_bits((out[:, :, 37:], lse[:, :, 37:]), want)
+
+
+def check_attention_heads_with_masks_of_their_own():
+    """Heads that share keys but not a mask: each counts its keys from its own first one."""
+    q, k, v = qkv(1, 4, 2, 10, 100, 16, 16, torch.float32)
+    mask = (torch.arange(100) >= torch.tensor([0, 5, 37, 70])[:, None])[None, :, None].expand(1, 4, 10, 100)
+    whole = cuda.attention(q, k, v, mask, False, 0.25)
+    for head in range(4):
+        one, keys = slice(head, head + 1), slice(head // 2, head // 2 + 1)
+        alone = cuda.attention(q[:, one], k[:, keys], v[:, keys], mask[:, one], False, 0.25)
+        assert_same_bits(alone, tuple(x[:, one] for x in whole))
+
+
 def check_attention_rows_strides_and_nan():
     q, k, v = qkv(3, 4, 2, 10, 40, 16, 16, torch.float32)
     mask = torch.rand(3, 4, 10, 40) > 0.3
@@ -440,7 +466,7 @@ def check_attention_of_nothing(sizes, masked):
     assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all() and lse.shape == q.shape[:3]
 
 
-# --- index_add ---------------------------------------------------------------------------------------------------------
+# --- index_add -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
