@@ -2,8 +2,8 @@
 
     python benchmarks/class_check.py --out class-check.json
 
-Each check compares bits and counts them ("near fp64" compares values). A count of mismatches above 0 means that the tile
-tables in ``kernels/tiles.py`` must not be used on this GPU with these versions. The exit status is 1 then.
+Each check compares bits and counts them ("near fp64" compares values). A count of mismatches above 0 means that the
+tile tables in ``kernels/tiles.py`` must not be used on this GPU with these versions. The exit status is 1 then.
 
 ``TRITON_INTERPRET=1 python benchmarks/class_check.py --device cpu --tiny`` runs the script without a GPU. Its counts
 mean nothing then: the interpreter leaves products to numpy, which has no one order, and takes bf16 for integers.
@@ -153,7 +153,7 @@ def check_gemm(report: Report, clock: Clock, tiny: bool) -> None:
     """All tiles of the table on one shape; then every M with the tile it gets, from any positions in the batch."""
     most = 40 if tiny else 300
     for turn in range(1 if tiny else 8):
-        # A weight as linear layers have it, an odd one, and one that is not transposed; shapes differ from turn to turn.
+        # A weight as linear layers have it, an odd one, one that is not transposed; other shapes at every turn.
         for aligned, transposed in ((True, True), (False, True), (True, False), (False, False)):
             for dtype in DTYPES:
                 if clock.over():
