@@ -12,6 +12,10 @@ from pytest_batchinv.kernels import doors
 
 NAME = "batch_invariant"
 
+Packing = tuple[Tensor, Tensor]
+"""Columns of a packed line by row and position, int64 [rows, longest row], -1 behind a row's end; and the way back: for
+each column its cell in that matrix, int64 [tokens]."""
+
 _UNCOVERED = {
     "softcap": "soft-capped attention logits",
     "s_aux": "attention sinks",
@@ -35,13 +39,21 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    packing: Packing | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The contract of transformers: query, key and value [B, heads, tokens, D]; returns [B, tokens, heads, D].
 
-    Key heads are not repeated: the operator maps query heads to key heads itself.
+    Key heads are not repeated: the operator maps query heads to key heads itself. packing: given by the engine for a
+    line of packed rows, which are unpacked here, since the operator counts keys from the start of a line.
     """
     _refuse_uncovered(dropout, kwargs)
+    if packing is not None:
+        columns, cells = packing
+        unpacked = [_unpack(x, columns) for x in (query, key, value)]
+        mask = _unpack_mask(attention_mask, columns)
+        out, _ = attention_forward(module, *unpacked, mask, scaling)
+        return out.flatten(0, 1)[cells][None], None
     mask = causal = None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -54,6 +66,18 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, _ = torch.ops.batchinv.attention(query, key, value, mask, bool(causal), scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _unpack(x: Tensor, columns: Tensor) -> Tensor:
+    """[1, heads, tokens, D] -> [rows, heads, longest row, D]. Behind a row's end stands any token; the mask hides it."""
+    return x[0].transpose(0, 1)[columns.clamp(min=0)].transpose(1, 2)
+
+
+def _unpack_mask(mask: Tensor, columns: Tensor) -> Tensor:
+    """[1, 1, tokens, tokens] -> [rows, 1, longest row, longest row]."""
+    inside, columns = columns >= 0, columns.clamp(min=0)
+    visible = mask[0, 0][columns[:, :, None], columns[:, None, :]]
+    return (visible & inside[:, :, None] & inside[:, None, :])[:, None]
 
 
 def attention_mask_2d(*args, **kwargs) -> Tensor | None:

@@ -63,9 +63,19 @@ class TransformersEngine:
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._forward = _Logprobs(self.model, flex=self.attn == "flex_attention")
         self._windows = self._probe(None if _is_flash(self.attn) else masks.windows_of(config))
-        self.layouts = ("right", "left") if self._windows is None else ("right", "left", "packed")
+        self.layouts = self._layouts()
         options = COMPILE_MODES[compile_mode]
         self._run = self._forward if options is None else torch.compile(self._forward, **options)
+
+    def _layouts(self) -> tuple[str, ...]:
+        """The layouts under which a row is promised to have one order of sums.
+
+        Our own attention counts keys from the start of the row, the CPU's kernels skip what is hidden. On CUDA a product
+        over padded keys counts from the start of the line: sdpa's mask tells where a row starts, that of eager does not.
+        """
+        if self.attn == attention.NAME or torch.device(self.device).type == "cpu":
+            return ("right", "left") if self._windows is None else ("right", "left", "packed")
+        return ("right", "left") if self.attn == "sdpa" else ("right",)
 
     @property
     def attention_implementations(self) -> tuple[str, ...]:
@@ -106,7 +116,7 @@ class TransformersEngine:
         rows = [out[place.line, place.start : place.stop] for place in sheet.places]
         return [row.clone() for row in rows] if graphs else rows  # a CUDA graph writes every result to the same memory
 
-    def _inputs(self, sheet: Sheet, windows: Windows | None) -> tuple[Tensor, Any, Tensor | None]:
+    def _inputs(self, sheet: Sheet, windows: Windows | None) -> tuple[Tensor, Any, Tensor | None, Any]:
         tokens, rows, positions = (
             torch.tensor(layer, device=self.device) for layer in (sheet.tokens, sheet.rows, sheet.positions)
         )
@@ -115,7 +125,10 @@ class TransformersEngine:
         else:
             form = masks.additive(DTYPES[self.dtype]) if self.attn == "eager" else masks.boolean
             mask = masks.causal_masks(rows, positions, windows, form)
-        return tokens, mask, positions if self._takes_positions else None
+        packing = None
+        if sheet.is_packed and self.attn == attention.NAME:
+            packing = tuple(torch.tensor(layer, device=self.device) for layer in sheet.packing())
+        return tokens, mask, positions if self._takes_positions else None, packing
 
     def _probe(self, windows: Windows | None) -> Windows | None:
         """Asks the model, with a tolerance, whether it reads our 4-d masks and whether it heeds a mask at all.
@@ -160,10 +173,11 @@ class _Logprobs(nn.Module):
         self.model = model
         self.flex = flex
 
-    def forward(self, tokens: Tensor, mask: Any, positions: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Any, positions: Tensor | None, packing: attention.Packing | None) -> Tensor:
         if self.flex:
             mask = masks.block_masks(mask)
         places = {} if positions is None else {"position_ids": positions}
+        places |= {} if packing is None else {"packing": packing}
         logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **places).logits
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return torch.log_softmax(logits.to(wide), -1)
