@@ -230,12 +230,13 @@ def attention(
     n_blocks = ceil_div(Sq * pack, tile.block_m)
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     with on_device(q):
-        firsts = lse if mask is None else _first_keys(mask, is_causal)
+        mask = None if mask is None else _loadable(mask)
+        firsts = lse if mask is None else _first_keys(mask, kind == "bool", is_causal)
         _attention_kernel[(n_blocks * (H // pack) * B,)](
             q,
             k,
             v,
-            lse if mask is None else _loadable(mask),
+            lse if mask is None else mask,
             firsts,
             out,
             lse,
@@ -267,7 +268,7 @@ def attention(
     return out, lse
 
 
-def _first_keys(mask: Tensor, is_causal: bool) -> Tensor:
+def _first_keys(mask: Tensor, is_bool: bool, is_causal: bool) -> Tensor:
     """For each batch, head and block of queries, the first key one of them can see: int32 [B or 1, H or 1, blocks].
 
     Dims along which the mask is expanded are looked at once; for queries at the last, as causality hides least from it.
@@ -277,7 +278,7 @@ def _first_keys(mask: Tensor, is_causal: bool) -> Tensor:
     n_blocks = ceil_div(n_queries, _FIRST_KEY_QUERIES)
     firsts = torch.empty((B, H, n_blocks), dtype=torch.int32, device=mask.device)
     _first_key_kernel[(firsts.numel(),)](
-        _loadable(mask),
+        mask,
         firsts,
         H,
         n_queries,
@@ -285,8 +286,8 @@ def _first_keys(mask: Tensor, is_causal: bool) -> Tensor:
         last_query if n_queries == 1 else 0,
         n_blocks,
         *mask.stride(),
-        0.0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
-        BOOL=mask.dtype == torch.bool,
+        0.0 if is_bool else torch.finfo(mask.dtype).min,
+        BOOL=is_bool,
         CAUSAL=bool(is_causal),
         BLOCK_M=_FIRST_KEY_QUERIES,
         BLOCK_N=_FIRST_KEY_BLOCK,
@@ -297,7 +298,15 @@ def _first_keys(mask: Tensor, is_causal: bool) -> Tensor:
 
 
 def _loadable(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    """A boolean mask as int16; dims along which it is expanded stay so.
+
+    Not as bytes: Triton (3.6 to 3.9) gives the second product an order of k that follows the narrowest load in front of it,
+    so a kernel that loads bytes would sum in another order than one without a mask.
+    """
+    if mask.dtype != torch.bool:
+        return mask
+    once = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
+    return once.to(torch.int16).expand(mask.shape)
 
 
 def _step(x: Tensor, dim: int) -> int:

@@ -187,6 +187,20 @@ def check_attention_with_masks(arch, compile_for):
         assert_sound(main, arch)
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def check_attention_has_one_order_of_k_within_an_instruction(arch, dtype, compile_for):
+    """kWidth tells which k's one instruction takes: masks, and how many queries there are, must not change it."""
+    k = tensor(1, 2, 200, 64, dtype=dtype)
+    for Sq in (1, 5, 100):
+        q = tensor(1, 8, Sq, 64, dtype=dtype)
+        boolean = torch.ones(Sq, 200, dtype=torch.bool).expand(1, 8, Sq, 200)
+        for mask, causal in ((None, False), (None, True), (boolean, False), (boolean.to(dtype), False)):
+            *_, main = compile_for(arch, lambda q=q, m=mask, c=causal: cuda.attention(q, k, k, m, c, 0.1))
+            widths = set(re.findall(r"kWidth = (\d+)", main.asm["ttgir"]))
+            assert widths == {"2"}, (Sq, mask is None or mask.dtype, causal)
+
+
 @pytest.mark.parametrize(("arch", "n_cols"), [(80, 128), (90, 5000)], ids=["sm80", "sm90"])
 def check_row_kernels(arch, n_cols, compile_for):
     """Nothing fuses a multiplication with an addition: it would round once where the kernel says twice."""
