@@ -380,6 +380,8 @@ def attention(query, key, value, mask, is_causal, scale) -> tuple[Tensor, Tensor
     """``reference.attention`` on the tensors' device. Raises Refused for head dims above 256."""
     if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         raise Refused(f"batch-invariant attention covers head dims up to {MAX_HEAD_DIM}, not {query.shape[-1]}.")
+    if query.device.type == "cuda" and query.dtype == torch.float64 and max(query.shape[-1], value.shape[-1]) > 128:
+        raise Refused("batch-invariant attention in float64 covers head dims up to 128 on CUDA: Triton compiles no larger.")
     return kernel_set(query).attention(query, key, value, mask, is_causal, scale)
 
 

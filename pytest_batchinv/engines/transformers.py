@@ -59,7 +59,7 @@ class TransformersEngine:
         config = self.model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
         self.loud = self.vocabulary - 1 if is_preset(model) else _loudest_token(self.model)
-        self.max_length, self.max_tokens = _bounds(config, device)
+        self.max_length, self.max_tokens = _bounds(config, device, graphs=compile_mode in _CUDA_GRAPHS)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._forward = _Logprobs(self.model, flex=self.attn == "flex_attention")
         self._windows = self._probe(None if _is_flash(self.attn) else masks.windows_of(config))
@@ -103,6 +103,8 @@ class TransformersEngine:
             if not is_out_of_memory(error):
                 raise
         # Here, not in the handler: the error held the tensors of the forward that failed.
+        if self.compile_mode in _CUDA_GRAPHS:
+            torch._dynamo.reset()  # a recording that ran out of memory leaves the tree of CUDA graphs unusable
         if torch.device(self.device).type == "cuda":
             torch.cuda.empty_cache()
         raise NotRun(f"out of memory: {len(shape)} rows, {shape.width} columns, {shape.tokens} tokens with padding")
@@ -240,8 +242,10 @@ def _loudest_token(model: nn.Module) -> int:
     return int(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).argmax())
 
 
-def _bounds(config: Any, device: str) -> tuple[int, int]:
+def _bounds(config: Any, device: str, graphs: bool) -> tuple[int, int]:
     length, tokens, budget = _BOUNDS[torch.device(device).type]
+    if graphs:
+        budget //= 8  # a CUDA graph keeps the memory of its batch shape, and there is one for each shape
     tokens = min(tokens, budget // (4 * config.vocab_size))
     return min(length, tokens, getattr(config, "max_position_embeddings", None) or length), tokens
 
