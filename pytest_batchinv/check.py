@@ -21,10 +21,9 @@ from pytest_batchinv.compare import Difference, first_difference
 from pytest_batchinv.engines import Engine, NotRun
 from pytest_batchinv.kernels import doors
 from pytest_batchinv.records import Record
-from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.shapes import TRIED_SIZES, BatchShape, Row, as_ranges
 
 ALONE_CACHE_BYTES = 2 << 30
-_TRIED_SIZES = [size for size in strategies.BOUNDARIES if size <= 65]
 
 
 class BatchVarianceError(AssertionError):
@@ -41,6 +40,11 @@ class BatchVarianceError(AssertionError):
         self.sizes = tuple(sizes)
 
 
+def _hide_variance(info: Any) -> bool:
+    """For ``__tracebackhide__``: pytest shows the user's frames of a variance, and all frames of any other error."""
+    return info.errisinstance(BatchVarianceError)
+
+
 # --- engines -----------------------------------------------------------------------------------------------------------
 
 
@@ -55,6 +59,7 @@ def check_engine(
 
     Raises BatchVarianceError at the first relation that does not hold, after its record has been emitted.
     """
+    __tracebackhide__ = _hide_variance
     checks = {"R": _check_run_to_run, "I": _check_batches, "X": _check_eager_equals_compiled}
     found = []
     for relation in (r for r in checks if r in relations):
@@ -104,6 +109,7 @@ def check_negative_control(engine: Engine, *, max_examples: int | None = None) -
 
 
 def _check_run_to_run(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
+    __tracebackhide__ = _hide_variance
     for batch in _first_batches(engine, shape):
         try:
             first, second = engine.logprobs(batch), engine.logprobs(batch)
@@ -118,6 +124,7 @@ def _check_run_to_run(engine: Engine, ledger: "_Ledger", max_examples: int, shap
 
 
 def _check_batches(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
+    __tracebackhide__ = _hide_variance
     if shape is not None:
         _check_batch(engine, ledger, shape, shape)
         return
@@ -130,6 +137,7 @@ def _check_batches(engine: Engine, ledger: "_Ledger", max_examples: int, shape: 
     )
 
     def check(batch: BatchShape) -> None:
+        __tracebackhide__ = _hide_variance
         progress.report(f"{engine.subject}: {ledger.examples - len(swept)} of {max_examples} random batches")
         _check_batch(engine, ledger, batch, batch)
 
@@ -137,6 +145,7 @@ def _check_batches(engine: Engine, ledger: "_Ledger", max_examples: int, shape: 
 
 
 def _check_batch(engine: Engine, ledger: "_Ledger", batch: BatchShape, reported: BatchShape) -> None:
+    __tracebackhide__ = _hide_variance
     try:
         alone = [ledger.alone(row) for row in batch.rows]
         together = engine.logprobs(batch)
@@ -151,6 +160,7 @@ def _check_batch(engine: Engine, ledger: "_Ledger", batch: BatchShape, reported:
 
 
 def _check_eager_equals_compiled(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
+    __tracebackhide__ = _hide_variance
     eager = engine.in_eager_mode()
     for batch in _first_batches(engine, shape, every=3):
         try:
@@ -178,7 +188,7 @@ def _sizes_that_change(engine: Engine, ledger: "_Ledger", batch: BatchShape, pos
     row = batch.rows[position]
     others = [r for i, r in enumerate(batch.rows) if i != position] or [row]
     changed = []
-    for n_rows in _TRIED_SIZES:
+    for n_rows in TRIED_SIZES:
         candidate = batch.with_rows(row, *(others[i % len(others)] for i in range(n_rows - 1)))
         if candidate.tokens > engine.max_tokens:
             break
@@ -284,11 +294,16 @@ def _variance(
         + ("" if difference.ulp is None else f", {difference.ulp} ulp apart"),
     ]
     if relation == "I":
-        lines.append(f"  sizes       bits change at batch sizes {_listed(sizes)} (of {_listed(_TRIED_SIZES)} tried)")
+        lines.append(f"  sizes       {_sizes_in_words(sizes)}")
     if relation == "X":
         lines.append(f"  operators   compiled alone, other bits than in eager code: {_listed(stopping)}")
     lines += [f"  batch       {batch.to_json()}", f"  replay      {_replay_command(engine, batch)}"]
     return BatchVarianceError("\n".join(lines), difference, batch, sizes)
+
+
+def _sizes_in_words(sizes: Sequence[int]) -> str:
+    changing = as_ranges(sizes, TRIED_SIZES)
+    return f"bits change at batch sizes {changing}; {len(TRIED_SIZES)} sizes from 1 to {TRIED_SIZES[-1]} were tried"
 
 
 def _listed(words: Iterable[object]) -> str:
@@ -331,6 +346,7 @@ def assert_batch_invariant(
     Returns the record. Raises BatchVarianceError with the smallest batch found, and ValueError for inputs that are no
     pool of rows, or an unknown relation.
     """
+    __tracebackhide__ = _hide_variance
     unknown = sorted(set(relations) - {"R", "I"})
     if unknown:
         raise ValueError(f"assert_batch_invariant checks the relations R and I, not {', '.join(unknown)}")
@@ -348,6 +364,7 @@ def check_rows(
     seed: int | None = None,
 ) -> Record:
     """``assert_batch_invariant`` under a name of the caller's."""
+    __tracebackhide__ = _hide_variance
     from pytest_batchinv.engines.module import ModuleEngine
 
     subject = ModuleEngine(fn, inputs, batch_dim)
@@ -356,6 +373,7 @@ def check_rows(
     started, before = time.perf_counter(), doors.hits()
 
     def check(rows: list[int]) -> None:
+        __tracebackhide__ = _hide_variance
         expected = [alone[row] for row in rows]
         batch = subject.outputs(rows)
         tally.examples += 1
@@ -399,6 +417,7 @@ class _AloneOutputs(dict):
 
 
 def _check_rows_run_to_run(name: str, subject, tally: Record) -> None:
+    __tracebackhide__ = _hide_variance
     for rows in ([0], list(range(subject.pool))):
         for position, (first, second) in enumerate(zip(subject.outputs(rows), subject.outputs(rows), strict=True)):
             for part, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -423,7 +442,7 @@ def _swept_rows(pool: int) -> Iterator[list[int]]:
 def _row_variance(name, subject, alone, rows, position, part, difference) -> BatchVarianceError:
     row = rows[position]
     sizes = []
-    for n_rows in _TRIED_SIZES:
+    for n_rows in TRIED_SIZES:
         candidate = [row, *((row + 1 + i) % subject.pool for i in range(n_rows - 1))]
         if first_difference(alone[row][part], subject.outputs(candidate)[0][part]) is not None:
             sizes.append(n_rows)
@@ -431,7 +450,7 @@ def _row_variance(name, subject, alone, rows, position, part, difference) -> Bat
         f"{name}: {_MEANING['I']}.\n"
         f"  row         {row}, at position {position} of {len(rows)}, output {part}\n"
         f"  difference  {difference}\n"
-        f"  sizes       bits change at batch sizes {_listed(sizes)} (of {_listed(_TRIED_SIZES)} tried)\n"
+        f"  sizes       {_sizes_in_words(sizes)}\n"
         f"  batch       rows {rows}\n"
         f"  replay      batch = [x.index_select({subject.batch_dim}, torch.tensor({rows})) for x in inputs]"
     )
@@ -448,6 +467,7 @@ def _search(
 
     Hypothesis' own profile decides on database and derandomisation: in CI it draws the same examples every time.
     """
+    __tracebackhide__ = _hide_variance
 
     @hypothesis.settings(
         max_examples=max_examples,
@@ -459,6 +479,7 @@ def _search(
     )
     @hypothesis.given(strategy)
     def example(batch):
+        __tracebackhide__ = _hide_variance
         check(batch)
 
     # One database entry a subject: the key of Hypothesis is this function's source, the same for all of them.

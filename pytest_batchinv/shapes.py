@@ -1,7 +1,17 @@
 """Batch shapes: which rows stand in a batch, in which order and layout. Pure data, JSON in and JSON out; no torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+
+BOUNDARIES = (
+    1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 21, 28, 31, 32, 33, 35, 42, 45, 48, 49, 63, 64, 65, 80, 96, 100, 112,
+    127, 128, 129, 144, 160, 192, 255, 256, 257, 288, 300,
+)  # fmt: skip
+"""Tile edges and their neighbours, multiples of 7 and of 16, and sizes known from bug reports (9, 45, 65, 100, 257)."""
+
+TRIED_SIZES = tuple(size for size in BOUNDARIES if size <= 65)
+"""Batch sizes at which a row that differed is looked at again, to tell where its bits change."""
 
 CONTENTS = ("random", "repeated", "extreme")
 LAYOUTS = ("right", "left", "packed")
@@ -78,6 +88,17 @@ class BatchShape:
                 f"not a batch shape: {error}. It looks like "
                 f'{{"rows":[{{"id":0,"length":5,"content":"random"}}],"layout":"right","extra_padding":0}}'
             ) from error
+
+
+def as_ranges(sizes: Sequence[int], tried: Sequence[int]) -> str:
+    """Sizes in short: "2-9, 33" where every tried size from 2 to 9 is among them, and 33."""
+    runs: list[list[int]] = []
+    for before, size in zip((None, *tried), tried, strict=False):
+        if size in sizes and runs and runs[-1][-1] == before:
+            runs[-1].append(size)
+        elif size in sizes:
+            runs.append([size])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
 
 
 def _require(condition: bool, message: str) -> None:

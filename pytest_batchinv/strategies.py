@@ -4,13 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from hypothesis import strategies as st
 
-from pytest_batchinv.shapes import CONTENTS, LAYOUTS, BatchShape, Row
-
-BOUNDARIES = (
-    1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 21, 28, 31, 32, 33, 35, 42, 45, 48, 49, 63, 64, 65, 80, 96, 100, 112,
-    127, 128, 129, 144, 160, 192, 255, 256, 257, 288, 300,
-)  # fmt: skip
-"""Tile edges and their neighbours, multiples of 7 and of 16, and sizes known from bug reports (9, 45, 65, 100, 257)."""
+from pytest_batchinv.shapes import BOUNDARIES, CONTENTS, LAYOUTS, BatchShape, Row
 
 SWEPT_SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 SWEPT_POSITIONS = (0, 15, 31, -1)

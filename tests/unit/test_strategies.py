@@ -7,7 +7,9 @@ from hypothesis import HealthCheck, given, strategies as st
 from pytest_batchinv.shapes import CONTENTS, LAYOUTS, BatchShape, Row
 from pytest_batchinv.strategies import BOUNDARIES, SWEPT_SIZES, batch_shapes, row_choices, sizes, sweep
 
-SEARCH = hypothesis.settings(max_examples=2000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+SEARCH = hypothesis.settings(
+    max_examples=2000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
 FEW = hypothesis.settings(SEARCH, max_examples=40)
 
 
@@ -51,8 +53,8 @@ def test_most_sizes_are_boundaries_and_any_other_size_is_drawn_too():
     drawn = []
 
     @hypothesis.settings(SEARCH, max_examples=300)
-    @given(sizes(300))
-    def draw(size):
+    @given(sizes(300), st.integers())
+    def draw(size, _):  # with the integer no example comes twice, which Hypothesis would leave out
         drawn.append(size)
 
     draw()
@@ -68,7 +70,7 @@ def test_choices_of_rows_stay_within_the_pool(pool, most, data):
     assert set(rows) <= set(range(pool))
 
 
-# --- what a failure shrinks to ------------------------------------------------------------------------------------------
+# --- what a failure shrinks to ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_rows", [2, 9, 10, 16, 18, 45, 66])
@@ -99,7 +101,7 @@ def test_a_failure_of_one_layout_keeps_the_layout_and_nothing_else():
     assert found == BatchShape((Row(0, 1),) * 2, "packed")
 
 
-# --- the sweep ----------------------------------------------------------------------------------------------------------
+# --- the sweep --------------------------------------------------------------------------------------------------------
 
 SWEPT = tuple(sweep(LAYOUTS, max_length=300, max_tokens=2048))
 
