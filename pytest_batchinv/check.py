@@ -55,12 +55,13 @@ def check_engine(
     max_examples: int | None = None,
     shape: BatchShape | None = None,
 ) -> list[Record]:
-    """Checks the relations in the order R, I, X and emits a record for each. ``shape`` replays that one batch alone.
+    """Checks the relations in the order R, I, X, N and emits a record for each. ``shape`` replays that one batch alone.
 
     Raises BatchVarianceError at the first relation that does not hold, after its record has been emitted.
     """
     __tracebackhide__ = _hide_variance
     checks = {"R": _check_run_to_run, "I": _check_batches, "X": _check_eager_equals_compiled}
+    _require_relations("check_engine", relations, (*checks, "N"))
     found = []
     for relation in (r for r in checks if r in relations):
         if relation == "X" and engine.compile_mode == "eager":
@@ -71,6 +72,8 @@ def check_engine(
         error: Exception | None = None
         try:
             checks[relation](engine, ledger, max_examples or settings.active.get().max_examples, shape)
+            if not ledger.examples:
+                raise NotRun(f"no batch could run, so nothing was compared: {ledger.skipped[0]['reason']}")
         except Exception as caught:
             error = caught
         record = ledger.record(relation, _verdict(error))
@@ -84,7 +87,16 @@ def check_engine(
         found.append(record)
         if error is not None:
             raise error
+    if "N" in relations:
+        found.append(check_negative_control(engine, max_examples=max_examples))
     return found
+
+
+def _require_relations(who: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    unknown = sorted(set(asked) - set(known))
+    if unknown or not asked:
+        wrong = ", ".join(unknown) or "none at all"
+        raise ValueError(f"{who} checks the relations {', '.join(known)}, not {wrong}")
 
 
 def check_negative_control(engine: Engine, *, max_examples: int | None = None) -> Record:
@@ -126,12 +138,15 @@ def _check_run_to_run(engine: Engine, ledger: "_Ledger", max_examples: int, shap
 def _check_batches(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
     __tracebackhide__ = _hide_variance
     if shape is not None:
-        _check_batch(engine, ledger, shape, shape)
+        _check_batch(engine, ledger, shape)
         return
     swept = list(strategies.sweep(engine.layouts, engine.max_length, engine.max_tokens))
     for number, batch in enumerate(swept):
         progress.report(f"{engine.subject}: swept {number} of {len(swept)} batches")
-        _check_batch(engine, ledger, batch, batch)
+        error = _variance_of(lambda batch=batch: _check_batch(engine, ledger, batch))
+        if error is not None:
+            smallest = _smallest(batch, _simpler_shapes, lambda b: _varies(engine, ledger, b))
+            raise _variance_of(lambda: _check_batch(engine, ledger, smallest)) or error
     random_batches = strategies.batch_shapes(
         max_length=engine.max_length, max_tokens=engine.max_tokens, layouts=engine.layouts
     )
@@ -139,12 +154,12 @@ def _check_batches(engine: Engine, ledger: "_Ledger", max_examples: int, shape: 
     def check(batch: BatchShape) -> None:
         __tracebackhide__ = _hide_variance
         progress.report(f"{engine.subject}: {ledger.examples - len(swept)} of {max_examples} random batches")
-        _check_batch(engine, ledger, batch, batch)
+        _check_batch(engine, ledger, batch)
 
     _search(check, random_batches, max_examples, f"{engine.subject}/{engine.dtype}/{engine.attn}/{engine.compile_mode}")
 
 
-def _check_batch(engine: Engine, ledger: "_Ledger", batch: BatchShape, reported: BatchShape) -> None:
+def _check_batch(engine: Engine, ledger: "_Ledger", batch: BatchShape) -> None:
     __tracebackhide__ = _hide_variance
     try:
         alone = [ledger.alone(row) for row in batch.rows]
@@ -156,7 +171,15 @@ def _check_batch(engine: Engine, ledger: "_Ledger", batch: BatchShape, reported:
     for position, (expected, actual) in enumerate(zip(alone, together, strict=True)):
         difference = ledger.compare(expected, actual)
         if difference is not None:
-            raise _variance(engine, "I", reported, position, difference, _sizes_that_change(engine, ledger, batch, position))
+            raise _variance(engine, "I", batch, position, difference, _sizes_that_change(engine, ledger, batch, position))
+
+
+def _varies(engine: Engine, ledger: "_Ledger", batch: BatchShape) -> bool:
+    try:
+        pairs = zip([ledger.alone(row) for row in batch.rows], engine.logprobs(batch), strict=True)
+        return any(first_difference(expected, actual) is not None for expected, actual in pairs)
+    except NotRun:
+        return False
 
 
 def _check_eager_equals_compiled(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
@@ -189,11 +212,13 @@ def _sizes_that_change(engine: Engine, ledger: "_Ledger", batch: BatchShape, pos
     others = [r for i, r in enumerate(batch.rows) if i != position] or [row]
     changed = []
     for n_rows in TRIED_SIZES:
-        candidate = batch.with_rows(row, *(others[i % len(others)] for i in range(n_rows - 1)))
+        neighbours = [others[i % len(others)] for i in range(n_rows - 1)]
+        place = min(position, n_rows - 1)
+        candidate = batch.with_rows(*neighbours[:place], row, *neighbours[place:])
         if candidate.tokens > engine.max_tokens:
             break
         try:
-            if first_difference(ledger.alone(row), engine.logprobs(candidate)[0]) is not None:
+            if first_difference(ledger.alone(row), engine.logprobs(candidate)[place]) is not None:
                 changed.append(n_rows)
         except NotRun:
             break
@@ -341,15 +366,14 @@ def assert_batch_invariant(
 
     inputs: tensors whose ``batch_dim`` indexes one pool of rows. ``fn(*batch)`` returns a tensor, or a tuple or dict of
     tensors, of which row i along ``batch_dim`` belongs to row i of the batch. Batches up to twice the pool (at most 300)
-    are drawn from it: which rows, in which order, repeats allowed. Works with the mode on or off. ``seed`` fixes the draws.
+    are drawn from it: which rows, in which order, repeats allowed. Works with the mode on or off. ``seed`` fixes the draws
+    (and turns the example database off: a seed repeats the failure by itself).
 
     Returns the record. Raises BatchVarianceError with the smallest batch found, and ValueError for inputs that are no
     pool of rows, or an unknown relation.
     """
     __tracebackhide__ = _hide_variance
-    unknown = sorted(set(relations) - {"R", "I"})
-    if unknown:
-        raise ValueError(f"assert_batch_invariant checks the relations R and I, not {', '.join(unknown)}")
+    _require_relations("assert_batch_invariant", relations, ("R", "I"))
     name = getattr(fn, "__qualname__", type(fn).__name__)
     return check_rows(name, fn, inputs, batch_dim, relations, max_examples or settings.active.get().max_examples, seed)
 
@@ -381,16 +405,24 @@ def check_rows(
         for position, (row, parts) in enumerate(zip(rows, batch, strict=True)):
             for part, (a, b) in enumerate(zip(expected[position], parts, strict=True)):
                 tally.compared_bytes += a.nbytes
+                tally.nan_rows += bool(a.isnan().any())
                 difference = first_difference(a, b)
                 if difference is not None:
                     raise _row_variance(name, subject, alone, rows, position, part, difference)
+
+    def varies(rows: list[int]) -> bool:
+        pairs = zip([alone[row] for row in rows], subject.outputs(rows), strict=True)
+        return any(first_difference(a, b) is not None for one, many in pairs for a, b in zip(one, many, strict=True))
 
     try:
         if "R" in relations:
             _check_rows_run_to_run(name, subject, tally)
         if "I" in relations:
             for rows in _swept_rows(subject.pool):
-                check(rows)
+                error = _variance_of(lambda rows=rows: check(rows))
+                if error is not None:
+                    smallest = _smallest(rows, _simpler_rows, varies)
+                    raise _variance_of(lambda: check(smallest)) or error
             most = min(300, max(2 * subject.pool, 2))
             choices = strategies.row_choices(subject.pool, most)
             _search(check, choices, max_examples, f"rows/{name}", seed)
@@ -443,8 +475,11 @@ def _row_variance(name, subject, alone, rows, position, part, difference) -> Bat
     row = rows[position]
     sizes = []
     for n_rows in TRIED_SIZES:
-        candidate = [row, *((row + 1 + i) % subject.pool for i in range(n_rows - 1))]
-        if first_difference(alone[row][part], subject.outputs(candidate)[0][part]) is not None:
+        others = [r for i, r in enumerate(rows) if i != position] or [row]
+        place = min(position, n_rows - 1)
+        candidate = [others[i % len(others)] for i in range(n_rows - 1)]
+        candidate.insert(place, row)
+        if first_difference(alone[row][part], subject.outputs(candidate)[place][part]) is not None:
             sizes.append(n_rows)
     message = (
         f"{name}: {_MEANING['I']}.\n"
@@ -455,6 +490,50 @@ def _row_variance(name, subject, alone, rows, position, part, difference) -> Bat
         f"  replay      batch = [x.index_select({subject.batch_dim}, torch.tensor({rows})) for x in inputs]"
     )
     return BatchVarianceError(message, difference, None, sizes)
+
+
+# --- shrinking what the sweep found; Hypothesis shrinks its own ------------------------------------------------------
+
+
+def _variance_of(check: Callable[[], None]) -> BatchVarianceError | None:
+    try:
+        check()
+    except BatchVarianceError as error:
+        return error
+    return None
+
+
+def _smallest(case: Any, simpler: Callable[[Any], Iterable[Any]], fails: Callable[[Any], bool]) -> Any:
+    """Takes the first simpler case that fails too, until there is none."""
+    while (found := next((c for c in simpler(case) if fails(c)), None)) is not None:
+        case = found
+    return case
+
+
+def _simpler_rows(rows: Sequence[Any]) -> Iterator[list[Any]]:
+    """Without a block of rows: large blocks first, the last ones first."""
+    block = len(rows) // 2
+    while block:
+        for start in range(len(rows) - block, -1, -block):
+            yield [*rows[:start], *rows[start + block :]]
+        block //= 2
+
+
+def _simpler_shapes(shape: BatchShape) -> Iterator[BatchShape]:
+    for rows in _simpler_rows(shape.rows):
+        yield shape.with_rows(*rows)
+    for simple in (BatchShape(shape.rows), BatchShape(shape.rows, shape.layout)):
+        if (strategies.LAYOUTS.index(simple.layout), simple.extra_padding) < (
+            strategies.LAYOUTS.index(shape.layout), shape.extra_padding
+        ):
+            yield simple
+    alike = shape.with_rows(*[Row(0)] * len(shape))
+    if shape != alike:
+        yield alike
+    for position, row in enumerate(shape.rows):
+        for simple in (Row(0), Row(row.id), Row(row.id, 1, row.content), Row(row.id, row.length)):
+            if (simple.length, simple.content != "random", simple.id) < (row.length, row.content != "random", row.id):
+                yield shape.with_rows(*shape.rows[:position], simple, *shape.rows[position + 1 :])
 
 
 # --- search ------------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ OPTIONS = (
     Option(
         "relations",
         parse_relations,
-        ("R", "I"),
+        tuple(RELATIONS),
         "What to check, of " + ", ".join(f"{name} ({words})" for name, words in RELATIONS.items()) + ".",
         "R,I,...",
     ),

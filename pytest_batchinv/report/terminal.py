@@ -12,6 +12,7 @@ from pytest_batchinv.options import RELATIONS
 from pytest_batchinv.records import Record
 from pytest_batchinv.report import Results
 from pytest_batchinv.settings import Settings
+from pytest_batchinv.shapes import TRIED_SIZES, as_ranges
 
 MOST_OPS = 12
 MOST_REASONS = 5
@@ -90,7 +91,7 @@ def _difference(found: Mapping[str, Any]) -> Iterator[str]:
     distance = "" if found["ulp"] is None else f", {found['ulp']:,} ulp apart"
     yield f"  {found['expected']} ({found['expected_hex']}) against {found['actual']} ({found['actual_hex']}){distance}"
     if found.get("sizes"):
-        yield f"  the bits change at batch sizes {', '.join(map(str, found['sizes']))}"
+        yield f"  the bits change at batch sizes {as_ranges(found['sizes'], TRIED_SIZES)}"
     if found.get("shape"):
         shape = json.loads(found["shape"])
         layout = "packed" if shape["layout"] == "packed" else f"{shape['layout']} padding"

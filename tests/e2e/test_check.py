@@ -17,7 +17,7 @@ from pytest_batchinv.check import check_engine, check_negative_control
 from pytest_batchinv.engines import NotRun
 from pytest_batchinv.engines.transformers import TransformersEngine
 from pytest_batchinv.kernels import doors, inductor, table
-from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.shapes import TRIED_SIZES, BatchShape, Row, as_ranges
 from pytest_batchinv.strategies import SWEPT_SIZES, sweep
 
 K, N = 16, 6
@@ -96,7 +96,7 @@ def test_a_product_that_splits_k_from_a_batch_size_on_is_caught_at_that_size(n_r
         size for size in (1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 21, 28, 31, 32, 33, 35, 42, 45, 48, 49, 63, 64, 65)
         if size >= n_rows
     )  # fmt: skip
-    assert f"bits change at batch sizes {', '.join(map(str, error.sizes))} (of 1, 2, 3" in str(error)
+    assert f"bits change at batch sizes {as_ranges(error.sizes, TRIED_SIZES)};" in str(error)
 
 
 def test_the_message_names_the_relation_the_row_and_both_values_in_hex_and_ulp():
@@ -213,7 +213,7 @@ def test_an_output_without_a_row_for_each_row_is_refused_in_a_sentence():
 
 
 def test_an_unknown_relation_is_refused_with_the_right_ones():
-    with pytest.raises(ValueError, match="checks the relations R and I, not Q, X"):
+    with pytest.raises(ValueError, match="checks the relations R, I, not Q, X"):
         assert_batch_invariant(product, POOL, relations=("X", "R", "Q"))
 
 
@@ -399,7 +399,7 @@ def test_the_message_tells_the_case_the_row_the_bits_the_sizes_and_how_to_replay
     assert f"{n_values} of {n_values} logprobs; the first at token 0, vocabulary index 0" in message
     assert f"(0x{expected & 0xFFFFFFFF:08x}) against" in message
     assert f"(0x{actual & 0xFFFFFFFF:08x}), 1 ulp apart" in message
-    assert "bits change at batch sizes 16, 17, 21, 28, 31, 32, 33" in message
+    assert "bits change at batch sizes 16-" in message
     words = shlex.split(re.search(r"replay +(.*)", message)[1])
     assert words[:4] == ["pytest", "--batch-invariant", "--batchinv-model", "stub-model"]
     assert BatchShape.from_json(words[words.index("--batchinv-shape") + 1]) == error.shape

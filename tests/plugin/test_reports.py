@@ -55,7 +55,7 @@ def test_the_summary_is_read_by_somebody_who_sees_it_first(pytester, run):
             "  in *test_that_fails",
             "  3 of 1,024 values differ; the first at [[]4, 17]:",
             "  1.0 (0x3f800000) against 1.0000001 (0x3f800001), 1 ulp apart",
-            "  the bits change at batch sizes 2, 3",
+            "  the bits change at batch sizes 2-3",
             "  to repeat it, add --batchinv-shape '{*}'",
             "negative control: stock torch was caught, after 3 examples, *",
             "  in a batch of 1 row, left padding",
