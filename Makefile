@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-CONSTRAINTS = constraints/tested.txt
 TORCH ?= 2.13.0
+CONSTRAINTS = constraints/torch-$(TORCH).txt
 REPORT ?=
 
 .PHONY: verify test

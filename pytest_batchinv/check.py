@@ -499,7 +499,7 @@ def _variance_of(check: Callable[[], None]) -> BatchVarianceError | None:
     try:
         check()
     except BatchVarianceError as error:
-        return error
+        return error.with_traceback(None)  # it is raised again by the caller, whose frames are the ones to show
     return None
 
 
