@@ -20,10 +20,9 @@ from types import ModuleType
 
 import torch
 import triton
-from torch import Tensor
-
 from pytest_batchinv.kernels import attention as attention_module
 from pytest_batchinv.kernels import cuda, matmul, reference, tiles
+from torch import Tensor
 
 M_VALUES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128, 129, 200, 255, 256, 299, 300)
 ROW_COUNTS = (1, 2, 3, 7, 16, 17, 64, 129, 1000)
@@ -152,7 +151,7 @@ def main() -> int:
 def check_gemm(report: Report, clock: Clock, tiny: bool) -> None:
     """All tiles of the table on one shape; then every M with the tile it gets, from any positions in the batch."""
     most = 40 if tiny else 300
-    for turn in range(1 if tiny else 8):
+    for _ in range(1 if tiny else 8):
         # A weight as linear layers have it, an odd one, one that is not transposed; other shapes at every turn.
         for aligned, transposed in ((True, True), (False, True), (True, False), (False, False)):
             for dtype in DTYPES:
@@ -199,7 +198,7 @@ def check_grouped_gemm(report: Report, clock: Clock, tiny: bool) -> None:
     T, G, K, N = (40, 3, 64, 48) if tiny else (300, 8, 512, 384)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         a, b = _randn(T, K, dtype=dtype), _randn(G, N, K, dtype=dtype).mT
-        for turn in range(2 if tiny else 6):
+        for _ in range(2 if tiny else 6):
             if clock.over():
                 return
             ends = torch.randint(0, T + 1, (G,)).sort().values.to(torch.int32)

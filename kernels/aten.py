@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor
-
 from pytest_batchinv.kernels.reference import accumulator_dtype
+from torch import Tensor
 
 
 class Refused(NotImplementedError):

@@ -7,9 +7,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
-
 from pytest_batchinv.kernels import aten, table
+from torch._ops import OpOverload
 
 Implementation = Callable[..., Any]
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)

@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._ops import OpOverload
-
 from pytest_batchinv.kernels import aten, table
 from pytest_batchinv.kernels.doors import Implementation, Sibling, count, is_exact, overload_of, refusal, siblings
+from torch._ops import OpOverload
 
 _ALLOW_OVERRIDE = (
     {"allow_override": True} if "allow_override" in inspect.signature(torch.library.Library.impl).parameters else {}

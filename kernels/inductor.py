@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._ops import OpOverload
-
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.doors import is_exact, operators, overload_of, refusal, siblings
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import OpOverload
 
 RULES: dict[str, Any] = {
     # Values in bf16 and fp16 are rounded where eager rounds them; without it no compiled logprob equals an eager one.

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import hypothesis
-import torch
-from hypothesis import HealthCheck, Phase, strategies as st
+from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pytest_batchinv import census, explain, mode, progress, records, settings, strategies
@@ -146,7 +146,7 @@ def _check_batches(engine: Engine, ledger: "_Ledger", max_examples: int, shape: 
         error = _variance_of(lambda batch=batch: _check_batch(engine, ledger, batch))
         if error is not None:
             smallest = _smallest(batch, _simpler_shapes, lambda b: _varies(engine, ledger, b))
-            raise _variance_of(lambda: _check_batch(engine, ledger, smallest)) or error
+            raise _variance_of(lambda batch=smallest: _check_batch(engine, ledger, batch)) or error
     random_batches = strategies.batch_shapes(
         max_length=engine.max_length, max_tokens=engine.max_tokens, layouts=engine.layouts
     )
@@ -402,7 +402,7 @@ def check_rows(
         batch = subject.outputs(rows)
         tally.examples += 1
         tally.rows += len(rows)
-        for position, (row, parts) in enumerate(zip(rows, batch, strict=True)):
+        for position, parts in enumerate(batch):
             for part, (a, b) in enumerate(zip(expected[position], parts, strict=True)):
                 tally.compared_bytes += a.nbytes
                 tally.nan_rows += bool(a.isnan().any())
@@ -422,7 +422,7 @@ def check_rows(
                 error = _variance_of(lambda rows=rows: check(rows))
                 if error is not None:
                     smallest = _smallest(rows, _simpler_rows, varies)
-                    raise _variance_of(lambda: check(smallest)) or error
+                    raise _variance_of(lambda rows=smallest: check(rows)) or error
             most = min(300, max(2 * subject.pool, 2))
             choices = strategies.row_choices(subject.pool, most)
             _search(check, choices, max_examples, f"rows/{name}", seed)

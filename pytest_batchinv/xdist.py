@@ -1,4 +1,4 @@
-"""pytest-xdist: one GPU and a share of the cores for each worker. Records need nothing here; they travel on the tests' own reports."""
+"""pytest-xdist: one GPU and a share of the cores for each worker. Records travel on the tests' own reports."""
 
 import itertools
 import os

@@ -11,12 +11,12 @@ import hypothesis
 import pytest
 import torch
 from hypothesis.database import DirectoryBasedExampleDatabase, InMemoryExampleDatabase
+from pytest_batchinv.kernels import doors, inductor, table
 
 from pytest_batchinv import BatchVarianceError, assert_batch_invariant, batch_invariant_mode, records
 from pytest_batchinv.check import check_engine, check_negative_control
 from pytest_batchinv.engines import NotRun
 from pytest_batchinv.engines.transformers import TransformersEngine
-from pytest_batchinv.kernels import doors, inductor, table
 from pytest_batchinv.shapes import TRIED_SIZES, BatchShape, Row, as_ranges
 from pytest_batchinv.strategies import SWEPT_SIZES, sweep
 

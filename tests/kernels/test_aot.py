@@ -14,7 +14,6 @@ import sys
 
 import pytest
 import torch
-
 from pytest_batchinv.kernels import attention as attention_module
 from pytest_batchinv.kernels import cuda, matmul, norm, reduce, scatter, softmax, tiles
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pytest_batchinv.kernels import cpu, reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -125,7 +124,7 @@ def test_grouped_gemm_equals_the_reference_and_each_group_alone(dtype, ends, K, 
     a, b = randn(45, K, dtype=dtype), randn(len(ends), K, N, dtype=dtype, seed=1)
     out = cpu.grouped_gemm(a, b, offs)
     close(out, reference.grouped_gemm(a, b, offs), factor=2)
-    for group, (start, end) in enumerate(zip([0, *ends], ends)):
+    for group, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         same_bits(out[start:end], cpu.gemm(a[None, start:end], b[None, group])[0])
 
 
@@ -213,7 +212,7 @@ def test_gemm_float64_is_the_chain_of_fused_multiply_adds(K):
 
 def _fma(x, y, z):
     """Rounded once: exact rational arithmetic."""
-    exact = [Fraction(p) * Fraction(q) + Fraction(r) for p, q, r in zip(*(t.flatten().tolist() for t in (x, y, z)))]
+    exact = [Fraction(p) * Fraction(q) + Fraction(r) for p, q, r in zip(*(t.flatten().tolist() for t in (x, y, z)), strict=True)]
     return torch.tensor([float(value) for value in exact], dtype=torch.float64).view(z.shape)
 
 

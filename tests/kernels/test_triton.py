@@ -17,7 +17,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from pytest_batchinv.kernels import attention as attention_module
 from pytest_batchinv.kernels import cuda, matmul, reference, tiles
 

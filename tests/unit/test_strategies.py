@@ -2,7 +2,8 @@
 
 import hypothesis
 import pytest
-from hypothesis import HealthCheck, given, strategies as st
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 
 from pytest_batchinv.shapes import CONTENTS, LAYOUTS, BatchShape, Row
 from pytest_batchinv.strategies import BOUNDARIES, SWEPT_SIZES, batch_shapes, row_choices, sizes, sweep
