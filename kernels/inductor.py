@@ -14,7 +14,7 @@ import torch
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.doors import is_exact, operators, overload_of, refusal, siblings
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 
 RULES: dict[str, Any] = {
     # Values in bf16 and fp16 are rounded where eager rounds them; without it no compiled logprob equals an eager one.
@@ -196,8 +196,16 @@ def _leftover_overloads() -> frozenset[OpOverload]:
     return frozenset(overloads) | {sibling.overload for overload in overloads for sibling in siblings(overload)}
 
 
+# Higher-order operators whose kernels Inductor writes itself, with reductions in an order of its own.
+_LEFTOVER_HIGHER_ORDER = ("flex_attention", "flex_attention_backward", "associative_scan")
+
+
 def _is_leftover(node: torch.fx.Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, HigherOrderOperator):
+        return node.target.name() in _LEFTOVER_HIGHER_ORDER
+    if not isinstance(node.target, OpOverload):
         return False
     if node.target.namespace == "prims":
         suspect = node.target in (torch.ops.prims.sum.default, torch.ops.prims.prod.default, torch.ops.prims.var.default)

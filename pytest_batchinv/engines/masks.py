@@ -61,15 +61,3 @@ def additive(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda visible: torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, torch.finfo(dtype).min
     )
-
-
-def block_masks(mask: Masks) -> Any:
-    """The form that flex attention reads. Made inside the compiled region, whose graph then holds the mask itself."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    if isinstance(mask, dict):
-        return {kind: block_masks(one) for kind, one in mask.items()}
-    if mask.ndim == 2:
-        return mask  # transformers makes its own block mask of it
-    lines, _, queries, keys = mask.shape
-    return create_block_mask(lambda b, h, q, k: mask[b, 0, q, k], lines, None, queries, keys, device=mask.device)

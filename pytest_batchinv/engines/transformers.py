@@ -61,7 +61,7 @@ class TransformersEngine:
         self.loud = self.vocabulary - 1 if is_preset(model) else _loudest_token(self.model)
         self.max_length, self.max_tokens = _bounds(config, device, graphs=compile_mode in _CUDA_GRAPHS)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        self._forward = _Logprobs(self.model, flex=self.attn == "flex_attention")
+        self._forward = _Logprobs(self.model)
         self._windows = self._probe(None if _is_flash(self.attn) else masks.windows_of(config))
         self.layouts = self._layouts()
         options = COMPILE_MODES[compile_mode]
@@ -170,14 +170,11 @@ class TransformersEngine:
 class _Logprobs(nn.Module):
     """What is compiled: the model, and the logprobs of all its positions."""
 
-    def __init__(self, model: nn.Module, *, flex: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.flex = flex
 
     def forward(self, tokens: Tensor, mask: Any, positions: Tensor | None, packing: attention.Packing | None) -> Tensor:
-        if self.flex:
-            mask = masks.block_masks(mask)
         places = {} if positions is None else {"position_ids": positions}
         places |= {} if packing is None else {"packing": packing}
         logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **places).logits
@@ -195,8 +192,7 @@ def attention_implementations(model: nn.Module, device: str, dtype: str) -> tupl
     if model._supports_sdpa and plain:
         names.append("sdpa")
     on_gpu = torch.device(device).type == "cuda"
-    if model._supports_flex_attn and on_gpu:  # for the CPU, Inductor writes C++ that does not compile once lengths vary
-        names.append("flex_attention")
+    # flex_attention is not offered: Inductor writes its kernels, and the mode refuses what it has no kernel for.
     if model._supports_flash_attn and on_gpu and dtype in ("bf16", "fp16"):
         names += ["flash_attention_2"] if is_flash_attn_2_available() else []
         names += ["flash_attention_3"] if is_flash_attn_3_available() else []

@@ -174,6 +174,14 @@ def test_a_product_that_the_table_missed_is_an_error_in_compiled_code(monkeypatc
         torch.compile(lambda a, b: torch.mm(a, b), fullgraph=True)(torch.rand(3, 4), torch.rand(4, 5))
 
 
+def test_flex_attention_which_inductor_writes_itself_is_refused_in_compiled_code():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    x = torch.rand(1, 2, 32, 16)
+    with batch_invariant_mode(), pytest.raises(Exception, match="the compiled graph still holds flex_attention"):
+        torch.compile(flex_attention, fullgraph=True)(x, x, x)
+
+
 def test_a_users_own_pass_still_runs():
     seen = []
 
@@ -258,7 +266,7 @@ def test_a_warm_cache_shared_by_both_modes_never_mixes_them(tmp_path):
         return done.stdout.strip().split(" ")
 
     off, on, off_warm, on_warm = run("off"), run("on"), run("off"), run("on")
-    assert on[1] == "batchinv::_log_softmax,batchinv::mean.dim,batchinv::mm"
+    assert on[1] == "batchinv::_log_softmax,batchinv::mean.dim,batchinv::mm,batchinv::silu"
     assert off[1] == ""
     assert (off[2], on[2]) == ("cold", "cold")
     assert off_warm == [off[0], "", "warm"]

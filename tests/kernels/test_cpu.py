@@ -212,7 +212,8 @@ def test_gemm_float64_is_the_chain_of_fused_multiply_adds(K):
 
 def _fma(x, y, z):
     """Rounded once: exact rational arithmetic."""
-    exact = [Fraction(p) * Fraction(q) + Fraction(r) for p, q, r in zip(*(t.flatten().tolist() for t in (x, y, z)), strict=True)]
+    triples = zip(*(t.flatten().tolist() for t in (x, y, z)), strict=True)
+    exact = [Fraction(p) * Fraction(q) + Fraction(r) for p, q, r in triples]
     return torch.tensor([float(value) for value in exact], dtype=torch.float64).view(z.shape)
 
 
