@@ -122,17 +122,31 @@ def check_negative_control(engine: Engine, *, max_examples: int | None = None) -
 
 def _check_run_to_run(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
     __tracebackhide__ = _hide_variance
-    for batch in _first_batches(engine, shape):
+    _check_twice(engine, engine, ledger, "R", _first_batches(engine, shape))
+
+
+def _check_eager_equals_compiled(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
+    __tracebackhide__ = _hide_variance
+    _check_twice(engine.in_eager_mode(), engine, ledger, "X", _first_batches(engine, shape, every=3))
+
+
+def _check_twice(
+    first: Engine, second: Engine, ledger: "_Ledger", relation: str, batches: Iterable[BatchShape]
+) -> None:
+    """The same batches by two engines, or by one engine twice."""
+    __tracebackhide__ = _hide_variance
+    for batch in batches:
         try:
-            first, second = engine.logprobs(batch), engine.logprobs(batch)
+            expected_rows, actual_rows = first.logprobs(batch), second.logprobs(batch)
         except NotRun as reason:
             ledger.not_run(batch, reason)
             continue
         ledger.example(batch)
-        for position, (expected, actual) in enumerate(zip(first, second, strict=True)):
+        for position, (expected, actual) in enumerate(zip(expected_rows, actual_rows, strict=True)):
             difference = ledger.compare(expected, actual)
             if difference is not None:
-                raise _variance(engine, "R", batch, position, difference)
+                stopping = [] if relation == "R" else explain.ops_that_stop(lambda batch=batch: first.logprobs(batch))
+                raise _variance(second, relation, batch, position, difference, stopping=stopping)
 
 
 def _check_batches(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
@@ -180,23 +194,6 @@ def _varies(engine: Engine, ledger: "_Ledger", batch: BatchShape) -> bool:
         return any(first_difference(expected, actual) is not None for expected, actual in pairs)
     except NotRun:
         return False
-
-
-def _check_eager_equals_compiled(engine: Engine, ledger: "_Ledger", max_examples: int, shape: BatchShape | None) -> None:
-    __tracebackhide__ = _hide_variance
-    eager = engine.in_eager_mode()
-    for batch in _first_batches(engine, shape, every=3):
-        try:
-            expected_rows, actual_rows = eager.logprobs(batch), engine.logprobs(batch)
-        except NotRun as reason:
-            ledger.not_run(batch, reason)
-            continue
-        ledger.example(batch)
-        for position, (expected, actual) in enumerate(zip(expected_rows, actual_rows, strict=True)):
-            difference = ledger.compare(expected, actual)
-            if difference is not None:
-                stopping = explain.ops_that_stop(lambda batch=batch: eager.logprobs(batch))
-                raise _variance(engine, "X", batch, position, difference, stopping=stopping)
 
 
 def _first_batches(engine: Engine, shape: BatchShape | None, every: int = 11) -> Iterable[BatchShape]:
