@@ -1,6 +1,5 @@
 """Which operators a subject calls, and which of them nobody has vouched for."""
 
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -12,10 +11,12 @@ from pytest_batchinv.kernels import doors, rowlocal, table
 class _Census(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[torch._ops.OpOverload] = Counter()
+        self.calls: set[tuple[torch._ops.OpOverload, bool]] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func] += 1
+        tensors = torch.utils._pytree.tree_leaves((args, kwargs))
+        on_cpu = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.is_floating_point() for x in tensors)
+        self.calls.add((func, on_cpu))
         return func(*args, **(kwargs or {}))
 
 
@@ -26,11 +27,11 @@ def unclassified_ops(run: Callable[[], object]) -> list[str]:
     """
     with _Census() as census:
         run()
-    return sorted(overload.name() for overload in census.calls if not _is_vouched_for(overload))
+    return sorted({overload.name() for overload, on_cpu in census.calls if not _is_vouched_for(overload, on_cpu)})
 
 
-def _is_vouched_for(overload: torch._ops.OpOverload) -> bool:
-    return overload.namespace == "batchinv" or overload in _covered() or rowlocal.is_row_local(overload)
+def _is_vouched_for(overload: torch._ops.OpOverload, on_cpu: bool) -> bool:
+    return overload.namespace == "batchinv" or overload in _covered() or rowlocal.is_row_local(overload, on_cpu)
 
 
 def _covered() -> set[torch._ops.OpOverload]:

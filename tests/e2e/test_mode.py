@@ -12,6 +12,7 @@ from pytest_batchinv.kernels.aten import Refused
 from torch.nn import functional as F
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.census import unclassified_ops
 from pytest_batchinv.mode import ModeError, is_on, stock_torch
 
 
@@ -284,3 +285,13 @@ def test_what_was_compiled_before_the_mode_is_compiled_again_inside():
         with stock_torch():
             compiled(x)
         assert mode.hits == {}
+
+
+def test_the_census_names_what_is_neither_in_the_table_nor_row_local():
+    x = torch.rand(3, 5)
+
+    def run():
+        y = torch.where(x > 0, x, -x).exp() @ x.t()  # the table, and row-local operators
+        return y.sinh(), torch.pow(x, x), torch.cdist(x, x), x.transpose(0, 1).contiguous()
+
+    assert unclassified_ops(run) == ["aten::_cdist_forward", "aten::pow.Tensor_Tensor", "aten::sinh"]
