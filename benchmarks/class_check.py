@@ -1,6 +1,7 @@
 """Is what the kernels rely on true on this GPU? One bit pattern for all tiles, and for a row, whatever is around it.
 
     python benchmarks/class_check.py --out class-check.json
+    python benchmarks/class_check.py --out class-check-sm80.json --ptx-of 80    # an A100's own instructions, on a later GPU
 
 Each check compares bits and counts them ("near fp64" compares values). A count of mismatches above 0 means that the
 tile tables in ``kernels/tiles.py`` must not be used on this GPU with these versions. The exit status is 1 then.
@@ -14,14 +15,15 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import torch
 import triton
 from pytest_batchinv.kernels import attention as attention_module
-from pytest_batchinv.kernels import cuda, matmul, reference, tiles
+from pytest_batchinv.kernels import cuda, launch, matmul, offline, order, reference, tiles
 from torch import Tensor
 
 M_VALUES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128, 129, 200, 255, 256, 299, 300)
@@ -37,6 +39,7 @@ class Report:
         self.counts: dict[str, list[int]] = {}
         self.mismatches: list[dict[str, object]] = []
         self.cut_short: list[str] = []
+        self.notes: list[str] = []
 
     def same(self, check: str, got: object, want: object, **where: object) -> None:
         """Compares bits, NaN with NaN too; each tensor of a tuple counts."""
@@ -93,6 +96,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="sizes that the interpreter can bear")
     parser.add_argument("--seconds", type=float, default=150.0, help="how long the checks may take, in all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ptx-of", type=int, metavar="80", help="run the PTX that Triton generates for this older compute capability"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -104,17 +110,19 @@ def main() -> int:
     started = time.monotonic()
     seconds = {}
     for section, share in (
-        (check_gemm, 0.36),
+        (check_order, 0.06),
+        (check_gemm, 0.30),
         (check_grouped_gemm, 0.04),
         (check_rows, 0.18),
         (check_padding, 0.05),
-        (check_attention, 0.32),
+        (check_attention, 0.26),
+        (check_packed_attention, 0.06),
         (check_index_add, 0.02),
         (check_graphs, 0.03),
     ):
         begin = time.monotonic()
         clock.start(section.__name__, share)
-        with torch.device(device):
+        with torch.device(device), offline.running_ptx_of(args.ptx_of) if args.ptx_of else nullcontext():
             section(report, clock, args.tiny)
         seconds[section.__name__] = round(time.monotonic() - begin, 1)
 
@@ -124,12 +132,14 @@ def main() -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
+        "kernels_compiled_for": args.ptx_of or "this GPU",
         "seed": args.seed,
         "tiny": args.tiny,
         "seconds": {**seconds, "all": round(time.monotonic() - started, 1)},
         "cut_short": report.cut_short,
         "checks": {name: {"compared": c, "mismatches": m} for name, (c, m) in report.counts.items()},
         "mismatches": report.mismatches[:200],
+        "notes": report.notes,
     }
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -139,10 +149,49 @@ def main() -> int:
     print(f"{record['device']}, torch {record['torch']}, triton {record['triton']}, {record['seconds']['all']} s")
     if report.cut_short:
         print("out of time, so not all was checked:", ", ".join(report.cut_short))
+    for note in report.notes:
+        print(note)
     print(f"{'check':42} compared  mismatches")
     for name, (compared, mismatches) in report.counts.items():
         print(f"{name:42} {compared:8}  {mismatches:10}")
     return 1 if failed else 0
+
+
+# --- orders ----------------------------------------------------------------------------------------------------------
+
+
+def check_order(report: Report, clock: Clock, tiny: bool) -> None:
+    """The order of additions itself, for every tile, number of rows and alignment; and how far it is from a chain."""
+    count = 64 if tiny else 2048
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        # The product carries the planted value, as float16 itself ends below it.
+        scale = 2.0**12 if dtype == torch.float16 else 1.0
+        for K in (40,) if tiny else (40, 65, 256, 1000, 4096):
+            places = order.probes(K, count, seed=K)
+            b = order.planted(places, K, order.LARGE / scale, 1 / scale).to(dtype).to(torch.zeros(()).device)
+            _check_product_order(report, clock, b, scale, order.survives_in_a_chain(places), {"dtype": dtype, "K": K})
+
+
+def _check_product_order(report: Report, clock: Clock, b: Tensor, scale: float, chain: Tensor, where: dict) -> None:
+    N, K = b.shape
+    wanted = None
+    for aligned in (True, False):
+        w = _shifted(b[None], 0 if aligned else 1)
+        for M in (1, 2, 16, 17, 64, 129, 300):
+            a = _shifted(torch.full((1, M, K), scale, dtype=b.dtype), 0 if aligned else 1)
+            for tile in tiles.gemm_class(b.dtype, b.device):
+                if clock.over():
+                    return
+                if tile.tma and not _fit_tma(a, w.mT):
+                    continue
+                fitting = _fitting(tile, a)
+                with _patched(matmul, "gemm_tile", lambda *args, tile=fitting: tile):
+                    got = cuda.gemm(a, w.mT)[0]
+                if wanted is None:
+                    wanted = got[:1]
+                    differs = int((wanted[0].cpu().bool() != chain).sum())
+                    report.notes.append(f"order of a product, {where}: {differs} of {N} probes differ from one chain")
+                report.same("order: product", got, wanted.expand(M, N), M=M, tile=tuple(tile), aligned=aligned, **where)
 
 
 # --- products --------------------------------------------------------------------------------------------------------
@@ -169,12 +218,16 @@ def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: 
     most, N, dtype = a.shape[1], b.shape[2], a.dtype
     want = cuda.gemm(a, b)
     report.near("gemm: near fp64", want, reference.gemm(a, b), **where)
-    for tile in tiles.GEMM_TILES[dtype]:
+    for tile in tiles.gemm_class(dtype, a.device):
         if clock.over():
             return
-        with _patched(matmul, "gemm_tile", lambda *args, tile=tile: _fitting(tile, a)):
+        if tile.tma and not _fit_tma(a, b):
+            continue
+        fitting = _fitting(tile, a)
+        with _patched(matmul, "gemm_tile", lambda *args, tile=fitting: tile):
             report.same("gemm: tiles", cuda.gemm(a, b), want, tile=tuple(tile), **where)
-            report.same("gemm: tiles, one row", cuda.gemm(a[:, 5:6], b), want[:, 5:6], tile=tuple(tile), **where)
+            if _fit_tma(a[:, 5:6], b) or not tile.tma:
+                report.same("gemm: tiles, one row", cuda.gemm(a[:, 5:6], b), want[:, 5:6], tile=tuple(tile), **where)
     order = torch.randperm(most)
     with_bias = cuda.gemm(a, b, bias.expand(1, most, N), 0.5, 2.0)
     for M in (M for M in M_VALUES if M <= most):
@@ -218,6 +271,11 @@ def _gemm_sizes(dtype: torch.dtype, aligned: bool, tiny: bool) -> tuple[int, int
     if aligned:
         return 64 * _between(1, largest_k // 64), 16 * _between(1, largest_n // 16)
     return 2 * _between(0, largest_k // 2 - 1) + 1, 2 * _between(0, largest_n // 2) + 1
+
+
+def _fit_tma(a: Tensor, b: Tensor) -> bool:
+    aligned = a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0
+    return aligned and matmul.Sizes.of(a.shape, a.stride(), b.shape, b.stride()).fit_tma()
 
 
 def _fitting(tile: tiles.Tile, a: Tensor) -> tiles.Tile:
@@ -309,7 +367,7 @@ def check_attention(report: Report, clock: Clock, tiny: bool) -> None:
     for dtype, D, DV in shapes:
         if clock.over():
             return
-        H, Hkv, length = (2, 1, 40) if tiny else (8, 2, 300)
+        H, Hkv, length = (2, 1, 40) if tiny else (8, 2, 700)
         q, k = _randn(1, H, length, D, dtype=dtype), _randn(1, Hkv, length, D, dtype=dtype)
         v, scale = _randn(1, Hkv, length, DV, dtype=dtype), D**-0.5
         where: dict[str, object] = {"dtype": dtype, "D": D}
@@ -318,7 +376,7 @@ def check_attention(report: Report, clock: Clock, tiny: bool) -> None:
         report.near("attention: near fp64", want, reference.attention(q, k, v, None, True, scale), eps=eps, **where)
         _check_attention_tiles(report, q, k, v, scale, want, where)
         _check_decode(report, clock, q, k, v, scale, want, where)
-        for left in (1, 16, 37) if tiny else (0, 1, 16, 37, 64, 100, 212):
+        for left in (1, 16, 37) if tiny else (0, 1, 37, 64, 212):
             for right in (0, 5) if tiny else (0, 1, 84):
                 if clock.over():
                     return
@@ -330,7 +388,8 @@ def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
     chosen = tiles.attention_tile(q.dtype, max(q.shape[3], v.shape[3]), 1, q.device)
     heights = (16, 32, 64, 128) if q.dtype.itemsize == 2 and chosen.block_k <= 128 else (16, 32)
     for block_m in heights:
-        tile = chosen._replace(block_m=block_m, num_warps=8 if block_m == 128 else 4, num_stages=2)
+        warps = 8 if block_m * chosen.block_k >= 128 * 128 else 4
+        tile = chosen._replace(block_m=block_m, num_warps=warps, num_stages=2)
         with _patched(attention_module, "attention_tile", lambda *args, tile=tile: tile):
             report.same("attention: tiles", cuda.attention(q, k, v, None, True, scale), want, block_m=block_m, **where)
     size = q.shape[2]
@@ -341,7 +400,7 @@ def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
 def _check_decode(report, clock, q, k, v, scale, want, where) -> None:
     """One query at a time, from a cache that ends at it, and from a longer one; some queries at a time."""
     length = q.shape[2]
-    for i in sorted({0, 1, 15, 16, 31, 32, 33, 63, 64, 65, 127, 128, 200, length - 1}):
+    for i in sorted({0, 1, 15, 31, 32, 63, 64, 127, 200, 511, 512, 513, length - 1}):
         if i >= length or clock.over():
             continue
         expected = tuple(out[:, :, i : i + 1] for out in want)
@@ -377,6 +436,67 @@ def _check_padded(report, q, k, v, scale, want, left, right, where) -> None:
         got = cuda.attention(*padded, mask.expand(3, H, size, size), False, scale)
         got = tuple(out[1:2, :, here] for out in got)
         report.same("attention: padding", got, want, left=left, right=right, mask=kind, **where)
+
+
+def check_packed_attention(report: Report, clock: Clock, tiny: bool) -> None:
+    """Rows of many lengths behind each other, and with their keys in pages: whole, in chunks, one query at a time."""
+    lengths = [3, 40, 17] if tiny else [1, 700, 64, 513, 129, 1300]
+    for dtype, options in (
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"window": 100}),
+        (torch.float16, {"soft_cap": 20.0}),
+        (torch.bfloat16, {"sinks": True}),
+        (torch.float32, {"window": 70, "soft_cap": 30.0, "sinks": True}),
+    ):
+        H, Hkv, D = (2, 1, 16) if tiny else (8, 2, 64)
+        if options.get("sinks") is True:
+            options = {**options, "sinks": _randn(H, dtype=dtype)}
+        where = {"dtype": dtype, "options": sorted(options)}
+        rows = [tuple(_randn(n, h, D, dtype=dtype) for h in (H, Hkv, Hkv)) for n in lengths]
+        alone = [_one_row(*row, options) for row in rows]
+        for i, row in enumerate(rows):
+            exact = reference.packed_attention(*row, _starts([len(row[0])]), _starts([len(row[0])]), 0, D**-0.5, **options)
+            report.near("packed attention: near fp64", alone[i], exact, eps=torch.finfo(dtype).eps, row=i, **where)
+        for queries in (None, 1, 7):  # all of a row, or its last ones
+            if clock.over():
+                return
+            _check_packed(report, rows, alone, queries, options, where)
+
+
+def _one_row(q: Tensor, k: Tensor, v: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+    starts = _starts([len(q)]), _starts([len(k)])
+    return cuda.packed_attention(q, k, v, *starts, len(q), q.shape[2] ** -0.5, **options)
+
+
+def _check_packed(report, rows, alone, queries, options, where) -> None:
+    last = [q if queries is None else q[-queries:] for q, _, _ in rows]
+    q, k, v = torch.cat(last), *(torch.cat([row[i] for row in rows]) for i in (1, 2))
+    lengths = [len(k) for _, k, _ in rows]
+    starts, most = _starts([len(q) for q in last]), max(len(q) for q in last)
+    packed = cuda.packed_attention(q, k, v, starts, _starts(lengths), most, q.shape[2] ** -0.5, **options)
+    page = 16
+    n_pages = [-(-n // page) for n in lengths]
+    order_of_pages = torch.randperm(sum(n_pages), dtype=torch.int64).to(torch.int32)
+    table = torch.zeros(len(rows), max(n_pages), dtype=torch.int32)
+    pool = [_randn(sum(n_pages), page, *x.shape[1:], dtype=x.dtype) for x in (k, v)]
+    for i, (_, *keys_and_values) in enumerate(rows):
+        mine = order_of_pages[sum(n_pages[:i]) : sum(n_pages[: i + 1])]
+        table[i, : len(mine)] = mine
+        for pages, x in zip(pool, keys_and_values, strict=True):
+            slots = torch.arange(len(x))
+            pages[mine[slots // page].long(), slots % page] = x
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    paged = cuda.packed_attention(q, *pool, starts, lens, most, q.shape[2] ** -0.5, pages=table, **options)
+    for i, (out, lse) in enumerate(alone):
+        want = out[-len(last[i]) :], lse[:, -len(last[i]) :]
+        here = slice(int(starts[i]), int(starts[i + 1]))
+        for kind, got in (("packed", packed), ("paged", paged)):
+            found = got[0][here], got[1][:, here]
+            report.same(f"{kind} attention", found, want, row=i, queries=queries, **where)
+
+
+def _starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------
@@ -456,12 +576,11 @@ def _tuple(x: object) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
+    """The module with another value under that name; plans made with one are forgotten with the other."""
+    with mock.patch.object(module, name, value):
+        launch.forget_plans()
         yield
-    finally:
-        setattr(module, name, original)
+    launch.forget_plans()
 
 
 if __name__ == "__main__":

@@ -623,11 +623,20 @@ void multiply_add(const Tensor<1>* weight, const Tensor<1>* bias, int64 start, i
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention
 
-// The scores of one query: scaled, masked and with -inf where the key is hidden.
+// What changes or hides scores besides a mask. soft_cap: 0 for none. window: 0 for none.
+struct Scores {
+  double scale, soft_cap;
+  bool is_causal;
+  int64 causal_offset, window;
+};
+
+// The scores of one query: scaled, capped, masked and with -inf where the key is hidden.
 template <class T, class A>
-void mask_scores(A* score, int64 n, int64 visible, A scale, const Tensor<4>* mask, int64 b, int64 h, int64 i) {
+void mask_scores(A* score, int64 n, const Scores& how, const Tensor<4>* mask, int64 b, int64 h, int64 i) {
   constexpr A HIDDEN = -std::numeric_limits<A>::infinity();
-  for (int64 j = 0; j < n; j++) score[j] *= scale;
+  for (int64 j = 0; j < n; j++) score[j] *= A(how.scale);
+  if (how.soft_cap != 0)
+    for (int64 j = 0; j < n; j++) score[j] = A(how.soft_cap * std::tanh(double(score[j]) / how.soft_cap));
   if (mask && mask->dtype == BOOL) {
     View<std::uint8_t> shown = matrix<std::uint8_t>(*mask, {b, h}).from(i, 0);
     for (int64 j = 0; j < n; j++) score[j] = shown.at(0, j) ? score[j] : HIDDEN;
@@ -638,7 +647,9 @@ void mask_scores(A* score, int64 n, int64 visible, A scale, const Tensor<4>* mas
       score[j] = bias == HIDDEN ? HIDDEN : score[j] + bias;
     }
   }
-  if (visible < n) std::fill(score + visible, score + n, HIDDEN);
+  int64 last = i + how.causal_offset;
+  if (how.is_causal && last + 1 < n) std::fill(score + std::max<int64>(0, last + 1), score + n, HIDDEN);
+  if (how.window > 0) std::fill(score, score + std::clamp<int64>(last - how.window + 1, 0, n), HIDDEN);
 }
 
 struct Softmax {
@@ -663,8 +674,8 @@ Softmax weights_of(A* score, int64 n) {
 
 struct Attention {
   const Tensor<4>*q, *k, *v, *mask;
-  bool is_causal;
-  double scale;
+  Scores scores;
+  const Tensor<1>* sinks;
   const Tensor<4>* out;
   const Tensor<3>* lse;
 };
@@ -675,7 +686,8 @@ void attend(const Attention& at, int64 b, int64 h, int64 i0, int64 M) {
   using A = Accumulator<T>;
   int64 h_kv = h / (at.q->size[1] / at.k->size[1]);
   int64 queries = at.q->size[2], D = at.q->size[3], Dv = at.v->size[3];
-  int64 keys = at.is_causal ? std::min(at.k->size[2], i0 + M) : at.k->size[2];
+  int64 seen = i0 + M + at.scores.causal_offset;
+  int64 keys = at.scores.is_causal ? std::clamp<int64>(seen, 0, at.k->size[2]) : at.k->size[2];
   int64 score_stride = round_up(keys, MAX_PANEL<A>), sum_stride = round_up(Dv, MAX_PANEL<A>);
   std::unique_ptr<A[]> scratch(new A[M * (score_stride + sum_stride)]);
   A *scores = scratch.get(), *sums = scores + M * score_stride;
@@ -685,8 +697,7 @@ void attend(const Attention& at, int64 b, int64 h, int64 i0, int64 M) {
   add_product<false>(q, k.transposed(), M, keys, D, scores, score_stride);
   std::vector<Softmax> softmax(M);
   for (int64 m = 0; m < M; m++) {
-    int64 visible = at.is_causal ? i0 + m + 1 : keys;
-    mask_scores<T>(scores + m * score_stride, keys, visible, A(at.scale), at.mask, b, h, i0 + m);
+    mask_scores<T>(scores + m * score_stride, keys, at.scores, at.mask, b, h, i0 + m);
     softmax[m] = weights_of(scores + m * score_stride, keys);
   }
   View<A> weights{scores, score_stride, 1};
@@ -695,10 +706,17 @@ void attend(const Attention& at, int64 b, int64 h, int64 i0, int64 M) {
   int64 row = (b * at.q->size[1] + h) * queries + i0;
   for (int64 m = 0; m < M; m++, row++) {
     T* out = reinterpret_cast<T*>(at.out->data) + row * Dv;
-    bool sees_none = softmax[m].max == -INF;
-    double divisor = sees_none ? 1.0 : softmax[m].sum;
+    auto [max, sum] = softmax[m];
+    bool sees_none = max == -INF;
+    double lse = sees_none || max == INF ? max : max + std::log(sum);
+    if (at.sinks) {  // one more key, whose value is 0
+      double sink = widen(reinterpret_cast<T*>(at.sinks->data)[h * at.sinks->stride[0]]);
+      double larger = std::max(lse, sink), smaller = std::min(lse, sink);
+      sum += sees_none ? 0 : std::exp(sink - max);
+      lse = larger + std::log1p(std::exp(smaller - larger));
+    }
+    double divisor = sees_none ? 1.0 : sum;
     for (int64 d = 0; d < Dv; d++) out[d] = narrow<T>(double(sums[m * sum_stride + d]) / divisor);
-    double lse = sees_none || softmax[m].max == INF ? softmax[m].max : softmax[m].max + std::log(softmax[m].sum);
     store(at.lse->data, at.lse->dtype, row, &lse, 1);
   }
 }
@@ -939,7 +957,8 @@ EXPORT const char* row_rms_norm(const Tensor<2>* x, const Tensor<1>* weight, dou
 }
 
 EXPORT const char* attention(const Tensor<4>* q, const Tensor<4>* k, const Tensor<4>* v, const Tensor<4>* mask,
-                             bool is_causal, double scale, const Tensor<4>* out, const Tensor<3>* lse, int threads) {
+                             bool is_causal, double scale, int64 causal_offset, int64 window, double soft_cap,
+                             const Tensor<1>* sinks, const Tensor<4>* out, const Tensor<3>* lse, int threads) {
   int64 B = q->size[0], H = q->size[1], queries = q->size[2], D = q->size[3], keys = k->size[2];
   if (k->size[0] != B || v->size[0] != B || k->size[1] != v->size[1] || k->size[3] != D || v->size[2] != keys)
     return "attention needs q of shape [B, H, Sq, D], k of shape [B, Hkv, Skv, D] and v of shape [B, Hkv, Skv, Dv].";
@@ -949,11 +968,13 @@ EXPORT const char* attention(const Tensor<4>* q, const Tensor<4>* k, const Tenso
     return "attention needs a mask of shape [B, H, Sq, Skv].";
   if (mask && mask->dtype != BOOL && mask->dtype != q->dtype)
     return "attention needs a mask of bool or of q's dtype.";
+  if (sinks && (sinks->size[0] != H || sinks->dtype != q->dtype))
+    return "attention needs one sink for each query head, of q's dtype.";
   int64 fits = (1 << 17) / std::max<int64>(1, keys);  // scores of 1 MiB
   int64 block = std::max<int64>(TILE_ROWS, std::min<int64>(M_BLOCK, fits / TILE_ROWS * TILE_ROWS));
   while (block > 2 * TILE_ROWS && B * H * ((queries + block - 1) / block) < threads) block -= TILE_ROWS;
   int64 blocks = (queries + block - 1) / block;
-  Attention at{q, k, v, mask, is_causal, scale, out, lse};
+  Attention at{q, k, v, mask, {scale, soft_cap, is_causal, causal_offset, window}, sinks, out, lse};
   double work = double(B) * double(H) * double(queries) * double(keys) * double(D + v->size[3] + 16);
   parallel(B * H * blocks, work, threads, [&](int64 task) {
     int64 i0 = task % blocks * block, head = task / blocks;

@@ -36,7 +36,7 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -130,6 +130,11 @@ def row_softmax(x: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
     return out
 
 
+def row_logprobs(x: Tensor, index: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Of ``row_softmax``; this device has the memory for all columns."""
+    return row_softmax(x, True, out_dtype).gather(1, index)
+
+
 def row_cumsum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """One chain over the columns; each partial sum is rounded on its own."""
     out = torch.empty(x.shape, dtype=out_dtype)
@@ -153,13 +158,63 @@ def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    *,
+    causal_offset: int = 0,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chains over d and over the keys, divided by the sum of the weights at the end (see above)."""
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
-    _call("attention", _arg(q), _arg(k), _arg(v), _arg(mask, _WITH_BOOL), is_causal, scale, _arg(out), _arg(lse))
+    options = (is_causal, scale, causal_offset, window or 0, soft_cap or 0.0, _arg(sinks))
+    _call("attention", _arg(q), _arg(k), _arg(v), _arg(mask, _WITH_BOOL), *options, _arg(out), _arg(lse))
     return out, lse
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    scale: float,
+    *,
+    is_causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    pages: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``attention`` row by row."""
+    out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=accumulator_dtype(q.dtype))
+    ends = q_starts.tolist()
+    keys_of = _slices(k_starts.tolist(), k, v) if pages is None else _gathered(k_starts.tolist(), pages, k, v)
+    for start, end, (keys, values) in zip(ends[:-1], ends[1:], keys_of, strict=True):
+        mine = (x.transpose(0, 1)[None] for x in (q[start:end], keys, values))
+        offset = len(keys) - (end - start)
+        options = {"causal_offset": offset, "window": window, "soft_cap": soft_cap, "sinks": sinks}
+        row_out, row_lse = attention(*mine, None, is_causal, scale, **options)
+        out[start:end], lse[:, start:end] = row_out[0].transpose(0, 1), row_lse[0]
+    return out, lse
+
+
+def _slices(starts: list[int], *stores: Tensor) -> Iterator[list[Tensor]]:
+    for start, end in zip(starts[:-1], starts[1:], strict=True):
+        yield [store[start:end] for store in stores]
+
+
+def _gathered(lengths: list[int], pages: Tensor, *stores: Tensor) -> Iterator[list[Tensor]]:
+    for length, mine in zip(lengths, pages.long(), strict=True):
+        yield [store[mine].flatten(0, 1)[:length] for store in stores]
 
 
 def index_add(self: Tensor, index: Tensor, source: Tensor, alpha: float) -> Tensor:
@@ -212,7 +267,7 @@ _SIGNATURES = {
     "row_cumsum": (_P, _P),
     "row_layer_norm": (_P, _P, _P, _D, _P, _P, _P),
     "row_rms_norm": (_P, _P, _D, _P, _P),
-    "attention": (_P, _P, _P, _P, _B, _D, _P, _P),
+    "attention": (_P, _P, _P, _P, _B, _D, _I, _I, _D, _P, _P, _P),
     "index_add": (_P, _P, _P, _D, _P),
     "pointwise": (_P, _A, _I, _A, _A, _I),
 }

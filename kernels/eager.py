@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from pytest_batchinv.kernels import aten, table
 from pytest_batchinv.kernels.doors import Implementation, Sibling, count, is_exact, overload_of, refusal, siblings
+from pytest_batchinv.patches.dispatcher import COMPOSITE, Holding, Registration, foreign
 from torch._ops import OpOverload
 
 _ALLOW_OVERRIDE = (
@@ -16,21 +17,25 @@ _ALLOW_OVERRIDE = (
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
-    """The table's entries hold aten's dispatcher entries inside, and torch's own hold them again after."""
+def installed() -> Iterator[Holding]:
+    """The table's entries hold aten's dispatcher entries inside, and whoever held them before holds them again after."""
     library = torch.library.Library("aten", "IMPL")
+    held = []
     try:
         with warnings.catch_warnings():
             # torch warns once a process that an entry is overridden, which is what we are here for.
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             for overload, key, function in _entries():
-                library.impl(overload, function, key, with_keyset=key != _COMPOSITE, **_ALLOW_OVERRIDE)
-        yield
+                library.impl(overload, function, key, with_keyset=key != COMPOSITE, **_ALLOW_OVERRIDE)
+                held.append((overload.name(), key))
+        yield Holding(held)
     finally:
         library._destroy()
 
 
-_COMPOSITE = "CompositeImplicitAutograd"
+def entries_of_others() -> list[Registration]:
+    """What other libraries, and torch's own Python kernels, hold of the table's entries, or in front of them."""
+    return foreign((overload.name(), key) for overload, key, _ in _entries())
 
 
 def _entries() -> Iterator[tuple[OpOverload, str, Callable]]:
@@ -45,7 +50,7 @@ def _entries() -> Iterator[tuple[OpOverload, str, Callable]]:
     for name, implementation in table.COMPOSITES.items():
         overload = overload_of(name)
         if overload is not None:
-            yield overload, _COMPOSITE, _composite(overload, implementation)
+            yield overload, COMPOSITE, _composite(overload, implementation)
 
 
 def _devices() -> tuple[str, ...]:
@@ -68,7 +73,7 @@ def _leaf(name: str, implementation: Implementation, keys: tuple[str, ...]) -> I
 def _is_leaf(overload: OpOverload, key: str) -> bool:
     """An entry below autograd: one that is composite on this device has no gradient of its own there."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has(overload.name(), key) or not has(overload.name(), _COMPOSITE)
+    return has(overload.name(), key) or not has(overload.name(), COMPOSITE)
 
 
 def _functional(overload: OpOverload, key: str, implementation: Implementation) -> Callable:

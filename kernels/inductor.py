@@ -1,8 +1,7 @@
 """The compile installer: the table in every graph that Inductor compiles, and the rules that keep its pointwise code exact.
 
-``torch._inductor.compile_fx.compile_fx`` is the one way into Inductor. While the mode is on it is wrapped, and the wrapper
-holds the rules and the cache key for the length of one compilation, in whichever thread that happens (torch's config
-modules are per thread from 2.12 on). The table goes in where that module looks its decompositions up.
+The rules (``patches/rules.py`` says each one's reason) and the cache key are held for the length of one compilation, in
+whichever thread that happens. The table goes in where Inductor looks its decompositions up.
 """
 
 import contextlib
@@ -13,33 +12,11 @@ from typing import Any
 import torch
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.doors import is_exact, operators, overload_of, refusal, siblings
+from pytest_batchinv.patches import rules
+from pytest_batchinv.patches.compilation import around_compilation
+from pytest_batchinv.patches.registry import torch_version
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import HigherOrderOperator, OpOverload
-
-RULES: dict[str, Any] = {
-    # Values in bf16 and fp16 are rounded where eager rounds them; without it no compiled logprob equals an eager one.
-    "emulate_precision_casts": True,
-    # Division as eager divides; Triton's default is an approximation.
-    "eager_numerics.division_rounding": True,
-    # Denormals as eager keeps them, and eager's library of transcendental functions (both from torch 2.12 on).
-    "eager_numerics.disable_ftz": True,
-    "eager_numerics.use_pytorch_libdevice": True,
-    # No choice by timing, and no reduction whose shape follows the batch. No reduction on floats is left to Inductor
-    # (``Leftovers`` raises on one): these stand behind that.
-    "deterministic": True,
-    "batch_invariant": True,
-    "split_reductions": False,
-    "shape_padding": False,
-    "coordinate_descent_tuning": False,
-    "benchmark_epilogue_fusion": False,
-    "dynamic_scale_rblock": False,
-    "triton.cooperative_reductions": False,
-    "triton.multi_kernel": 0,
-    "triton.mix_order_reduction": False,
-    "triton.nested_reduction": False,
-    # Calls operators through Python, where the table's implementations live.
-    "cpp_wrapper": False,
-}
 
 
 class LeftoverError(RuntimeError):
@@ -69,31 +46,24 @@ class Leftovers(CustomGraphPass):
 
 
 @contextlib.contextmanager
-def installed(fingerprint: str) -> Iterator[None]:
-    """Every compilation inside, by any thread, gets the table, the rules and a cache key of its own."""
+def installed(fingerprint: Callable[[], str]) -> Iterator[None]:
+    """Every compilation inside, by any thread, gets the table, the rules and a cache key of its own.
+
+    fingerprint: asked for at each compilation, since patches may have come or gone. Raises RuleError.
+    """
     from torch._inductor import compile_fx as module
 
-    stock, stock_table = module.compile_fx, module.select_decomp_table
-    active = True
-
-    @functools.wraps(stock)
-    def compile_fx(model_, example_inputs_, *args, **kwargs):
-        if not active:
-            return stock(model_, example_inputs_, *args, **kwargs)
-        with _rules(fingerprint):
-            return stock(model_, example_inputs_, *args, **kwargs)
-
-    module.compile_fx, module.select_decomp_table = compile_fx, decompositions
-    torch._dynamo.reset()
-    try:
-        yield
-    finally:
-        active = False  # for whoever kept a reference to the wrapper
-        if module.compile_fx is compile_fx:
-            module.compile_fx = stock
-        if module.select_decomp_table is decompositions:
-            module.select_decomp_table = stock_table
+    rules.check(torch_version())
+    stock_table = module.select_decomp_table
+    with around_compilation(lambda: _in_the_mode(fingerprint())):
+        module.select_decomp_table = decompositions
         torch._dynamo.reset()
+        try:
+            yield
+        finally:
+            if module.select_decomp_table is decompositions:
+                module.select_decomp_table = stock_table
+            torch._dynamo.reset()
 
 
 def decompositions() -> dict[OpOverload, Callable]:
@@ -163,30 +133,20 @@ def _pow(self: torch.Tensor, exponent: float):
 
 
 @contextlib.contextmanager
-def _rules(fingerprint: str) -> Iterator[None]:
+def _in_the_mode(fingerprint: str) -> Iterator[None]:
+    """What holds for the length of one compilation: the rules, the last pass, and the cache key."""
     config, compiler_config = torch._inductor.config, torch.compiler.config
-    rules = {name: value for name, value in RULES.items() if _has(config, name)}
     users_pass = config.post_grad_custom_post_pass
-    if not isinstance(users_pass, Leftovers):
-        rules["post_grad_custom_post_pass"] = Leftovers(fingerprint, users_pass)
+    last = users_pass if isinstance(users_pass, Leftovers) else Leftovers(fingerprint, users_pass)
     # Without the tag a warm cache silently gives the graph of the other mode: decompositions are not in its key.
     tag = compiler_config.cache_key_tag
     tag = tag if fingerprint in tag else f"{tag};batchinv-{fingerprint}"
     with (
-        config.patch(rules),
+        rules.in_force(torch_version()),
+        config.patch(post_grad_custom_post_pass=last),
         compiler_config.patch(cache_key_tag=tag),
-        # The backward graph is compiled together with the forward one, under these rules, and not at its first call.
-        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
     ):
         yield
-
-
-def _has(config: Any, name: str) -> bool:
-    for part in name.split("."):
-        if not hasattr(config, part):
-            return False
-        config = getattr(config, part)
-    return True
 
 
 @functools.cache
@@ -218,4 +178,3 @@ def _gives_floats(node: torch.fx.Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     return any(not isinstance(v, torch.Tensor) or v.is_floating_point() or v.is_complex() for v in values)
-

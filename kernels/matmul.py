@@ -3,14 +3,22 @@
 Every element of a result is one chain of sums over K, ascending, in one accumulator (fp32; fp64 for fp64): the order is
 the same for every tile, so the tile may follow M. There is no split-K and no atomic. Triton specialises the operands'
 strides and pointers, for speed: they choose the width of loads into shared memory, and no order of sums. M it does not.
+
+Two kernels compute ``gemm``: one that loads through pointers, any strides, and from SM90 on one that loads and stores
+through TMA descriptors, where the operands allow it. They are of one class: which one serves a call changes no bit.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import GROUP_M, accumulator, ceil_div, gemm_tile, on_device
+from .launch import Launch, alignment, plan
+from .tiles import GROUP_M, Tile, accumulator, ceil_div, device_of, gemm_tile, on_device
 
 
 @triton.jit
@@ -39,6 +47,29 @@ def _product(
         acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=ACC)
         a_ptrs += a_step
         b_ptrs += b_step
+    return acc
+
+
+@triton.jit
+def _tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Which block of rows and of columns a tile is: GROUP_M blocks of rows go column by column, to share operands in L2."""
+    group = tile // (GROUP_M * tiles_n)
+    group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return group * GROUP_M + within % group_m, within // group_m
+
+
+@triton.jit
+def _scaled(
+    acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS: tl.constexpr, ACC: tl.constexpr
+):
+    """alpha * acc + beta * bias: each product and the sum rounded on its own in ACC."""
+    # Scalars are cast at once: what type a launcher hands them in must not choose the type of the arithmetic.
+    acc = acc * tl.full([], alpha, ACC)
+    if HAS_BIAS:
+        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        bias_ptrs = bias_ptr + offs_m.to(tl.int64)[:, None] * stride_biasm + offs_n.to(tl.int64)[None, :] * stride_biasn
+        acc = acc + tl.load(bias_ptrs, mask=inside, other=0.0).to(ACC) * tl.full([], beta, ACC)
     return acc
 
 
@@ -73,18 +104,13 @@ def _gemm_kernel(
 ):
     """out = alpha * (a @ b) + beta * bias, for one tile of one matrix of the batch.
 
-    Order: the sum over k ascending (``_product``); times alpha; plus (beta times bias): each rounded on its own in ACC,
-    then one cast. Rows and columns behind the edge read row or column 0 and up again and are not stored.
+    Order: the sum over k ascending (``_product``); then ``_scaled``; then one cast. Rows and columns behind the edge
+    read row or column 0 and up again and are not stored.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    matrix = (pid // (tiles_m * tiles_n)).to(tl.int64)
-    pid = pid % (tiles_m * tiles_n)
-    group = pid // (GROUP_M * tiles_n)
-    group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    pid_m = group * GROUP_M + pid % (GROUP_M * tiles_n) % group_m
-    pid_n = pid % (GROUP_M * tiles_n) // group_m
+    matrix = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    pid_m, pid_n = _tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,55 +130,180 @@ def _gemm_kernel(
         BLOCK_K,
         EVEN_K,
     )
-    # Scalars are cast at once: what type a launcher hands them in must not choose the type of the arithmetic.
-    acc = acc * tl.full([], alpha, ACC)
-    inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    offs_m = offs_m.to(tl.int64)
-    offs_n = offs_n.to(tl.int64)
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + matrix * stride_biasb + offs_m[:, None] * stride_biasm + offs_n[None, :] * stride_biasn
-        acc = acc + tl.load(bias_ptrs, mask=inside, other=0.0).to(ACC) * tl.full([], beta, ACC)
-    out_ptrs = out_ptr + matrix * M * N + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    bias_ptr += matrix * stride_biasb
+    acc = _scaled(acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS, ACC)
+    out_ptrs = out_ptr + matrix * M * N + offs_m.to(tl.int64)[:, None] * N + offs_n.to(tl.int64)[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gemm_tma_kernel(
+    a_desc,
+    b_desc,
+    out_desc,
+    bias_ptr,
+    M,
+    N,
+    K,
+    stride_biasm,
+    stride_biasn,
+    alpha: tl.float64,
+    beta: tl.float64,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STORES: tl.constexpr,
+    B_IS_TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """out = alpha * (a @ b) + beta * bias on a persistent grid: a program takes every num_programs-th tile.
+
+    The order of ``_gemm_kernel``. b comes as [K, N], or transposed as [N, K]. Behind the edges the descriptors read
+    zeros and store nothing. A result is stored in STORES parts, left to right, which needs less shared memory.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        pid_m, pid_n = _tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        row = pid_m * BLOCK_M
+        col = pid_n * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            a = a_desc.load([row, start])
+            if B_IS_TRANSPOSED:
+                b = b_desc.load([col, start]).T
+            else:
+                b = b_desc.load([start, col])
+            acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float32)
+        offs_m = row + tl.arange(0, BLOCK_M)
+        offs_n = col + tl.arange(0, BLOCK_N)
+        acc = _scaled(acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS, tl.float32)
+        if STORES == 1:
+            out_desc.store([row, col], acc.to(out_desc.dtype))
+        else:
+            left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+            out_desc.store([row, col], left.to(out_desc.dtype))
+            out_desc.store([row, col + BLOCK_N // 2], right.to(out_desc.dtype))
 
 
 def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """``reference.gemm`` on the GPU."""
-    batch, M, K = a.shape
-    N = b.shape[2]
-    out = torch.empty((batch, M, N), dtype=a.dtype, device=a.device)
+    out = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    tile = gemm_tile(a.dtype, M, N, batch, a.device)
-    has_bias = bias is not None and beta != 0
-    grid = (batch * ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n),)
+    if bias is not None and beta == 0:
+        bias = None
+    biased = out if bias is None else bias
+    strides_bias = None if bias is None else bias.stride()
+    aligned = alignment(a, b, biased, out)
+    product = _plan(a.shape, a.stride(), b.shape, b.stride(), strides_bias, aligned, a.dtype, a.device)
     with on_device(a):
-        _gemm_kernel[grid](
-            a,
-            b,
-            bias if has_bias else out,
-            out,
-            M,
-            N,
-            K,
-            *_strides(a),
-            *_strides(b),
-            *(_strides(bias) if has_bias else (0, 0, 0)),
-            alpha,
-            beta,
-            ACC=accumulator(a.dtype),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=GROUP_M,
-            EVEN_M=M % tile.block_m == 0,
-            EVEN_K=K % tile.block_k == 0,
-            HAS_BIAS=has_bias,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
-        )
+        product(a, b, biased, out, alpha, beta)
     return out
+
+
+@plan
+def _plan(
+    shape_a: tuple[int, ...],
+    strides_a: tuple[int, ...],
+    shape_b: tuple[int, ...],
+    strides_b: tuple[int, ...],
+    strides_bias: tuple[int, ...] | None,
+    aligned: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> "_Product":
+    """How this product is computed. aligned: ``alignment`` of a, b, the bias (or the result) and the result."""
+    sizes = Sizes.of(shape_a, strides_a, shape_b, strides_b, strides_bias)
+    fits = device_of(device).has_tma and dtype.itemsize == 2 and aligned & 0b1100 == 0b1100 and sizes.fit_tma()
+    return product(sizes, dtype, device, gemm_tile(dtype, sizes.M, sizes.N, sizes.K, sizes.batch, device, fits))
+
+
+def product(sizes: "Sizes", dtype: torch.dtype, device: torch.device, tile: Tile) -> "_Product":
+    """A callable (a, b, bias, out, alpha, beta) that computes products of these sizes with this tile."""
+    return (_TmaProduct if tile.tma else _Product)(sizes, dtype, device, tile)
+
+
+class Sizes(NamedTuple):
+    batch: int
+    M: int
+    N: int
+    K: int
+    a: tuple[int, int, int]
+    b: tuple[int, int, int]
+    """Strides by batch, row and column; 0 where the size is 1, as torch leaves anything there."""
+    bias: tuple[int, int, int] | None
+
+    @classmethod
+    def of(cls, shape_a, strides_a, shape_b, strides_b, strides_bias=None) -> "Sizes":
+        """From the operands' shapes and strides, with a batch dim or without."""
+        M, K, N = shape_a[-2], shape_a[-1], shape_b[-1]
+        bias = None if strides_bias is None else _batched((*shape_a[:-1], N), strides_bias)
+        batch = shape_a[0] if len(shape_a) == 3 else 1
+        return cls(batch, M, N, K, _batched(shape_a, strides_a), _batched(shape_b, strides_b), bias)
+
+    def fit_tma(self) -> bool:
+        """Whether descriptors can describe the operands: one matrix, contiguous rows, each at a multiple of 16 bytes.
+
+        The operands' addresses must be multiples of 16 bytes as well.
+        """
+        if self.batch != 1 or min(self.M, self.K) < 8 or self.N % 8:
+            return False
+        rows_of_b = _has_tma_rows(*self.b[1:], self.N) or _has_tma_rows(*self.b[:0:-1], self.K)
+        return _has_tma_rows(*self.a[1:], self.K) and rows_of_b
+
+
+def _batched(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    return strides if len(strides) == 3 else (0, *strides)
+
+
+def _has_tma_rows(row_stride: int, col_stride: int, n_cols: int) -> bool:
+    return col_stride == 1 and row_stride % 8 == 0 and row_stride >= n_cols
+
+
+class _Product:
+    """``_gemm_kernel`` for operands of these sizes."""
+
+    def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device, tile: Tile) -> None:
+        batch, M, N, K, strides_a, strides_b, strides_bias = sizes
+        self._sizes = (M, N, K, *strides_a, *strides_b, *(strides_bias or (0, 0, 0)))
+        even_m, even_k = M % tile.block_m == 0, K % tile.block_k == 0
+        self._constants = (accumulator(dtype), *tile[:3], GROUP_M, even_m, even_k, strides_bias is not None)
+        programs = batch * ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
+        self._launch = _launch(_gemm_kernel, programs, tile)
+
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor, out: Tensor, alpha: float, beta: float) -> None:
+        self._launch(a, b, bias, out, *self._sizes, alpha, beta, *self._constants)
+
+
+class _TmaProduct:
+    """``_gemm_tma_kernel`` for operands of these sizes."""
+
+    def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device, tile: Tile) -> None:
+        _, M, N, K, strides_a, strides_b, strides_bias = sizes
+        transposed = not _has_tma_rows(*strides_b[1:], N)
+        stores = 2 if tile.block_n > 128 else 1
+        block_b = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
+        # Shape, strides and block of each descriptor; b's rows are the ones that are contiguous.
+        self._a = ([M, K], [strides_a[1], 1], [tile.block_m, tile.block_k])
+        self._b = ([N, K] if transposed else [K, N], [max(strides_b[1:]), 1], block_b)
+        self._out = ([M, N], [N, 1], [tile.block_m, tile.block_n // stores])
+        self._sizes = (M, N, K, *(strides_bias or (0, 0, 0))[1:])
+        self._constants = (*tile[:3], GROUP_M, stores, transposed, strides_bias is not None)
+        tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
+        programs = min(tiles, device_of(device).multiprocessors * tile.programs)
+        self._launch = _launch(_gemm_tma_kernel, programs, tile)
+
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor, out: Tensor, alpha: float, beta: float) -> None:
+        descriptors = (TensorDescriptor(x, *how) for x, how in ((a, self._a), (b, self._b), (out, self._out)))
+        self._launch(*descriptors, bias, *self._sizes, alpha, beta, *self._constants)
+
+
+def _launch(kernel: JITFunction, programs: int, tile: Tile) -> Launch:
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
+    return Launch(kernel, (programs, 1, 1), **options)
 
 
 @triton.jit(do_not_specialize=["T", "G"], do_not_specialize_on_alignment=["offs_ptr"])
@@ -226,7 +377,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     out = torch.zeros((T, N), dtype=a.dtype, device=a.device)
     if out.numel() == 0 or G == 0:
         return out
-    tile = gemm_tile(a.dtype, ceil_div(T, G), N, G, a.device)
+    tile = gemm_tile(a.dtype, ceil_div(T, G), N, K, G, a.device)
     grid = ((ceil_div(T, tile.block_m) + G) * ceil_div(N, tile.block_n),)
     with on_device(a):
         _grouped_gemm_kernel[grid](

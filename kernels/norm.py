@@ -5,166 +5,129 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import _divide, _load_block, _row_total, _sqrt
 from .reference import accumulator_dtype
-from .tiles import accumulator, ceil_div, on_device, row_tile
+from .rows import (
+    chunk_columns,
+    chunk_statistics,
+    divide,
+    launch_rows,
+    load_block,
+    program_rows_and_chunks,
+    row_statistics,
+    square_root,
+    store_block,
+)
 
 
 @triton.jit
-def _affine(y, cols, n_cols, weight_ptr, bias_ptr, weight_stride, bias_stride, HAS_WEIGHT, HAS_BIAS, ACC: tl.constexpr):
-    """y * weight + bias over the columns, each step rounded on its own."""
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + cols.to(tl.int64) * weight_stride, mask=cols < n_cols, other=0.0)
-        y = y * weight.to(ACC)[None, :]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + cols.to(tl.int64) * bias_stride, mask=cols < n_cols, other=0.0)
-        y = y + bias.to(ACC)[None, :]
-    return y
+def _reciprocal_root(total, n_cols, eps, ACC: tl.constexpr):
+    """1 / sqrt(total / n_cols + eps)"""
+    mean = divide(total, tl.full([], n_cols, ACC), ACC)
+    return divide(1.0, square_root(mean + tl.full([], eps, ACC), ACC), ACC)
 
 
-@triton.jit(
-    do_not_specialize=["n_rows", "n_cols", "x_row_stride", "x_col_stride", "weight_stride", "bias_stride"],
-    do_not_specialize_on_alignment=["x_ptr", "weight_ptr", "bias_ptr", "y_ptr", "mean_ptr", "rstd_ptr"],
-)
-def _row_layer_norm_kernel(
+@triton.jit
+def _load_parameter(ptr, cols, n_cols, stride, ACC: tl.constexpr):
+    """weight or bias at these columns, as [1, BLOCK]."""
+    return tl.load(ptr + cols * stride, mask=cols < n_cols, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["partials_ptr", "mean_ptr", "rstd_ptr"])
+def _row_norm_kernel(
     x_ptr,
+    partials_ptr,
+    n_rows,
+    n_cols,
+    x_row_stride,
+    x_col_stride,
     weight_ptr,
     bias_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
-    n_rows,
-    n_cols,
-    x_row_stride,
-    x_col_stride,
     weight_stride,
     bias_stride,
     eps: tl.float64,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    WAY: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(sum((x - mean) ** 2) / n_cols + eps), of each row.
 
-    Three passes over the row: the mean and the squares (sums in the order of ``reduce.py``), the results. Every step is
-    rounded on its own in ACC, and the result cast once.
+    Or, for rms_norm (the statistics are ``square``): y = x * rstd * weight, rstd = 1 / sqrt(sum(x ** 2) / n_cols + eps),
+    and no mean. Sums in the order of ``rows.py``; squares about the mean are summed about each chunk's own mean, then
+    merged. Every step is rounded on its own in ACC, and the result cast once.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    total = _row_total(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, "plain", ACC, ROWS, BLOCK)
-    mean = _divide(total, n_cols.to(ACC), ACC)
-    squares = _row_total(
-        x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, mean, "centred_square", ACC, ROWS, BLOCK
-    )
-    rstd = _divide(1.0, _sqrt(_divide(squares, n_cols.to(ACC), ACC) + tl.full([], eps, ACC), ACC), ACC)
-    tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = _load_block(x_ptr, rows, cols, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, ACC)
-        y = (x - mean[:, None]) * rstd[:, None]
-        y = _affine(y, cols, n_cols, weight_ptr, bias_ptr, weight_stride, bias_stride, HAS_WEIGHT, HAS_BIAS, ACC)
-        y_ptrs = y_ptr + rows[:, None] * n_cols + cols.to(tl.int64)[None, :]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :])
+    rows, is_row, first, last = program_rows_and_chunks(n_rows, n_cols, WAY, ROWS, BLOCK)
+    row_ptrs = x_ptr + rows * x_row_stride
+    if WAY == "resident":
+        x = load_block(row_ptrs, is_row, chunk_columns(0, BLOCK), n_cols, x_col_stride, 0.0, "").to(ACC)
+        total, squares = chunk_statistics(x, 0, n_cols, STATISTICS, ACC)
+    else:
+        total, squares = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
+    rstd = _reciprocal_root(squares, n_cols, eps, ACC)
+    tl.store(rstd_ptr + rows, rstd, mask=is_row)  # split, each chunk's program writes the same
+    if STATISTICS == "moments":
+        mean = divide(total, tl.full([], n_cols, ACC), ACC)
+        tl.store(mean_ptr + rows, mean, mask=is_row)
+    for done in range(0, last - first):
+        cols = chunk_columns(last - 1 - done, BLOCK)  # descending: what was read last is still in the L2 cache
+        if WAY != "resident":
+            x = load_block(row_ptrs, is_row, cols, n_cols, x_col_stride, 0.0, "evict_first").to(ACC)
+        y = x
+        if STATISTICS == "moments":
+            y = y - mean[:, None]
+        y = y * rstd[:, None]
+        if HAS_WEIGHT:
+            y = y * _load_parameter(weight_ptr, cols, n_cols, weight_stride, ACC)
+        if HAS_BIAS:
+            y = y + _load_parameter(bias_ptr, cols, n_cols, bias_stride, ACC)
+        store_block(y_ptr, rows, is_row, cols, n_cols, y, WAY)
 
 
 def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.row_layer_norm`` on the GPU. weight and bias may have any of the dtypes, x's or not."""
-    n_rows, n_cols = x.shape
-    y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
-    mean = torch.empty(n_rows, dtype=accumulator_dtype(x.dtype), device=x.device)
-    rstd = torch.empty_like(mean)
-    if n_rows == 0:
-        return y, mean, rstd
-    tile = row_tile(n_cols)
-    with on_device(x):
-        _row_layer_norm_kernel[(ceil_div(n_rows, tile.block_m),)](
-            x,
-            y if weight is None else weight,
-            y if bias is None else bias,
-            y,
-            mean,
-            rstd,
-            n_rows,
-            n_cols,
-            *x.stride(),
-            0 if weight is None else weight.stride(0),
-            0 if bias is None else bias.stride(0),
-            float(eps),
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            ACC=accumulator(x.dtype),
-            ROWS=tile.block_m,
-            BLOCK=tile.block_n,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,
-        )
+    y, rstd = _empty_results(x)
+    mean = torch.empty_like(rstd)
+    _launch_norm(x, weight, bias, y, mean, rstd, eps, "moments")
     return y, mean, rstd
-
-
-@triton.jit(
-    do_not_specialize=["n_rows", "n_cols", "x_row_stride", "x_col_stride", "weight_stride"],
-    do_not_specialize_on_alignment=["x_ptr", "weight_ptr", "y_ptr", "rstd_ptr"],
-)
-def _row_rms_norm_kernel(
-    x_ptr,
-    weight_ptr,
-    y_ptr,
-    rstd_ptr,
-    n_rows,
-    n_cols,
-    x_row_stride,
-    x_col_stride,
-    weight_stride,
-    eps: tl.float64,
-    HAS_WEIGHT: tl.constexpr,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """y = x * rstd * weight, rstd = 1 / sqrt(sum(x ** 2) / n_cols + eps), of each row.
-
-    Two passes over the row: the squares (a sum in the order of ``reduce.py``), the results. Every step is rounded on
-    its own in ACC, and the result cast once.
-    """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    squares = _row_total(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, "square", ACC, ROWS, BLOCK)
-    rstd = _divide(1.0, _sqrt(_divide(squares, n_cols.to(ACC), ACC) + tl.full([], eps, ACC), ACC), ACC)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = _load_block(x_ptr, rows, cols, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, ACC)
-        y = x * rstd[:, None]
-        y = _affine(y, cols, n_cols, weight_ptr, weight_ptr, weight_stride, weight_stride, HAS_WEIGHT, False, ACC)
-        y_ptrs = y_ptr + rows[:, None] * n_cols + cols.to(tl.int64)[None, :]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :])
 
 
 def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """``reference.row_rms_norm`` on the GPU. weight may have any of the dtypes, x's or not."""
-    n_rows, n_cols = x.shape
-    y = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
-    rstd = torch.empty(n_rows, dtype=accumulator_dtype(x.dtype), device=x.device)
-    if n_rows == 0:
-        return y, rstd
-    tile = row_tile(n_cols)
-    with on_device(x):
-        _row_rms_norm_kernel[(ceil_div(n_rows, tile.block_m),)](
-            x,
-            y if weight is None else weight,
-            y,
-            rstd,
-            n_rows,
-            n_cols,
-            *x.stride(),
-            0 if weight is None else weight.stride(0),
-            float(eps),
-            HAS_WEIGHT=weight is not None,
-            ACC=accumulator(x.dtype),
-            ROWS=tile.block_m,
-            BLOCK=tile.block_n,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,
-        )
+    y, rstd = _empty_results(x)
+    _launch_norm(x, weight, None, y, rstd, rstd, eps, "square")
     return y, rstd
+
+
+def _empty_results(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, torch.empty(x.shape[0], dtype=accumulator_dtype(x.dtype), device=x.device)
+
+
+def _launch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    statistics: str,
+) -> None:
+    has_weight, has_bias = weight is not None, bias is not None
+    args = (
+        weight if has_weight else y,
+        bias if has_bias else y,
+        y,
+        mean,
+        rstd,
+        weight.stride(0) if has_weight else 0,
+        bias.stride(0) if has_bias else 0,
+        float(eps),
+    )
+    launch_rows(_row_norm_kernel, x, args, (has_weight, has_bias), statistics, x.dtype, writes_rows=True)

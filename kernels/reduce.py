@@ -1,243 +1,136 @@
-"""Sums over rows: ``row_sum``, ``row_mean``, ``row_norm``, ``row_var_mean``, ``row_logsumexp``, ``row_cumsum``.
-
-One order for every row sum, whatever the tile: 4096 slots; slot s adds columns s, s + 4096, s + 8192, ... ascending;
-then the upper half of the slots is added to the lower half, until one is left. Slots behind the row's end hold zeros
-and change nothing, so rows of up to 128 (1024) columns use 128 (1024) slots and get the same bits.
-
-The tree is written out instead of left to ``tl.sum``, whose order follows the layout that Triton picks. And no integer
-and no pointer is specialised, so that no layout and no width of loads can follow the number of rows or columns either.
-"""
+"""One number a row: ``row_sum``, ``row_mean``, ``row_norm``, ``row_var_mean``, ``row_logsumexp``; and ``row_cumsum``."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import accumulator, ceil_div, on_device, row_tile
+from .rows import (
+    chunk_columns,
+    count_chunks,
+    covering_tile,
+    divide,
+    launch_rows,
+    launch_unfused,
+    load_block,
+    program_rows,
+    row_statistics,
+    square_root,
+    store_block,
+)
+from .tiles import accumulator, ceil_div, on_device
 
-_CUMSUM_BLOCK = 1024
-
-
-@triton.jit
-def _tree_sum(x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of each row of x [ROWS, BLOCK]: the upper half of the columns on the lower half, until one column is left."""
-    for level in tl.static_range(16):
-        if (BLOCK >> level) > 1:
-            halves = tl.reshape(x, [ROWS, 2, BLOCK >> (level + 1)])
-            lower, upper = tl.split(tl.trans(halves, [0, 2, 1]))
-            x = lower + upper
-    return tl.reshape(x, [ROWS])
-
-
-@triton.jit
-def _load_block(x_ptr, rows, cols, n_rows, n_cols, row_stride, col_stride, other, ACC: tl.constexpr):
-    """x[rows, cols] in the accumulator's dtype, ``other`` behind the edges. Offsets have 64 bits."""
-    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    ptrs = x_ptr + rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
-    return tl.load(ptrs, mask=inside, other=other).to(ACC)
-
-
-@triton.jit
-def _divide(a, b, ACC: tl.constexpr):
-    """a / b, rounded to nearest. Triton's ``/`` is an approximation in fp32, and its ``div_rn`` takes fp32 alone."""
-    if ACC == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
-
-
-@triton.jit
-def _sqrt(a, ACC: tl.constexpr):
-    """The square root, rounded to nearest, for the same reason as ``_divide``."""
-    if ACC == tl.float64:
-        return tl.sqrt(a)
-    else:
-        return tl.sqrt_rn(a)
-
-
-@triton.jit
-def _row_total(
-    x_ptr,
-    rows,
-    n_rows,
-    n_cols,
-    row_stride,
-    col_stride,
-    centre,
-    TERM: tl.constexpr,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sum over a row of x, abs(x), x ** 2, (x - centre) ** 2 or exp(x - centre), in the order of this file."""
-    total = tl.zeros([ROWS, BLOCK], ACC)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        if TERM == "exp":
-            x = _load_block(x_ptr, rows, cols, n_rows, n_cols, row_stride, col_stride, -float("inf"), ACC)
-            total += tl.exp(x - centre[:, None])
-        elif TERM == "centred_square":
-            x = _load_block(x_ptr, rows, cols, n_rows, n_cols, row_stride, col_stride, 0.0, ACC) - centre[:, None]
-            total += tl.where((cols < n_cols)[None, :], x * x, 0.0)
-        else:
-            x = _load_block(x_ptr, rows, cols, n_rows, n_cols, row_stride, col_stride, 0.0, ACC)
-            if TERM == "square":
-                x = x * x
-            elif TERM == "abs":
-                x = tl.abs(x)
-            total += x
-    return _tree_sum(total, ROWS, BLOCK)
-
-
-@triton.jit
-def _row_max(
-    x_ptr,
-    rows,
-    n_rows,
-    n_cols,
-    row_stride,
-    col_stride,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Maximum of a row, NaN aside; -inf for no columns. A maximum is exact in any order."""
-    largest = tl.full([ROWS, BLOCK], -float("inf"), ACC)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = _load_block(x_ptr, rows, cols, n_rows, n_cols, row_stride, col_stride, -float("inf"), ACC)
-        largest = tl.maximum(largest, x)
-    return tl.max(largest, 1)
+_CUMSUM_BLOCK = 4096
+"""Part of the order of running sums."""
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "n_cols", "x_row_stride", "x_col_stride"],
-    do_not_specialize_on_alignment=["x_ptr", "out_ptr"],
+    do_not_specialize=["n_rows"],
+    do_not_specialize_on_alignment=["partials_ptr", "out_ptr", "mean_ptr"],
 )
-def _row_sum_kernel(
+def _row_reduce_kernel(
     x_ptr,
-    out_ptr,
+    partials_ptr,
     n_rows,
     n_cols,
     x_row_stride,
     x_col_stride,
+    out_ptr,
+    mean_ptr,
+    correction: tl.float64,
+    RESULT: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    WAY: tl.constexpr,
     ACC: tl.constexpr,
-    TERM: tl.constexpr,
-    FINISH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = sum(x), sum(x) / n_cols, sum(abs(x)) or sqrt(sum(x ** 2)) of each row: sums in the order of this file."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    total = _row_total(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, TERM, ACC, ROWS, BLOCK)
-    if FINISH == "mean":
-        total = _divide(total, n_cols.to(ACC), ACC)
-    elif FINISH == "sqrt":
-        total = _sqrt(total, ACC)
-    tl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=rows < n_rows)
+    """One number of each row, from its statistics. Sums in the order of ``rows.py``.
+
+    ``sum``: the sum itself. ``mean``: sum / n_cols. ``root``: sqrt(sum). ``logsumexp``: max + log(sum(exp(x - max))), or
+    the maximum itself where it is infinite. ``var``: sum((x - mean) ** 2) / max(n_cols - correction, 0), and the mean.
+    """
+    rows, is_row = program_rows(n_rows, ROWS)
+    row_ptrs = x_ptr + rows * x_row_stride
+    a, b = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
+    count = tl.full([], n_cols, ACC)
+    if RESULT == "mean":
+        out = divide(a, count, ACC)
+    elif RESULT == "root":
+        out = square_root(a, ACC)
+    elif RESULT == "logsumexp":
+        # Of an infinite maximum the sum is 0 or inf, and its logarithm the same infinity.
+        out = a + tl.log(b)
+    elif RESULT == "var":
+        tl.store(mean_ptr + rows, divide(a, count, ACC).to(mean_ptr.dtype.element_ty), mask=is_row)
+        out = divide(b, tl.maximum(count - tl.full([], correction, ACC), 0.0), ACC)
+    else:
+        out = a
+    tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
 def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_sum`` on the GPU."""
-    return _launch_row_sum(x, out_dtype, "plain", "plain")
+    return _reduce(x, out_dtype, "sum", "sum")
 
 
 def row_mean(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_mean`` on the GPU."""
-    return _launch_row_sum(x, out_dtype, "plain", "mean")
+    return _reduce(x, out_dtype, "sum", "mean")
 
 
 def row_norm(x: Tensor, p: float, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_norm`` on the GPU. Raises ValueError for p other than 1 and 2."""
     if p not in (1, 2):
         raise ValueError(f"row_norm is there for p = 1 and p = 2, not for p = {p}.")
-    return _launch_row_sum(x, out_dtype, *(("abs", "plain") if p == 1 else ("square", "sqrt")))
+    return _reduce(x, out_dtype, "abs", "sum") if p == 1 else _reduce(x, out_dtype, "square", "root")
 
 
-def _launch_row_sum(x: Tensor, out_dtype: torch.dtype, term: str, finish: str) -> Tensor:
-    n_rows, n_cols = x.shape
-    out = torch.empty(n_rows, dtype=out_dtype, device=x.device)
-    if n_rows == 0:
-        return out
-    tile = row_tile(n_cols)
-    with on_device(x):
-        _row_sum_kernel[(ceil_div(n_rows, tile.block_m),)](
-            x,
-            out,
-            n_rows,
-            n_cols,
-            *x.stride(),
-            ACC=_wider(x.dtype, out_dtype),
-            TERM=term,
-            FINISH=finish,
-            ROWS=tile.block_m,
-            BLOCK=tile.block_n,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,
-        )
-    return out
-
-
-@triton.jit(
-    do_not_specialize=["n_rows", "n_cols", "x_row_stride", "x_col_stride"],
-    do_not_specialize_on_alignment=["x_ptr", "var_ptr", "mean_ptr"],
-)
-def _row_var_mean_kernel(
-    x_ptr,
-    var_ptr,
-    mean_ptr,
-    n_rows,
-    n_cols,
-    x_row_stride,
-    x_col_stride,
-    correction: tl.float64,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """mean = sum(x) / n_cols; var = sum((x - mean) ** 2) / max(n_cols - correction, 0): sums in this file's order."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    total = _row_total(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, "plain", ACC, ROWS, BLOCK)
-    mean = _divide(total, n_cols.to(ACC), ACC)
-    squares = _row_total(
-        x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, mean, "centred_square", ACC, ROWS, BLOCK
-    )
-    var = _divide(squares, tl.maximum(n_cols.to(ACC) - tl.full([], correction, ACC), 0.0), ACC)
-    tl.store(var_ptr + rows, var.to(var_ptr.dtype.element_ty), mask=rows < n_rows)
-    tl.store(mean_ptr + rows, mean.to(mean_ptr.dtype.element_ty), mask=rows < n_rows)
+def row_logsumexp(x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``reference.row_logsumexp`` on the GPU."""
+    return _reduce(x, out_dtype, "exp", "logsumexp")
 
 
 def row_var_mean(x: Tensor, correction: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``reference.row_var_mean`` on the GPU."""
-    n_rows, n_cols = x.shape
-    var = torch.empty(n_rows, dtype=out_dtype, device=x.device)
-    mean = torch.empty(n_rows, dtype=out_dtype, device=x.device)
-    if n_rows == 0:
-        return var, mean
-    tile = row_tile(n_cols)
-    with on_device(x):
-        _row_var_mean_kernel[(ceil_div(n_rows, tile.block_m),)](
-            x,
-            var,
-            mean,
-            n_rows,
-            n_cols,
-            *x.stride(),
-            float(correction),
-            ACC=_wider(x.dtype, out_dtype),
-            ROWS=tile.block_m,
-            BLOCK=tile.block_n,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,
-        )
-    return var, mean
+    """``reference.row_var_mean`` on the GPU: about each chunk's mean, then about the row's (Chan, Golub, LeVeque 1979)."""
+    mean = torch.empty(x.shape[0], dtype=out_dtype, device=x.device)
+    return _reduce(x, out_dtype, "moments", "var", mean, correction), mean
 
 
-@triton.jit(
-    do_not_specialize=["n_rows", "n_cols", "x_row_stride", "x_col_stride"],
-    do_not_specialize_on_alignment=["x_ptr", "out_ptr"],
-)
-def _row_logsumexp_kernel(
+def _reduce(
+    x: Tensor, out_dtype: torch.dtype, statistics: str, result: str, mean: Tensor | None = None, correction: float = 0.0
+) -> Tensor:
+    out = torch.empty(x.shape[0], dtype=out_dtype, device=x.device)
+    args = (out, out if mean is None else mean, float(correction))
+    launch_rows(_row_reduce_kernel, x, args, (result,), statistics, out_dtype)
+    return out
+
+
+@triton.jit
+def _running_sum(x):
+    """Running sums of each row of x [ROWS, BLOCK], and the sum of each row.
+
+    Level by level, groups of 2, 4, 8, ... neighbours: the sum of a group's lower half is added to each column of its
+    upper half (Sklansky 1960). So column j takes one addition for each 1 in j's binary digits, lowest digit first, and
+    a sum of a group is the sum of its halves' sums. A sum over an axis of size 2 has one order only.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    BLOCK: tl.constexpr = x.shape[1]
+    half = tl.arange(0, 2)
+    totals = x
+    for level in tl.static_range(12):
+        if (BLOCK >> level) > 1:
+            pairs = tl.reshape(totals, [ROWS, BLOCK >> (level + 1), 2])
+            lower = tl.sum(tl.where((half == 0)[None, None, :], pairs, 0.0), 2)
+            totals = tl.sum(pairs, 2)
+            groups = tl.reshape(x, [ROWS, BLOCK >> (level + 1), 2, 1 << level])
+            groups += tl.where((half == 1)[None, None, :, None], lower[:, :, None, None], 0.0)
+            x = tl.reshape(groups, [ROWS, BLOCK])
+    return x, tl.reshape(totals, [ROWS])
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _row_cumsum_kernel(
     x_ptr,
     out_ptr,
     n_rows,
@@ -248,79 +141,30 @@ def _row_logsumexp_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = max + log(sum(exp(x - max))), with 0 in place of an infinite max; the sum in the order of this file."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    largest = _row_max(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, ACC, ROWS, BLOCK)
-    # inf - inf is NaN; from 0 the sum is 0 or inf, and its logarithm the infinity itself.
-    centre = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
-    total = _row_total(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, centre, "exp", ACC, ROWS, BLOCK)
-    tl.store(out_ptr + rows, (centre + tl.log(total)).to(out_ptr.dtype.element_ty), mask=rows < n_rows)
+    """out[j] = sum(x[: j + 1]) of each row: blocks of 4096 columns ascending, each ``_running_sum`` plus the blocks before.
 
-
-def row_logsumexp(x: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """``reference.row_logsumexp`` on the GPU."""
-    n_rows, n_cols = x.shape
-    out = torch.empty(n_rows, dtype=out_dtype, device=x.device)
-    if n_rows == 0:
-        return out
-    tile = row_tile(n_cols)
-    with on_device(x):
-        _row_logsumexp_kernel[(ceil_div(n_rows, tile.block_m),)](
-            x,
-            out,
-            n_rows,
-            n_cols,
-            *x.stride(),
-            ACC=_wider(x.dtype, out_dtype),
-            ROWS=tile.block_m,
-            BLOCK=tile.block_n,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,
-        )
-    return out
-
-
-@triton.jit(
-    do_not_specialize=["n_cols", "x_row_stride", "x_col_stride"],
-    do_not_specialize_on_alignment=["x_ptr", "out_ptr"],
-)
-def _row_cumsum_kernel(x_ptr, out_ptr, n_cols, x_row_stride, x_col_stride, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """out[j] = sum(x[: j + 1]) of one row: blocks of BLOCK columns ascending, each a scan plus the sum of those before.
-
-    The scan's own order is that of ``tl.cumsum`` for this BLOCK and this number of warps. Nothing else can choose its
-    layout: no argument is specialised, and the block does not follow the columns.
+    Rows of fewer columns take a smaller block, and get the same bits: a column's additions follow its index alone.
     """
-    row = tl.program_id(0).to(tl.int64)
-    before = tl.zeros([1], ACC)
-    for start in range(0, n_cols, BLOCK):
-        cols = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        x = tl.load(x_ptr + row * x_row_stride + cols * x_col_stride, mask=cols < n_cols, other=0.0).to(ACC)
-        scan = before + tl.cumsum(x, 0)
-        tl.store(out_ptr + row * n_cols + cols, scan.to(out_ptr.dtype.element_ty), mask=cols < n_cols)
-        # One value and zeros: exact in any order.
-        before = tl.zeros([1], ACC) + tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, scan, 0.0), 0)
+    rows, is_row = program_rows(n_rows, ROWS)
+    before = tl.zeros([ROWS], ACC)
+    for block in range(0, count_chunks(n_cols, BLOCK)):
+        cols = chunk_columns(block, BLOCK)
+        x = load_block(x_ptr + rows * x_row_stride, is_row, cols, n_cols, x_col_stride, 0.0, "").to(ACC)
+        sums, total = _running_sum(x)
+        store_block(out_ptr, rows, is_row, cols, n_cols, before[:, None] + sums, "")
+        before += total
 
 
 def row_cumsum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_cumsum`` on the GPU."""
     n_rows, n_cols = x.shape
     out = torch.empty((n_rows, n_cols), dtype=out_dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    with on_device(x):
-        _row_cumsum_kernel[(n_rows,)](
-            x,
-            out,
-            n_cols,
-            *x.stride(),
-            ACC=_wider(x.dtype, out_dtype),
-            BLOCK=_CUMSUM_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    if out.numel() != 0:
+        acc = accumulator(torch.promote_types(x.dtype, out_dtype))
+        tile = covering_tile(n_rows, min(n_cols, _CUMSUM_BLOCK), acc)
+        args = (x, out, n_rows, n_cols, *x.stride())
+        constants = (acc, tile.rows, min(tile.block, _CUMSUM_BLOCK))
+        with on_device(x):
+            # Every column keeps its own sum: more registers than one sum a row takes, so twice the warps.
+            launch_unfused(_row_cumsum_kernel, ceil_div(n_rows, tile.rows), args, constants, 2 * tile.num_warps)
     return out
-
-
-def _wider(dtype: torch.dtype, out_dtype: torch.dtype) -> tl.dtype:
-    """The accumulator for sums of ``dtype`` handed out as ``out_dtype``: the wider of the two's own."""
-    return accumulator(torch.promote_types(dtype, out_dtype))

@@ -73,6 +73,15 @@ def row_softmax(x: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
     return (torch.log_softmax if log else torch.softmax)(x.double(), -1).to(out_dtype).contiguous()
 
 
+def row_logprobs(x: Tensor, index: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """log_softmax of each row at some columns, bit for bit ``row_softmax(x, True, out_dtype).gather(1, index)``.
+
+    x: [rows, n_cols]; index: int64 [rows, k] -> [rows, k]. An index out of range is a RuntimeError on the CPU, and an assertion
+    that fails on the device on CUDA, as with ``gather``.
+    """
+    return row_softmax(x, True, out_dtype).gather(1, index)
+
+
 def row_cumsum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Running sum of each row. x: [rows, n_cols] -> [rows, n_cols]."""
     return x.double().cumsum(-1).to(out_dtype).contiguous()
@@ -103,14 +112,27 @@ def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    *,
+    causal_offset: int = 0,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q @ k.T + mask) @ v`` -> out [B, H, Sq, Dv], logsumexp [B, H, Sq] in the accumulator's dtype.
 
     q: [B, H, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv], H a multiple of Hkv: query head h reads key head
     ``h // (H // Hkv)``. D and Dv up to 256. mask: [B, H, Sq, Skv] (usually an expanded view), bool (True: visible) or of
-    q's dtype (added), or None. is_causal: key j is visible to query i if ``j <= i`` (aligned at the top left).
-    A query that sees no key gives 0 and a logsumexp of -inf.
+    q's dtype (added), or None. is_causal: key j is visible to query i if ``j <= i + causal_offset`` (0: aligned at the top
+    left). window: and if ``j > i + causal_offset - window``. soft_cap: scores s become ``soft_cap * tanh(s / soft_cap)``
+    before the mask. sinks: [H], a score for each head that takes part in the softmax and has no value.
+    A query that sees no key gives 0 and a logsumexp of -inf. Where all that it sees is hidden by the lowest value of the
+    mask's dtype, the keys weigh the same, and the logsumexp is some very low number.
 
     The order over the keys counts from the first key that any query of the same (batch, head) can see, so padding on
     either side changes no bit.
@@ -118,14 +140,70 @@ def attention(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = scale * (q.double() @ k.double().transpose(-1, -2))
+    if soft_cap is not None:
+        scores = soft_cap * (scores / soft_cap).tanh()
+    last_keys = torch.arange(q.shape[2], device=q.device)[:, None] + causal_offset
+    keys = torch.arange(k.shape[2], device=q.device)
     if is_causal:
-        hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(hidden, -torch.inf)
+        scores = scores.masked_fill(keys > last_keys, -torch.inf)
+    if window is not None:
+        scores = scores.masked_fill(keys <= last_keys - window, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    if sinks is not None:
+        sink = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     lse = torch.logsumexp(scores, -1)
     weights = torch.softmax(scores, -1).masked_fill((lse == -torch.inf)[..., None], 0.0)
     return (weights @ v.double()).to(q.dtype).contiguous(), lse.to(accumulator_dtype(q.dtype))
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    max_queries: int,
+    scale: float,
+    *,
+    is_causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    pages: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``attention`` of rows that lie behind each other -> out [T, H, Dv], logsumexp [H, T] in the accumulator's dtype.
+
+    q: [T, H, D], the queries of row i at ``q_starts[i] : q_starts[i + 1]``; they are the last ones of the row, so with
+    is_causal the last query sees every key. max_queries: of any row. q_starts: int32 [rows + 1].
+    Keys without pages: k [Tk, Hkv, D] and v [Tk, Hkv, Dv], those of row i at ``k_starts[i] : k_starts[i + 1]``; k_starts:
+    int32 [rows + 1]. With pages: k [n_pages, page size, Hkv, D], v likewise; pages: int32 [rows, most pages of a row], where
+    key j of row i is in page ``pages[i, j // page size]`` at ``j % page size``; k_starts: int32 [rows], the number of keys.
+
+    The order over the keys is that of ``attention``: whole, in chunks or one query at a time, a row has the same bits.
+    """
+    outs, lses = [], []
+    for row in range(len(q_starts) - 1):
+        mine = q[q_starts[row] : q_starts[row + 1]]
+        if pages is None:
+            keys, values = (x[k_starts[row] : k_starts[row + 1]] for x in (k, v))
+        else:
+            keys, values = (x[pages[row].long()].flatten(0, 1)[: k_starts[row]] for x in (k, v))
+        out, lse = attention(
+            *(x.transpose(0, 1)[None] for x in (mine, keys, values)),
+            None,
+            is_causal,
+            scale,
+            causal_offset=len(keys) - len(mine),
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return torch.cat(outs).contiguous(), torch.cat(lses, 1).contiguous()
 
 
 def index_add(self: Tensor, index: Tensor, source: Tensor, alpha: float) -> Tensor:

@@ -1,68 +1,133 @@
-"""``row_softmax``: softmax and log_softmax of rows."""
+"""``row_softmax``: softmax and log_softmax of rows. ``row_logprobs``: log_softmax of chosen columns alone."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import _divide, _load_block, _row_max, _row_total, _wider
-from .tiles import ceil_div, on_device, row_tile
-
-
-@triton.jit(
-    do_not_specialize=["n_rows", "n_cols", "x_row_stride", "x_col_stride"],
-    do_not_specialize_on_alignment=["x_ptr", "out_ptr"],
+from .rows import (
+    chunk_columns,
+    chunk_statistics,
+    divide,
+    finite,
+    launch_rows,
+    load_block,
+    padding,
+    program_rows,
+    program_rows_and_chunks,
+    row_statistics,
+    store_block,
 )
+
+
+@triton.jit
+def _softmax(x, largest, total, LOG: tl.constexpr, ACC: tl.constexpr):
+    """exp(x - max) * (1 / sum), or x - max - log(sum), for x [ROWS, BLOCK]. NaN where max is infinite, as in torch."""
+    total = tl.where(tl.abs(largest) == float("inf"), float("nan"), total)
+    x = x - finite(largest)[:, None]
+    if LOG:
+        return x - tl.log(total)[:, None]
+    else:
+        return tl.exp(x) * divide(1.0, total, ACC)[:, None]
+
+
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["partials_ptr"])
 def _row_softmax_kernel(
     x_ptr,
-    out_ptr,
+    partials_ptr,
     n_rows,
     n_cols,
     x_row_stride,
     x_col_stride,
+    out_ptr,
     LOG: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    WAY: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = exp(x - max) / sum(exp(x - max)), or x - max - log(sum(exp(x - max))), of each row.
+    """out = exp(x - max) * (1 / sum(exp(x - max))), or x - max - log(sum(exp(x - max))), of each row.
 
-    Three passes over the row: the maximum, the sum (in the order of ``reduce.py``), the results. Columns of -inf add
-    exact zeros to the sum. A row of nothing but -inf gives NaN, as in torch.
+    A chunk's sum is about its own maximum, in the order of ``rows.py``; chunks are merged ascending:
+    sum = sum * exp(max - new max) + chunk's sum * exp(chunk's max - new max). Columns of -inf behind the row's last
+    value, and chunks of nothing else, add exact zeros and scale by exact ones. A row of nothing but -inf gives NaN.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    largest = _row_max(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, ACC, ROWS, BLOCK)
-    total = _row_total(x_ptr, rows, n_rows, n_cols, x_row_stride, x_col_stride, largest, "exp", ACC, ROWS, BLOCK)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = _load_block(x_ptr, rows, cols, n_rows, n_cols, x_row_stride, x_col_stride, 0.0, ACC) - largest[:, None]
-        if LOG:
-            y = x - tl.log(total)[:, None]
-        else:
-            y = _divide(tl.exp(x), tl.broadcast_to(total[:, None], [ROWS, BLOCK]), ACC)
-        out_ptrs = out_ptr + rows[:, None] * n_cols + cols.to(tl.int64)[None, :]
-        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :])
+    rows, is_row, first, last = program_rows_and_chunks(n_rows, n_cols, WAY, ROWS, BLOCK)
+    row_ptrs = x_ptr + rows * x_row_stride
+    if WAY == "resident":
+        x = load_block(row_ptrs, is_row, chunk_columns(0, BLOCK), n_cols, x_col_stride, padding(STATISTICS), "").to(ACC)
+        largest, total = chunk_statistics(x, 0, n_cols, STATISTICS, ACC)
+    else:
+        largest, total = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
+    for done in range(0, last - first):
+        cols = chunk_columns(last - 1 - done, BLOCK)  # descending: what was read last is still in the L2 cache
+        if WAY != "resident":
+            x = load_block(row_ptrs, is_row, cols, n_cols, x_col_stride, padding(STATISTICS), "evict_first").to(ACC)
+        store_block(out_ptr, rows, is_row, cols, n_cols, _softmax(x, largest, total, LOG, ACC), WAY)
 
 
 def row_softmax(x: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_softmax`` on the GPU."""
-    n_rows, n_cols = x.shape
-    out = torch.empty((n_rows, n_cols), dtype=out_dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    tile = row_tile(n_cols)
-    with on_device(x):
-        _row_softmax_kernel[(ceil_div(n_rows, tile.block_m),)](
-            x,
-            out,
-            n_rows,
-            n_cols,
-            *x.stride(),
-            LOG=bool(log),
-            ACC=_wider(x.dtype, out_dtype),
-            ROWS=tile.block_m,
-            BLOCK=tile.block_n,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    if out.numel() != 0:
+        launch_rows(_row_softmax_kernel, x, (out,), (bool(log),), "exp", out_dtype, writes_rows=True)
+    return out
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_index", "index_row_stride", "index_col_stride"],
+    do_not_specialize_on_alignment=["partials_ptr", "index_ptr", "out_ptr"],
+)
+def _row_logprobs_kernel(
+    x_ptr,
+    partials_ptr,
+    n_rows,
+    n_cols,
+    x_row_stride,
+    x_col_stride,
+    index_ptr,
+    out_ptr,
+    n_index,
+    index_row_stride,
+    index_col_stride,
+    INDEX_BLOCK: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    WAY: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[row, i] = log_softmax(x[row])[index[row, i]]: statistics and formula of ``_row_softmax_kernel``."""
+    rows, is_row = program_rows(n_rows, ROWS)
+    row_ptrs = x_ptr + rows * x_row_stride
+    largest, total = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
+    for block in range(0, tl.cdiv(n_index, INDEX_BLOCK)):
+        places = block * INDEX_BLOCK + tl.arange(0, INDEX_BLOCK).to(tl.int64)
+        wanted = is_row[:, None] & (places < n_index)[None, :]
+        index_ptrs = (index_ptr + rows * index_row_stride)[:, None] + places[None, :] * index_col_stride
+        cols = tl.load(index_ptrs, mask=wanted, other=0)
+        exists = (cols >= 0) & (cols < n_cols)
+        tl.device_assert(exists | (wanted == 0), "row_logprobs: an index is not a column of its row")
+        x = tl.load(row_ptrs[:, None] + cols * x_col_stride, mask=wanted & exists, other=0.0).to(ACC)
+        y = _softmax(x, largest, total, True, ACC).to(out_ptr.dtype.element_ty)
+        tl.store((out_ptr + rows * n_index)[:, None] + places[None, :], y, mask=wanted)
+
+
+def row_logprobs(x: Tensor, index: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``row_softmax(x, True, out_dtype).gather(1, index)``, bit for bit, without the [n_rows, n_cols] in between.
+
+    x: [n_rows, n_cols]; index: int64 [n_rows, k], each in [0, n_cols) -> [n_rows, k]. An index out of range fails a
+    device-side assertion, as in ``torch.gather``: the next synchronisation raises. Raises ValueError for another shape
+    or dtype of index.
+    """
+    if index.dtype != torch.int64 or index.dim() != 2 or index.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"index is {index.dtype} {list(index.shape)}; row_logprobs takes int64 [{x.shape[0]}, k]: "
+            "the columns wanted of each row."
         )
+    out = torch.empty(index.shape, dtype=out_dtype, device=x.device)
+    if out.numel() != 0:
+        args = (index, out, index.shape[1], *index.stride())
+        launch_rows(_row_logprobs_kernel, x, args, (16,), "exp", out_dtype, asserts=True)
     return out

@@ -2,6 +2,7 @@
 
 ``LEAVES`` are installed below autograd, ``COMPOSITES`` above it (they are made of leaves, so gradients flow), ``POINTWISE``
 on the CPU only, whose stock kernels treat the tail of a vector differently, ``REFUSED`` raise with the reason.
+`OUT_GIVES_DTYPE` and `OUT_MAY_CAST` say which dtypes an ``out=`` may have.
 A functional overload stands for its ``.out`` and in-place siblings too: ``doors.py`` finds them by their schemas.
 """
 
@@ -65,6 +66,16 @@ POINTWISE = {
     "elu": aten.elu,
     "pow.Tensor_Scalar": aten.pow,
 }
+
+# torch's rules for ``out=``. Elsewhere it must have the result's dtype.
+OUT_GIVES_DTYPE = {"sum.IntList_out", "mean.out", "mean.dtype_out", "cumsum.out"}
+"""Without ``dtype=`` these compute in the dtype of ``out``."""
+OUT_MAY_CAST = {
+    "var.correction_out", "std.correction_out", "logsumexp.out",
+    *(f"{kind}.out" for kind in ("sigmoid", "rsqrt", "exp", "tanh", "erf", "expm1", "log", "log1p", "sin", "cos")),
+    "pow.Tensor_Scalar_out",
+}  # fmt: skip
+"""These write into any dtype that the result can be cast to."""
 
 _SDPA = "call torch.nn.functional.scaled_dot_product_attention, which the mode covers whatever backend is chosen"
 _UNFUSED = "this fused path is not covered: call it in training mode or with gradients, where torch uses plain operators"

@@ -1,20 +1,24 @@
 """Tiles: how much one program of a kernel does at a time, and the little a launch must know about its device.
 
 A tile may follow the number of rows for speed, but only within one *invariance class*: tiles that give the same bits.
-For products the class is "K ascending, one accumulator": no split-K, no atomics. BLOCK_M, BLOCK_N, warps and stages are
-free in it. BLOCK_K (BLOCK_N of attention) is a function of the dtype and of the model's sizes alone, never of M.
-``benchmarks/class_check.py`` checks the class on a GPU.
+For products the class is "K ascending, one accumulator": no split-K, no atomics. Blocks, warps, stages and the way of
+loading are free in it. BLOCK_N of attention is a function of the dtype and of the model's sizes alone.
+``benchmarks/class_check.py`` checks the class on a GPU; ``benchmarks/tune.py`` fills ``tuned.py`` on one, where it takes
+no tile whose bits differ. Nothing is timed on the user's machine.
 
-For sums over rows the order is written out in the kernel (``reduce._tree_sum``): their tiles follow the columns freely.
+For sums over rows the order is written out in the kernels: ``rows.py`` has their tiles.
 """
 
 import functools
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+
+from .tuned import GEMM as TUNED_GEMM
 
 SHARED_MEMORY_SM80 = 166_912
 """Bytes of shared memory that one block may have on SM80 (A100); SM90 has 232,448, SM86 and SM89 101,376."""
@@ -26,11 +30,21 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    """Loads and stores through TMA descriptors, on a persistent grid (SM90 and later)."""
+    programs: int = 1
+    """Programs a multiprocessor, of a persistent grid."""
 
 
 class Device(NamedTuple):
     multiprocessors: int
     shared_memory: int
+    capability: int = 80
+    """10 * major + minor of the compute capability."""
+
+    @property
+    def has_tma(self) -> bool:
+        return self.capability >= 90
 
 
 GEMM_TILES: dict[torch.dtype, tuple[Tile, ...]] = {
@@ -68,25 +82,50 @@ GEMM_TILES[torch.float16] = GEMM_TILES[torch.bfloat16]
 GROUP_M = 8
 """Tiles of this many block rows are run column by column, so that neighbours share operands in the L2 cache."""
 
-ROW_TILES = (Tile(16, 128, 1, 4, 1), Tile(1, 1024, 1, 4, 1), Tile(1, 4096, 1, 8, 1))
-"""Rows and columns a row kernel reads at a time: the first that covers the row, else the last."""
-
+KV_SPLIT = 512
+"""Keys of a split of attention, a multiple of every BLOCK_N. It is part of the order of the sums."""
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """The dtype of sums in a kernel: fp64 for float64, else fp32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def gemm_tile(dtype: torch.dtype, rows: int, cols: int, batch: int, device: torch.device) -> Tile:
+def gemm_tile(dtype: torch.dtype, M: int, N: int, K: int, batch: int, device: torch.device, fits_tma: bool = False) -> Tile:
+    """The tile tuned for the nearest product on this architecture, or a rule where nothing has been tuned.
+
+    fits_tma: whether the operands are such that descriptors can describe them.
+    """
+    tuned = TUNED_GEMM.get((device_of(device).capability, dtype.itemsize)) if batch == 1 else None
+    tile = _nearest(tuned, M, N, K, fits_tma) if tuned else _covering(dtype, M, N, batch, device)
+    stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
+    # What a result needs on its way to a TMA store; a tile that has no room for one stage more than it was tuned with.
+    fixed = tile.block_m * min(tile.block_n, 128) * dtype.itemsize if tile.tma else 0
+    return tile._replace(num_stages=_stages(tile.num_stages, stage, fixed, device))
+
+
+def _nearest(tuned: dict[tuple[int, int], dict[int, tuple[tuple, tuple]]], M: int, N: int, K: int, fits_tma: bool) -> Tile:
+    """By the logarithms of K and N first; then the next larger M that was tuned, else the largest."""
+    size = min(tuned, key=lambda size: abs(math.log(size[0] / max(K, 1))) + abs(math.log(size[1] / N)))
+    rows = next((rows for rows in sorted(tuned[size]) if rows >= M), max(tuned[size]))
+    best, best_without_tma = tuned[size][rows]
+    return Tile(*(best if fits_tma else best_without_tma))
+
+
+def _covering(dtype: torch.dtype, rows: int, cols: int, batch: int, device: torch.device) -> Tile:
     """The largest tile that is no taller than the rows need and still gives most multiprocessors a program."""
-    multiprocessors = device_of(device).multiprocessors
     height = max(16, next_power_of_2(rows))
     candidates = [tile for tile in GEMM_TILES[dtype] if tile.block_m <= height]
     for tile in candidates:
-        if batch * ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n) * 4 >= multiprocessors * 3:
+        if batch * ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n) * 4 >= device_of(device).multiprocessors * 3:
             break
-    stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
-    return tile._replace(num_stages=_stages(tile.num_stages, stage, 0, device))
+    return tile
+
+
+def gemm_class(dtype: torch.dtype, device: torch.device) -> list[Tile]:
+    """Every tile that ``gemm_tile`` may choose on this device: they must all give one bit pattern."""
+    tuned = TUNED_GEMM.get((device_of(device).capability, dtype.itemsize), {})
+    chosen = {Tile(*tile) for by_rows in tuned.values() for pair in by_rows.values() for tile in pair}
+    return [*GEMM_TILES[dtype], *sorted(chosen)]
 
 
 def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.device) -> Tile:
@@ -95,17 +134,15 @@ def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.d
     if dtype.itemsize == 2:
         block_n = 64 if block_d <= 128 else 32
         block_m = 16 if rows <= 16 else 64 if rows < 512 or block_d > 128 else 128
+        stages = 4 if block_m == 16 else 3
     else:
         block_n = 32 if block_d * dtype.itemsize <= 512 else 16
         block_m = 16 if rows <= 16 or block_d * dtype.itemsize > 512 else 32
+        stages = 2
     size = block_d * dtype.itemsize
-    stages = _stages(3 if dtype.itemsize == 2 else 2, 2 * block_n * size, block_m * size, device)
-    return Tile(block_m, block_n, block_d, 8 if block_m == 128 else 4, stages)
-
-
-def row_tile(n_cols: int) -> Tile:
-    """block_m rows by block_n columns."""
-    return next((tile for tile in ROW_TILES if tile.block_n >= n_cols), ROW_TILES[-1])
+    stages = _stages(stages, 2 * block_n * size, block_m * size, device)
+    # Two accumulators of block_m x block_d, and no more registers than there are.
+    return Tile(block_m, block_n, block_d, 8 if block_m * block_d >= 128 * 128 else 4, stages)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -129,7 +166,8 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(108, SHARED_MEMORY_SM80)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    capability = 10 * properties.major + properties.minor
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, capability)
 
 
 def _stages(wanted: int, stage_bytes: int, fixed_bytes: int, device: torch.device) -> int:

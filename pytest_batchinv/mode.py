@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from pytest_batchinv import kernels
+from pytest_batchinv import kernels, patches
 from pytest_batchinv.kernels import doors, eager
+from pytest_batchinv.patches import registry, rules
+from pytest_batchinv.patches.dispatcher import Holding, Registration
 
 
 class ModeError(RuntimeError):
@@ -34,7 +36,9 @@ class Mode:
         devices = "cpu and cuda" if torch.backends.cuda.is_built() else "cpu"
         return [
             f"batch-invariant mode: {len(doors.operators())} overloads and their .out and in-place forms on {devices}, "
-            f"{len(eager.table.COMPOSITES)} composites, {len(eager.table.REFUSED)} refused; fingerprint {fingerprint()}"
+            f"{len(eager.table.COMPOSITES)} composites, {len(eager.table.REFUSED)} refused; fingerprint {fingerprint()}",
+            *(f"patch {row.name}: {row.state} ({row.why})" for row in registry.status()),
+            *(f"given back on exit: {registration}" for registration in _process.entries_of_others),
         ]
 
 
@@ -45,6 +49,8 @@ class _Process:
         self.lock = threading.RLock()
         self.depth = 0
         self.installation: contextlib.ExitStack | None = None
+        self.entries_of_others: list[Registration] = []
+        self.holding: Holding | None = None
 
     def enter(self) -> None:
         with self.lock:
@@ -63,6 +69,7 @@ class _Process:
         with self.lock:
             was_on = self.installation is not None
             if was_on:
+                self.check_entries()  # what was taken from us would be ours again after, and the theft forgotten
                 self._restore()
             try:
                 yield
@@ -70,19 +77,33 @@ class _Process:
                 if was_on:
                     self._install()
 
+    def check_entries(self) -> None:
+        """Raises ModeError where another library has taken an entry of ours since the mode was entered."""
+        with self.lock:
+            taken = self.holding.taken() if self.holding is not None else []
+        if taken:
+            raise ModeError(
+                f"batch-invariant mode did not hold to its end: another library has taken {_listed(taken)}. What ran since "
+                "may depend on the batch. Set that library up before the mode is entered, or turn its own mode off."
+            )
+
     def _install(self) -> None:
         from pytest_batchinv.kernels import inductor
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(registry.bits_kept([rule.name for rule in rules.RULES if rule.value is True]))
+            stack.enter_context(registry.applied("inductor"))
             stack.enter_context(_backend_flags())
             doors.operators()
-            stack.enter_context(eager.installed())
-            stack.enter_context(inductor.installed(fingerprint()))
+            self.entries_of_others = eager.entries_of_others()
+            self.holding = stack.enter_context(eager.installed())
+            stack.enter_context(inductor.installed(fingerprint))
+            _nobody_in_front(self.holding)
             _canary()
             self.installation = stack.pop_all()
 
     def _restore(self) -> None:
-        installation, self.installation = self.installation, None
+        installation, self.installation, self.holding = self.installation, None, None
         installation.close()
 
 
@@ -94,13 +115,17 @@ def batch_invariant_mode() -> Iterator[Mode]:
     """Makes torch batch-invariant inside the block, for all threads, in eager and compiled code.
 
     Blocks nest, and may be entered by several threads: the mode is on until the last one leaves. On leaving, dispatcher,
-    decompositions, configuration and backend flags are what they were. Entering and leaving drop Dynamo's compiled code.
+    decompositions, configuration, patches and backend flags are what they were. Entering and leaving drop Dynamo's compiled
+    code. The patches of the group "inductor" that this torch needs, and that change no bits, are in force inside.
 
-    Raises ModeError where an entry turns out not to be in force.
+    Raises ModeError where an entry turns out not to be in force, at the beginning, or at the end of any block because
+    another library took it meanwhile; PatchRefused where a patch that changes bits is applied; RuleError where this torch's
+    settings are not the known ones.
     """
     _process.enter()
     try:
         yield Mode()
+        _process.check_entries()
     finally:
         _process.leave()
 
@@ -117,17 +142,22 @@ def is_on() -> bool:
     return _process.installation is not None
 
 
-@cache
 def fingerprint() -> str:
-    """Names the state that compiled code depends on: the sources of the kernels and the versions of torch and Triton."""
+    """Names the state that compiled code depends on: our sources, the versions of torch and Triton, the applied patches."""
+    return hashlib.sha256(f"{_sources()} {registry.applied_tag()}".encode()).hexdigest()[:12]
+
+
+@cache
+def _sources() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     with contextlib.suppress(ImportError):
         import triton
 
         digest.update(triton.__version__.encode())
-    for path in sorted(Path(kernels.__path__[0]).glob("*.[cp][py]*")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    for package in (kernels, patches):
+        for path in sorted(Path(package.__path__[0]).glob("*.[cp][py]*")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -149,6 +179,24 @@ def _backend_flags() -> Iterator[None]:
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+
+
+def _nobody_in_front(holding: Holding) -> None:
+    """No other library may stand between a call and our entries, say at an Autograd key, or at CUDA for a composite."""
+    in_front = holding.in_front()
+    if in_front:
+        raise ModeError(
+            f"batch-invariant mode cannot be entered: calls would reach {_listed(in_front)} before the table. "
+            "Turn the mode of that library off."
+        )
+
+
+def _listed(registrations: list[Registration]) -> str:
+    shown = "; ".join(str(registration) for registration in registrations[:_MOST_NAMED])
+    return shown + (f"; and {len(registrations) - _MOST_NAMED} more" if len(registrations) > _MOST_NAMED else "")
+
+
+_MOST_NAMED = 5
 
 
 def _canary() -> None:

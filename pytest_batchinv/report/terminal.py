@@ -29,7 +29,26 @@ def header(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[
         f"dtype {settings.dtype}, attention {settings.attn}",
         f"batch invariance: relations {','.join(settings.relations)}; {examples}, {drawn}; "
         + ", ".join(_versions("torch", "triton")),
+        *_patches(),
     ]
+
+
+def _patches() -> Iterator[str]:
+    """The patches by their state; of the refused ones why, since somebody has to act. Imports no torch."""
+    from pytest_batchinv.patches import registry
+
+    rows = registry.status()
+    states = _grouped([row for row in rows if row.state != "refused"], _patch_state)
+    if states:
+        listed = (f"{state}: {', '.join(row.name for row in group)}" for state, group in states)
+        yield f"batch invariance: patches: {'; '.join(listed)}"
+    yield from (f"batch invariance: patch {row.name} REFUSED: {row.why}" for row in rows if row.state == "refused")
+
+
+def _patch_state(row: Any) -> str:
+    if row.state == "off" and row.numerics:
+        return "off, as they change bits"
+    return "with the mode" if (row.state, row.group) == ("off", "inductor") else row.state
 
 
 def summary(results: Results) -> list[str]:

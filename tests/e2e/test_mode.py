@@ -9,11 +9,13 @@ import pytest
 import torch
 from pytest_batchinv.kernels import doors, eager, inductor, table
 from pytest_batchinv.kernels.aten import Refused
+from pytest_batchinv.patches import registry
+from pytest_batchinv.patches.registry import applied_names
 from torch.nn import functional as F
 
 from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.census import unclassified_ops
-from pytest_batchinv.mode import ModeError, is_on, stock_torch
+from pytest_batchinv.mode import ModeError, fingerprint, is_on, stock_torch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,12 +40,15 @@ def _touched():
 
 
 def global_state() -> dict:
-    from torch._inductor import compile_fx
+    from torch._inductor import compile_fx, graph, lowering
+    from torch._inductor.codegen.cpp import CppVecKernel
 
     return {
         "dispatcher": dispatcher_state(),
         "registered": set(torch.library._impls),
-        "compile_fx": compile_fx.compile_fx,
+        "compile_fx": (compile_fx.compile_fx, compile_fx.select_decomp_table),
+        "fallback list": (graph.FALLBACK_ALLOW_LIST, lowering.FALLBACK_ALLOW_LIST),
+        "indirect_assert": CppVecKernel.indirect_assert,
         "config": torch._inductor.config.save_config_portable(),
         "tag": torch.compiler.config.cache_key_tag,
         "matmul": torch.backends.cuda.matmul.fp32_precision,
@@ -104,8 +109,9 @@ def test_the_canary_names_an_entry_that_another_library_holds():
     class Stolen:
         def __enter__(self):
             self.context = stock_install()
-            self.context.__enter__()
+            holding = self.context.__enter__()
             thief.impl("mm.out", lambda a, b, *, out: out.zero_(), "CPU", allow_override=True)
+            return holding
 
         def __exit__(self, *error):
             thief._destroy()
@@ -201,6 +207,24 @@ def test_a_users_own_pass_still_runs():
     ):
         torch.compile(lambda x: (x + 1).mean(-1))(torch.rand(3, 41))
     assert seen
+
+
+def test_the_patches_that_this_torch_needs_are_in_force_inside():
+    needed = [row.name for row in registry.status() if row.state == "off" and not row.numerics]
+    before = applied_names()
+    with batch_invariant_mode() as mode:
+        assert applied_names() == sorted(needed)
+        for name in needed:
+            assert any(line.startswith(f"patch {name}: ") for line in mode.status())
+    assert applied_names() == before == []
+
+
+def test_the_applied_patches_are_part_of_the_fingerprint():
+    with batch_invariant_mode():
+        without = fingerprint()
+        with registry.applied("realize_by_bytes"):
+            assert fingerprint() != without
+        assert fingerprint() == without
 
 
 def test_integers_keep_torchs_own_kernels():

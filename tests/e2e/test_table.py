@@ -149,7 +149,7 @@ def _schema_arguments(overload, args, kwargs):
 
 
 def test_out_with_a_dtype_that_cannot_hold_the_result_raises():
-    with batch_invariant_mode(), pytest.raises(RuntimeError, match="can't be cast"):
+    with batch_invariant_mode(), pytest.raises(RuntimeError, match="can't be cast|to have dtype"):
         torch.mm(A, A.t(), out=torch.empty(0, dtype=torch.int64))
 
 

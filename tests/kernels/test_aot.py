@@ -14,14 +14,13 @@ import sys
 
 import pytest
 import torch
+import triton
 from pytest_batchinv.kernels import attention as attention_module
-from pytest_batchinv.kernels import cuda, matmul, norm, reduce, scatter, softmax, tiles
+from pytest_batchinv.kernels import cuda, matmul, norm, offline, reduce, rows, scatter, softmax, tiles
 
-SM80 = tiles.Device(multiprocessors=108, shared_memory=tiles.SHARED_MEMORY_SM80)
-SM90 = tiles.Device(multiprocessors=132, shared_memory=232_448)
-DEVICES = {80: SM80, 90: SM90}
-
-ROW_MODULES = [reduce, softmax, norm, scatter]
+ROW_MODULES = [rows, reduce, softmax, norm, scatter]
+# What widens a load or a store of a row. The order of a row's sum is written out, so it follows none of them.
+ROW = {"x_ptr", "n_cols", "x_row_stride", "x_col_stride"}
 # Strides and pointers of a product's factors: they choose how it is loaded into shared memory, and no order of sums.
 # N, K are the model's own. The bias and the result are read and written element by element.
 SPECIALISED = {
@@ -29,12 +28,20 @@ SPECIALISED = {
     | {"stride_biasb", "stride_biasm", "stride_biasn", "a_ptr", "b_ptr", "bias_ptr", "out_ptr"},
     "_grouped_gemm_kernel": {"N", "K", "stride_am", "stride_ak", "stride_bg", "stride_bk", "stride_bn"}
     | {"a_ptr", "b_ptr", "out_ptr"},
-    "_attention_kernel": {f"stride_{dim}" for dim in "qb qh qm qd kb kh kn kd vb vh vn vd".split()}
+    "_row_partials_kernel": ROW,
+    "_row_reduce_kernel": ROW,
+    "_row_cumsum_kernel": ROW | {"out_ptr"},
+    "_row_softmax_kernel": ROW | {"out_ptr"},
+    "_row_logprobs_kernel": ROW,
+    "_row_norm_kernel": ROW | {"weight_ptr", "weight_stride", "bias_ptr", "bias_stride", "y_ptr"},
+    # The descriptors of the factors and the result are no arguments that Triton specialises.
+    "_gemm_tma_kernel": {"N", "K", "stride_biasm", "stride_biasn", "bias_ptr", "a_desc", "b_desc", "out_desc"},
+    "_attention_kernel": {f"stride_{dim}" for dim in "qb qh qm qd kb kh kn kd vb vh vn vd ob oh om".split()}
     | {"q_ptr", "k_ptr", "v_ptr", "out_ptr"},
 }
 
 
-@pytest.mark.parametrize("group", ["sm80", "sm90", "specialised"])
+@pytest.mark.parametrize("group", ["sm80", "sm89", "sm90", "sm100", "specialised"])
 def test_checks_pass_on_a_gpu_that_is_not_there(group, pytestconfig):
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:batchinv", "-p", "no:cacheprovider"]
     command += ["-o", "python_functions=check_*", "-k", group, __file__]
@@ -53,34 +60,14 @@ def test_checks_pass_on_a_gpu_that_is_not_there(group, pytestconfig):
 
 
 @pytest.fixture
-def compile_for(monkeypatch):
+def compile_for():
     """compile_for(arch, launch): the binaries that the launch compiles or finds compiled, each once."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    class Driver:
-        def __init__(self, arch):
-            self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
-            self.get_current_device = lambda: arch  # Triton keeps binaries by device
-            self.get_current_stream = lambda device: 0
-
-    binaries = []
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        binary = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if all(binary is not other for other in binaries):
-            binaries.append(binary)
 
     def compile_for(arch, launch):
-        driver.set_active(Driver(arch))
-        monkeypatch.setattr(JITFunction, "run", compile_only)
-        monkeypatch.setattr(tiles, "device_of", lambda device: DEVICES[arch])
-        binaries.clear()
-        launch()
+        with offline.compiling_for(arch) as binaries:
+            launch()
         assert binaries, "the launch launched nothing"
-        return list(binaries)
+        return binaries
 
     return compile_for
 
@@ -93,7 +80,7 @@ def assert_sound(binary, arch):
     """It fits, and nothing in it adds to memory in an order of its own."""
     ptx = binary.asm["ptx"]
     assert f".target sm_{arch}" in ptx
-    assert binary.metadata.shared <= DEVICES[arch].shared_memory
+    assert binary.metadata.shared <= offline.DEVICES[arch].shared_memory
     assert re.findall(r"^\s*(?:@\S+\s+)?((?:atom|red)\.\S+)", ptx, re.MULTILINE) == []
     assert "tf32" not in ptx
 
@@ -103,38 +90,73 @@ def instructions(binary):
 
 
 BOTH = pytest.mark.parametrize("arch", [80, 90], ids=["sm80", "sm90"])
-GEMM_TILES = [
-    *((torch.bfloat16, tile) for tile in tiles.GEMM_TILES[torch.bfloat16]),
-    *((torch.float16, tile) for tile in tiles.GEMM_TILES[torch.float16][::9]),
-    *((torch.float32, tile) for tile in tiles.GEMM_TILES[torch.float32]),
-    *((torch.float64, tile) for tile in tiles.GEMM_TILES[torch.float64][::3]),
-]
+ARCHS = pytest.mark.parametrize("arch", [80, 89, 90, 100], ids=["sm80", "sm89", "sm90", "sm100"])
+MOST_SPILLED = 64
+"""Bytes a thread, of which some do not hurt where a tile uses all registers."""
+
+
+def gemm_tiles():
+    """Every tile of the tables, on every architecture that may choose it."""
+    for arch, device in offline.DEVICES.items():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            tuned = tiles.TUNED_GEMM.get((arch, dtype.itemsize), {}) if dtype == torch.bfloat16 else {}
+            chosen = {tiles.Tile(*tile) for by_rows in tuned.values() for pair in by_rows.values() for tile in pair}
+            listed = tiles.GEMM_TILES[dtype][:: 4 if dtype in (torch.float16, torch.float64) or arch in (89, 100) else 1]
+            for tile in [*listed, *sorted(chosen)]:
+                label = "x".join(map(str, tile[:3])) + f"w{tile.num_warps}s{tile.num_stages}" + "t" * tile.tma
+                yield pytest.param(arch, dtype, fitting(tile, dtype, device), id=f"sm{arch}-{str(dtype)[6:]}-{label}")
+
+
+def fitting(tile, dtype, device):
+    stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
+    return tile._replace(num_stages=max(1, min(tile.num_stages, device.shared_memory // stage)))
+
+
+def registers_and_spills(binary, tmp_path):
+    """Registers and bytes on the stack of a thread; nothing of a kernel of ours is there but spilled registers."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()))
+
+
+def main_of(binaries, name="_attention_kernel"):
+    (binary,) = (binary for binary in binaries if binary.name == name)
+    return binary
 
 
 # --- what is in a binary ---------------------------------------------------------------------------------------------
 
 
-@BOTH
-@pytest.mark.parametrize(("dtype", "tile"), GEMM_TILES)
-def check_gemm_tile(arch, dtype, tile, compile_for, monkeypatch):
+@pytest.mark.parametrize(("arch", "dtype", "tile"), list(gemm_tiles()))
+def check_gemm_tile(arch, dtype, tile, compile_for, monkeypatch, tmp_path):
     monkeypatch.setattr(matmul, "gemm_tile", lambda *args: tile)
     a, b = tensor(1, 100, 512, dtype=dtype), tensor(1, 256, 512, dtype=dtype).mT
     (binary,) = compile_for(arch, lambda: cuda.gemm(a, b))
     assert_sound(binary, arch)
+    assert registers_and_spills(binary, tmp_path)[1] <= MOST_SPILLED
     ptx = binary.asm["ptx"]
-    if dtype.itemsize == 2:
+    assert binary.name == ("_gemm_tma_kernel" if tile.tma else "_gemm_kernel")
+    if arch == 100 and tile.block_m >= 64 and dtype.itemsize == 2:
+        assert "tcgen05.mma" in ptx
+    elif dtype.itemsize == 2:
         kind = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
         hopper = arch == 90 and tile.block_m >= 64
-        want = f"wgmma.mma_async.sync.aligned.m64n{tile.block_n}k16.f32.{kind}.{kind}"
+        # Each group of four warps has 64 rows; where there are no more rows, the groups share the columns.
+        columns = tile.block_n // max(1, tile.num_warps // 4 * 64 // tile.block_m)
+        want = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind}"
         assert instructions(binary) == {want if hopper else f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"}
-        assert "cp.async" in ptx  # loads in flight while the tensor cores work
+        assert ("cp.async.bulk.tensor" if tile.tma else "cp.async.cg") in ptx  # in flight while the tensor cores work
     elif dtype == torch.float32:
         assert instructions(binary) == set() and "fma.rn.f32" in ptx
-    else:
+    elif arch in (80, 90):
         assert {name.split(".")[-1] for name in instructions(binary)} == {"f64"}
+    else:  # next to no double precision there, and no tensor core for it in Triton
+        assert instructions(binary) == set() and "fma.rn.f64" in ptx
 
 
-@BOTH
+@ARCHS
 def check_gemm_tile_chosen_fits(arch, compile_for):
     """The stages follow the device's shared memory: the launcher's own choice, for few and for many rows."""
     b = tensor(1, 128, 4096, dtype=torch.bfloat16)
@@ -169,8 +191,11 @@ def check_attention(arch, dtype, head_dim, compile_for):
     k = tensor(1, 2, 1000, head_dim, dtype=dtype)
     for Sq in (1, 1000):
         q = tensor(1, 8, Sq, head_dim, dtype=dtype)
-        (binary,) = compile_for(arch, lambda q=q: cuda.attention(q, k, k, None, True, 0.1))
-        assert_sound(binary, arch)
+        binaries = compile_for(arch, lambda q=q: cuda.attention(q, k, k, None, True, 0.1))
+        assert len(binaries) == (2 if Sq == 1 else 1)  # few queries: a grid over the splits of the keys
+        for binary in binaries:
+            assert_sound(binary, arch)
+        binary = main_of(binaries)
         if dtype == torch.bfloat16:
             kind = "wgmma" if arch == 90 and Sq > 1 else "mma.sync"
             assert {name.split("_async")[0][: len(kind)] for name in instructions(binary)} == {kind}
@@ -190,36 +215,115 @@ def check_attention_with_masks(arch, compile_for):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def check_attention_has_one_order_of_k_within_an_instruction(arch, dtype, compile_for):
     """kWidth tells which k's one instruction takes: masks, and how many queries there are, must not change it."""
-    k = tensor(1, 2, 200, 64, dtype=dtype)
+    k = tensor(1, 2, 600, 64, dtype=dtype)
     for Sq in (1, 5, 100):
         q = tensor(1, 8, Sq, 64, dtype=dtype)
-        boolean = torch.ones(Sq, 200, dtype=torch.bool).expand(1, 8, Sq, 200)
+        boolean = torch.ones(Sq, 600, dtype=torch.bool).expand(1, 8, Sq, 600)
         for mask, causal in ((None, False), (None, True), (boolean, False), (boolean.to(dtype), False)):
-            *_, main = compile_for(arch, lambda q=q, m=mask, c=causal: cuda.attention(q, k, k, m, c, 0.1))
+            main = main_of(compile_for(arch, lambda q=q, m=mask, c=causal: cuda.attention(q, k, k, m, c, 0.1)))
             widths = set(re.findall(r"kWidth = (\d+)", main.asm["ttgir"]))
             assert widths == {"2"}, (Sq, mask is None or mask.dtype, causal)
 
 
-@pytest.mark.parametrize(("arch", "n_cols"), [(80, 128), (90, 5000)], ids=["sm80", "sm90"])
-def check_row_kernels(arch, n_cols, compile_for):
-    """Nothing fuses a multiplication with an addition: it would round once where the kernel says twice."""
-    x = tensor(3, n_cols, dtype=torch.bfloat16)
-    launches = {
-        "sum": lambda: cuda.row_sum(x, x.dtype),
-        "norm": lambda: cuda.row_norm(x, 2, x.dtype),
-        "var_mean": lambda: cuda.row_var_mean(x, 1, x.dtype),
-        "layer_norm": lambda: cuda.row_layer_norm(x, x[0], x[0], 1e-5),
-        "rms_norm": lambda: cuda.row_rms_norm(x, x[0], 1e-5),
-        "softmax": lambda: cuda.row_softmax(x, False, x.dtype),
-        "logsumexp": lambda: cuda.row_logsumexp(x, x.dtype),
-        "cumsum": lambda: cuda.row_cumsum(x, x.dtype),
-        "index_add": lambda: cuda.index_add(x, torch.zeros(3, dtype=torch.int64), x, 0.5),
-    }
-    for name, launch in launches.items():
-        (binary,) = compile_for(arch, launch)
+@ARCHS
+@pytest.mark.parametrize("keys", ["packed", "paged"])
+def check_attention_packed_and_paged_has_that_order_too(arch, keys, compile_for):
+    q, starts = tensor(40, 8, 64, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32)
+    k = tensor(*((600,) if keys == "packed" else (38, 16)), 2, 64, dtype=torch.bfloat16)
+    pages = None if keys == "packed" else torch.zeros(2, 38, dtype=torch.int32)
+    for options in ({}, {"window": 9}, {"soft_cap": 2.0, "sinks": tensor(8, dtype=torch.bfloat16)}):
+        for most in (1, 40):
+            binaries = compile_for(
+                arch, lambda most=most, o=options: cuda.packed_attention(q, k, k, starts, starts, most, 0.1, pages=pages, **o)
+            )
+            for binary in binaries:
+                assert_sound(binary, arch)
+            if arch != 100:  # tcgen05 has no operands in registers
+                assert set(re.findall(r"kWidth = (\d+)", main_of(binaries).asm["ttgir"])) == {"2"}
+
+
+ROW_ARCHS = pytest.mark.parametrize("arch", [80, 89, 90, 100], ids=["sm80", "sm89", "sm90", "sm100"])
+ROW_LAUNCHES = {
+    "sum": lambda x: cuda.row_sum(x, x.dtype),
+    "norm": lambda x: cuda.row_norm(x, 2, x.dtype),
+    "var_mean": lambda x: cuda.row_var_mean(x, 1, x.dtype),
+    "logsumexp": lambda x: cuda.row_logsumexp(x, x.dtype),
+    "logprobs": lambda x: softmax.row_logprobs(x, torch.zeros(len(x), 1, dtype=torch.int64), x.dtype),
+    "softmax": lambda x: cuda.row_softmax(x, False, x.dtype),
+    "log_softmax": lambda x: cuda.row_softmax(x, True, x.dtype),
+    "layer_norm": lambda x: cuda.row_layer_norm(x, x[0], x[0], 1e-5),
+    "rms_norm": lambda x: cuda.row_rms_norm(x, x[0], 1e-5),
+    "cumsum": lambda x: cuda.row_cumsum(x, x.dtype),
+}
+WRITES_ROWS = {"softmax", "log_softmax", "layer_norm", "rms_norm", "cumsum"}
+HAS_LOGARITHM = {"logsumexp", "logprobs", "log_softmax"}  # its polynomial is made of fused multiply-adds
+each_row_launch = pytest.mark.parametrize("name", ROW_LAUNCHES)
+
+
+def assert_keeps_to_registers(binary, tmp_path, spilled_bytes=0):
+    """``STACK`` counts what is spilled of a thread's registers: nothing else of a kernel of ours is on the stack."""
+    registers, stack = registers_and_spills(binary, tmp_path)
+    assert stack <= spilled_bytes
+    assert registers * 32 * binary.metadata.num_warps <= 65_536
+
+
+@ROW_ARCHS
+@each_row_launch
+@pytest.mark.parametrize("shape", [(2048, 1024), (3, 16384), (3, 151936), (400, 151936)])
+def check_row_kernels_load_and_store_16_bytes(arch, name, shape, compile_for, tmp_path):
+    """Aligned rows, of each way of reading them: wide loads, no block through shared memory, sums that fuse nothing."""
+    x = tensor(*shape, dtype=torch.bfloat16)
+    binaries = compile_for(arch, lambda: ROW_LAUNCHES[name](x))
+    assert len(binaries) == (2 if shape == (3, 151936) and name != "cumsum" else 1)
+    for binary in binaries:
+        ptx = binary.asm["ptx"]
         assert_sound(binary, arch)
-        if name != "logsumexp":  # the logarithm's polynomial is made of them
-            assert "fma." not in binary.asm["ptx"], name
+        assert_keeps_to_registers(binary, tmp_path)
+        assert binary.metadata.shared <= 1024
+        if binary is binaries[0] or name in WRITES_ROWS:  # else it only merges what the first wrote
+            assert re.search(r"ld\.global\S*\.(v4|v8)\.b32", ptx)
+        if name != "logprobs":
+            assert not re.search(r"ld\.global\S*\.b16", ptx)
+        if name in WRITES_ROWS:
+            assert not re.search(r"st\.global\S*\.b16", ptx)
+        if name not in HAS_LOGARITHM:
+            assert "fma." not in ptx
+
+
+@ROW_ARCHS
+@each_row_launch
+def check_row_kernels_of_float64(arch, name, compile_for, tmp_path):
+    for n_cols in (4096, 20000):
+        for binary in compile_for(arch, lambda n_cols=n_cols: ROW_LAUNCHES[name](tensor(3, n_cols, dtype=torch.float64))):
+            assert_sound(binary, arch)
+            assert_keeps_to_registers(binary, tmp_path)
+
+
+@ROW_ARCHS
+@each_row_launch
+def check_row_kernels_of_unaligned_rows(arch, name, compile_for, tmp_path):
+    """Each value has a load, an address and a register of its own here: norms, with two or three a column, spill some."""
+    for n_cols in (4095, 20001):
+        for binary in compile_for(arch, lambda n_cols=n_cols: ROW_LAUNCHES[name](tensor(3, n_cols, dtype=torch.bfloat16))):
+            assert_sound(binary, arch)
+            assert_keeps_to_registers(binary, tmp_path, 256 if name in ("layer_norm", "rms_norm") else 0)
+
+
+@ROW_ARCHS
+def check_row_kernels_of_more_than_2_to_the_31_columns(arch, compile_for):
+    x = tensor(1, 1, dtype=torch.bfloat16).expand(1, 2**31 + 5)
+    for name in ("sum", "logprobs"):
+        for binary in compile_for(arch, lambda name=name: ROW_LAUNCHES[name](x)):
+            assert_sound(binary, arch)
+            assert binary.src.signature["n_cols"] == "i64"
+
+
+@BOTH
+def check_index_add_fuses_nothing(arch, compile_for):
+    x = tensor(3, 1000, dtype=torch.bfloat16)
+    (binary,) = compile_for(arch, lambda: cuda.index_add(x, torch.zeros(3, dtype=torch.int64), x, 0.5))
+    assert_sound(binary, arch)
+    assert "fma." not in binary.asm["ptx"]
 
 
 # --- what is specialised ---------------------------------------------------------------------------------------------
@@ -232,7 +336,7 @@ def check_specialised_arguments_are_the_ones_named():
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.__module__ == module.__name__
     ]
-    assert len(kernels) == 12
+    assert len(kernels) == 13
     for kernel in kernels:
         specialised = {
             param.name
@@ -244,22 +348,23 @@ def check_specialised_arguments_are_the_ones_named():
         assert specialised == SPECIALISED.get(kernel.fn.__name__, set()), kernel.fn.__name__
 
 
-ROW_LAUNCHES = {
-    "sum": lambda x: cuda.row_sum(x, x.dtype),
-    "softmax": lambda x: cuda.row_softmax(x, False, x.dtype),
-    "rms_norm": lambda x: cuda.row_rms_norm(x, x[0], 1e-5),
-    "cumsum": lambda x: cuda.row_cumsum(x, x.dtype),
-    "index_add": lambda x: cuda.index_add(x, torch.zeros(len(x), dtype=torch.int64), x, 1.0),
-}
-
-
-@pytest.mark.parametrize("launch", ROW_LAUNCHES.values(), ids=ROW_LAUNCHES)
-def check_specialised_row_kernels_are_one_binary(launch, compile_for):
-    """Divisible by 16 or not, 1 or not, aligned or not: the same binary, so the same layout and the same order."""
+def check_specialised_index_add_is_one_binary(compile_for):
+    """Divisible by 16 or not, 1 or not, aligned or not: the same binary."""
     x = tensor(64, 1024, dtype=torch.bfloat16)
     views = [x[:rows, :n_cols] for rows in (1, 2, 16, 17) for n_cols in (1000, 1008, 1023, 1024)]
     views += [x.view(-1)[1:3001].view(3, 1000), x[:1, :1].expand(16, 1000), x.new_zeros(1000, 16).T]
-    assert len(compile_for(80, lambda: [launch(view) for view in views])) == 1
+
+    def launch():
+        for view in views:
+            cuda.index_add(view, torch.zeros(len(view), dtype=torch.int64), view, 1.0)
+
+    assert len(compile_for(80, launch)) == 1
+
+
+@each_row_launch
+def check_specialised_row_kernels_do_not_follow_the_number_of_rows(name, compile_for):
+    x = tensor(1000, 1024, dtype=torch.bfloat16)
+    assert len(compile_for(80, lambda: [ROW_LAUNCHES[name](x[:rows]) for rows in (1, 2, 16, 17, 1000)])) == 1
 
 
 def check_specialised_gemm_is_one_binary_for_every_m_of_a_tile(compile_for):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from pytest_batchinv.kernels import attention as attention_module
-from pytest_batchinv.kernels import cuda, matmul, reference, tiles
+from pytest_batchinv.kernels import cuda, launch, matmul, reference, tiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Relative to the largest value: fp32 sums of some hundred terms, one rounding of the result. The interpreter cuts bf16
@@ -51,6 +51,11 @@ def test_the_kernel_set_is_complete():
 
 
 # --- what the checks share -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_plans_of_others():
+    launch.forget_plans()
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +152,7 @@ def check_gemm_tiles_are_one_class(dtype, monkeypatch):
     a, b = randn(1, 20, 150, dtype=dtype), randn(1, 150, 40, dtype=dtype)
     want = cuda.gemm(a, b)
     for tile in tiles.GEMM_TILES[dtype]:
-        monkeypatch.setattr(matmul, "gemm_tile", lambda *args, tile=tile: tile)
+        replace(monkeypatch, matmul, "gemm_tile", lambda *args, tile=tile: tile)
         assert_same_bits(cuda.gemm(a, b), want)
 
 
@@ -273,18 +278,6 @@ def check_row_sums_do_not_see_zeros_behind(n_cols):
         assert_same_bits(cuda.row_norm(padded, 2, x.dtype), cuda.row_norm(x, 2, x.dtype))
 
 
-def check_row_sum_has_the_order_it_documents():
-    """4096 slots, each ascending; then the upper half on the lower half, until one is left."""
-    x = randn(2, 9000, dtype=torch.float32)
-    slots = torch.zeros(2, 4096)
-    for block in torch.nn.functional.pad(x, (0, 3 * 4096 - 9000)).split(4096, dim=1):
-        slots = slots + block
-    while slots.shape[1] > 1:
-        half = slots.shape[1] // 2
-        slots = slots[:, :half] + slots[:, half:]
-    assert_same_bits(cuda.row_sum(x, x.dtype), slots[:, 0])
-
-
 def check_row_cumsum_does_not_see_columns_behind():
     x = randn(2, 2500, dtype=torch.float32)
     whole = cuda.row_cumsum(x, x.dtype)
@@ -324,6 +317,12 @@ def check_row_scalars_keep_their_precision():
     assert_near(cuda.row_rms_norm(x * 1e-3, None, 1e-5), reference.row_rms_norm(x * 1e-3, None, 1e-5), torch.float64)
 
 
+def replace(monkeypatch, module, name, value):
+    """Plans made with what was there before are forgotten."""
+    monkeypatch.setattr(module, name, value)
+    launch.forget_plans()
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +351,11 @@ def check_attention_is_near_the_reference(dtype, sizes, kind):
         mask = torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min, dtype=dtype))
     mask = None if mask is None else mask.expand(B, H, Sq, Skv)
     causal = kind in ("causal", "bool_causal")
-    assert_near(cuda.attention(q, k, v, mask, causal, 0.2), reference.attention(q, k, v, mask, causal, 0.2), dtype)
+    (out, lse), (want, want_lse) = (side.attention(q, k, v, mask, causal, 0.2) for side in (cuda, reference))
+    # The logsumexp of a query all of whose keys are hidden by the lowest value: very low is all it says.
+    low = want_lse < -1e30
+    assert torch.equal(lse < -1e30, low)
+    assert_near((out, lse.masked_fill(low, 0)), (want, want_lse.masked_fill(low, 0)), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -399,7 +402,7 @@ def check_attention_tiles_are_one_class(dtype, monkeypatch):
     want = cuda.attention(q, k, v, mask, False, 0.25)
     for block_m in (16, 32, 64, 128):
         tile = chosen._replace(block_m=block_m)
-        monkeypatch.setattr(attention_module, "attention_tile", lambda *args, tile=tile: tile)
+        replace(monkeypatch, attention_module, "attention_tile", lambda *args, tile=tile: tile)
         assert_same_bits(cuda.attention(q, k, v, mask, False, 0.25), want)
         each_head = mask.contiguous()  # a mask of its own for each head: heads are not packed into one tile
         assert_same_bits(cuda.attention(q, k, v, each_head, False, 0.25), want)
@@ -463,6 +466,96 @@ def check_attention_of_nothing(sizes, masked):
     mask = torch.ones(B, H, Sq, Skv, dtype=torch.bool) if masked else None
     out, lse = cuda.attention(q, k, v, mask, False, 1.0)
     assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all() and lse.shape == q.shape[:3]
+
+
+OPTIONS = [{}, {"window": 9}, {"soft_cap": 2.0}, {"sinks": True}, {"window": 70, "soft_cap": 3.0, "sinks": True}]
+
+
+def with_sinks(options, n_heads, dtype):
+    return {**options, "sinks": randn(n_heads, dtype=dtype)} if options.get("sinks") is True else options
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+def check_attention_options_are_near_the_reference(dtype, options, monkeypatch):
+    replace(monkeypatch, attention_module, "KV_SPLIT", 64)
+    options = with_sinks(options, 4, dtype)
+    for Sq, offset in ((80, 0), (1, 79), (5, 70)):
+        q, k, v = qkv(1, 4, 2, Sq, 80, 20, 24, dtype)
+        got = cuda.attention(q, k, v, None, True, 0.25, causal_offset=offset, **options)
+        assert_near(got, reference.attention(q, k, v, None, True, 0.25, causal_offset=offset, **options), dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def check_attention_in_chunks_and_step_by_step_is_attention_as_a_whole(options, monkeypatch):
+    """Few queries get a grid over the splits of the keys, many do not: the same order, so the same bits."""
+    replace(monkeypatch, attention_module, "KV_SPLIT", 64)
+    options = with_sinks(options, 4, torch.float32)
+    q, k, v = qkv(1, 4, 2, 200, 200, 16, 16, torch.float32)
+    out, lse = cuda.attention(q, k, v, None, True, 0.25, **options)
+    for start, stop in ((0, 1), (63, 64), (64, 65), (127, 129), (150, 157), (199, 200), (100, 200)):
+        seen = tuple(x[:, :, :stop] for x in (k, v))
+        chunk = cuda.attention(q[:, :, start:stop], *seen, None, True, 0.25, causal_offset=start, **options)
+        assert_same_bits(chunk, (out[:, :, start:stop], lse[:, :, start:stop]))
+
+
+def check_attention_merges_the_splits_of_few_queries(monkeypatch):
+    """The grid over the splits is there, and gives what one program a row gives."""
+    replace(monkeypatch, attention_module, "KV_SPLIT", 32)
+    launched = []
+    kernel = attention_module._merge_splits_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return kernel[grid]
+
+    replace(monkeypatch, attention_module, "_merge_splits_kernel", Counted())
+    q, k, v = qkv(2, 4, 2, 1, 150, 16, 16, torch.float32)
+    split = cuda.attention(q, k, v, None, False, 0.25)
+    assert len(launched) == 1
+    replace(monkeypatch, attention_module, "device_of", lambda device: tiles.Device(0, tiles.SHARED_MEMORY_SM80))
+    assert_same_bits(cuda.attention(q, k, v, None, False, 0.25), split)
+    assert len(launched) == 1
+
+
+def packed(rows, lengths):
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return torch.cat(rows), starts
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("queries", [None, 1, 3])
+def check_attention_packed_and_paged_is_attention_of_each_row(options, queries, monkeypatch):
+    replace(monkeypatch, attention_module, "KV_SPLIT", 64)
+    options = with_sinks(options, 4, torch.float32)
+    lengths, page = [5, 130, 1, 64], 8
+    rows = [[randn(n, h, 16, dtype=torch.float32) for h in (4, 2, 2)] for n in lengths]
+    last = [q if queries is None else q[-queries:] for q, _, _ in rows]
+    q, q_starts = packed(last, [len(x) for x in last])
+    (k, k_starts), (v, _) = (packed([row[i] for row in rows], lengths) for i in (1, 2))
+    most = max(len(x) for x in last)
+    in_a_line = cuda.packed_attention(q, k, v, q_starts, k_starts, most, 0.25, **options)
+    assert_near(in_a_line, reference.packed_attention(q, k, v, q_starts, k_starts, most, 0.25, **options), torch.float32)
+
+    counts = [-(-n // page) for n in lengths]
+    places = torch.randperm(sum(counts)).to(torch.int32).split(counts)
+    pages = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
+    pool = [torch.full((sum(counts), page, 2, 16), 7.0) for _ in range(2)]
+    for mine, (_, *keys_and_values) in zip(places, rows, strict=True):
+        for store, x in zip(pool, keys_and_values, strict=True):
+            slots = torch.arange(len(x))
+            store[mine[slots // page].long(), slots % page] = x
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    paged = cuda.packed_attention(q, *pool, q_starts, lens, most, 0.25, pages=pages, **options)
+    assert_same_bits(paged, in_a_line)
+
+    for i, (q_row, k_row, v_row) in enumerate(rows):
+        line = (x.transpose(0, 1)[None] for x in (q_row, k_row, v_row))
+        out, lse = cuda.attention(*line, None, True, 0.25, **options)
+        here = slice(q_starts[i], q_starts[i + 1])
+        mine = out[0].transpose(0, 1)[-len(last[i]) :], lse[0, :, -len(last[i]) :]
+        assert_same_bits((in_a_line[0][here], in_a_line[1][:, here]), mine)
 
 
 # --- index_add -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,30 @@
+"""CppKernel.cache_dtype_convert: the C++ backend rounds where ``emulate_precision_casts`` says that it does.
+
+Up to torch 2.12 (read in 2.11.0, 2.12.0 and 2.12.1) the C++ backend remembers, for each value that it rounds to bf16 or fp16,
+the float32 value that it came from, and takes that one when the rounded value is needed in float32 again. So the setting,
+which asks for just this rounding, had no effect on the CPU: compiled bf16 and fp16 code gave other bits than eager code.
+torch 2.13 remembers nothing while the setting is on, as this patch does. Without the setting nothing changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from pytest_batchinv.patches.registry import patch
+
+
+@patch(
+    "torch._inductor.codegen.cpp.CppKernel.cache_dtype_convert",
+    torch="<2.13",
+    group="inductor",
+    reason="emulate_precision_casts has no effect on the CPU: compiled bf16 and fp16 have other bits than in eager code",
+    upstream="pytorch/pytorch#185337, in 2.13.0",
+    fingerprints={"2.11.0": "878245bbd0a38bd2", "2.12.0": "878245bbd0a38bd2", "2.12.1": "878245bbd0a38bd2"},
+)
+def rounded_casts(original: Callable) -> Callable:
+    def cache_dtype_convert(self, *converted: Any) -> None:
+        import torch._inductor.config
+
+        if not torch._inductor.config.emulate_precision_casts:
+            original(self, *converted)
+
+    return cache_dtype_convert
