@@ -684,7 +684,9 @@ def scaled_dot_product_attention(
     leading = query.shape[:-2]
     query, key, value = (_four_dims(x) for x in (query, key, value))
     if attn_mask is not None:
-        attn_mask = _expanded_mask(_four_dims(attn_mask) if attn_mask.dim() > 4 else attn_mask, query, key)
+        if len(leading) > 2:  # several dims become the batch: the mask is broadcast over each of them first
+            attn_mask = _four_dims(attn_mask.expand(*leading, query.shape[2], key.shape[2]))
+        attn_mask = _expanded_mask(attn_mask, query, key)
     out, _ = torch.ops.batchinv.attention(query, key, value, attn_mask, is_causal, _scale(query, scale))
     return out.view(*leading, *out.shape[-2:])
 

@@ -24,7 +24,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST_SCORE = tl.constexpr(-(2.0**125))
 _FIRST_KEY_QUERIES = 16
 _FIRST_KEY_BLOCK = 256
-_MERGE_UNROLL = 8
+_MERGE_UNROLL = 16
 
 
 @triton.jit(
@@ -231,7 +231,7 @@ def _store_result(
     ROWS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """out = acc / total, lse = largest + log(total), with a head's sink as one more key whose value is 0."""
+    """out = acc * (1 / total), lse = largest + log(total), with a head's sink as one more key whose value is 0."""
     if SINKS:
         sink = tl.load(sinks_ptr + heads, mask=inside_q, other=0.0).to(ACC)
         nothing = tl.zeros([ROWS, 1], ACC)
@@ -239,7 +239,7 @@ def _store_result(
         total = tl.reshape(total, [ROWS])
     seen = total != 0.0
     divisor = tl.where(seen, total, 1.0)
-    out = divide(acc, tl.broadcast_to(divisor[:, None], [ROWS, BLOCK_DV]), ACC)
+    out = acc * divide(tl.full([ROWS], 1.0, ACC), divisor, ACC)[:, None]
     # A hidden block turns -0 (an underflow) into 0; here all of them are turned.
     out = tl.where(out == 0.0, 0.0, out)
     dims_v = tl.arange(0, BLOCK_DV)
@@ -328,7 +328,7 @@ def _attention_kernel(
         s = scale * (q @ k.T), capped, + mask, the product over the head dim ascending; hidden keys are -inf
         m' = max(m, max(s)); p = exp(s - m'), rounded to v's dtype; r = exp(m - m')
         [total, acc] = [total, acc] * r + p @ [1, v], the product over the keys ascending
-    The splits are merged, ascending (``_merge``), and at the end out = acc / total, lse = m + log(total). A block or a
+    The splits are merged, ascending (``_merge``), and at the end out = acc * (1 / total), lse = m + log(total). A block or a
     split with no visible key has m' = m, p = 0, r = 1 and changes nothing. So the order is a function of a key's distance
     from the start of its row: neither the number of queries nor what is in front of or behind the row takes part.
 
@@ -783,7 +783,7 @@ class _Attention:
         if n_splits:
             _, DV, *_, block_dv = constants
             has_sinks, acc = constants[7], constants[10]
-            self._DV, rows = DV, max(1, 256 // block_dv)
+            self._DV, rows = DV, 1
             self._merge_numbers = (n_queries, n_splits, n_heads, strides[-1], *strides[-5:-2])
             self._merge_constants = (DV, has_sinks, acc, rows, block_dv, _MERGE_UNROLL)
             grid = (ceil_div(n_queries, rows), 1, 1)

@@ -31,7 +31,7 @@ _MODULES = ("attention", "matmul", "norm", "reduce", "rows", "scatter", "softmax
 
 @contextlib.contextmanager
 def compiling_for(capability: int) -> Iterator[list[CompiledKernel]]:
-    """Launches inside compile their kernels for that GPU and stop; the list grows by each binary, once.
+    """Launches inside compile their kernels for that GPU and stop; the list grows by the binary of each launch.
 
     No GPU is needed, and tensors may be on the CPU. A pointer counts as aligned as the tensor's memory is.
     """
@@ -39,9 +39,7 @@ def compiling_for(capability: int) -> Iterator[list[CompiledKernel]]:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        binary = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if all(binary is not other for other in binaries):
-            binaries.append(binary)
+        binaries.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     with (
         _fresh_caches(),

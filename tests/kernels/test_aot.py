@@ -17,6 +17,7 @@ import torch
 import triton
 from pytest_batchinv.kernels import attention as attention_module
 from pytest_batchinv.kernels import cuda, matmul, norm, offline, reduce, rows, scatter, softmax, tiles
+from pytest_batchinv.kernels.launch import Launch
 
 ROW_MODULES = [rows, reduce, softmax, norm, scatter]
 # What widens a load or a store of a row. The order of a row's sum is written out, so it follows none of them.
@@ -67,7 +68,7 @@ def compile_for():
         with offline.compiling_for(arch) as binaries:
             launch()
         assert binaries, "the launch launched nothing"
-        return binaries
+        return list({id(binary): binary for binary in binaries}.values())
 
     return compile_for
 
@@ -389,3 +390,32 @@ def check_specialised_attention_is_one_binary_for_every_length_of_a_tile(compile
 
     search, main = compile_for(80, launch)
     assert (search.metadata.name, main.metadata.name) == ("_first_key_kernel", "_attention_kernel")
+
+
+def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_on(monkeypatch):
+    """A ``Launch`` keeps the first binary that it gets: all its calls must be calls of that one."""
+    binaries_of = {}
+    call = Launch.__call__
+
+    def noted(self, *args):
+        call(self, *args)
+        binaries_of.setdefault(self, set()).add(binaries[-1])
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+    with offline.compiling_for(90) as binaries:
+        x = tensor(32, 4096, dtype=torch.bfloat16)
+        for n_cols in (112, 240, 1008, 1010):
+            for rows in (1, 3):
+                for name in ("sum", "softmax", "rms_norm", "cumsum"):
+                    ROW_LAUNCHES[name](x[:rows, :n_cols])
+        ROW_LAUNCHES["sum"](x[:3, 1:241])
+        for M, K, N in ((1, 64, 64), (3, 64, 64), (16, 64, 64), (32, 65, 64), (32, 64, 72)):
+            a, b = x[None, :M, :K], tensor(N, K, dtype=x.dtype)
+            cuda.gemm(a, b.T[None])
+            cuda.gemm(a, b.T.contiguous()[None], tensor(N, dtype=x.dtype).expand(1, M, N))
+        for Sq, Skv in ((1, 64), (1, 600), (3, 600), (40, 40)):
+            q, k = tensor(1, 4, Sq, 64, dtype=x.dtype), tensor(1, 2, Skv, 64, dtype=x.dtype)
+            for options in ({}, {"window": 3}):
+                cuda.attention(q, k, k, None, True, 0.1, **options)
+    assert len(binaries_of) > 30
+    assert {len(binaries) for binaries in binaries_of.values()} == {1}
