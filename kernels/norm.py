@@ -120,14 +120,6 @@ def _launch_norm(
     statistics: str,
 ) -> None:
     has_weight, has_bias = weight is not None, bias is not None
-    args = (
-        weight if has_weight else y,
-        bias if has_bias else y,
-        y,
-        mean,
-        rstd,
-        weight.stride(0) if has_weight else 0,
-        bias.stride(0) if has_bias else 0,
-        float(eps),
-    )
-    launch_rows(_row_norm_kernel, x, args, (has_weight, has_bias), statistics, x.dtype, writes_rows=True)
+    tensors = (weight if has_weight else y, bias if has_bias else y, y, mean, rstd)
+    numbers = (weight.stride(0) if has_weight else 0, bias.stride(0) if has_bias else 0, float(eps))
+    launch_rows(_row_norm_kernel, x, tensors, numbers, (has_weight, has_bias), statistics, x.dtype, writes_rows=True)

@@ -5,18 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import alignment, plan
 from .rows import (
     chunk_columns,
     count_chunks,
     covering_tile,
     divide,
     launch_rows,
-    launch_unfused,
     load_block,
     program_rows,
     row_statistics,
     square_root,
     store_block,
+    unfused,
 )
 from .tiles import accumulator, ceil_div, on_device
 
@@ -101,8 +102,8 @@ def _reduce(
     x: Tensor, out_dtype: torch.dtype, statistics: str, result: str, mean: Tensor | None = None, correction: float = 0.0
 ) -> Tensor:
     out = torch.empty(x.shape[0], dtype=out_dtype, device=x.device)
-    args = (out, out if mean is None else mean, float(correction))
-    launch_rows(_row_reduce_kernel, x, args, (result,), statistics, out_dtype)
+    tensors = (out, out if mean is None else mean)
+    launch_rows(_row_reduce_kernel, x, tensors, (float(correction),), (result,), statistics, out_dtype)
     return out
 
 
@@ -157,14 +158,19 @@ def _row_cumsum_kernel(
 
 def row_cumsum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_cumsum`` on the GPU."""
-    n_rows, n_cols = x.shape
-    out = torch.empty((n_rows, n_cols), dtype=out_dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     if out.numel() != 0:
-        acc = accumulator(torch.promote_types(x.dtype, out_dtype))
-        tile = covering_tile(n_rows, min(n_cols, _CUMSUM_BLOCK), acc)
-        args = (x, out, n_rows, n_cols, *x.stride())
-        constants = (acc, tile.rows, min(tile.block, _CUMSUM_BLOCK))
+        launch, block_args = _cumsum_plan(x.shape, x.stride(), x.device, x.dtype, out_dtype, alignment(x, out))
         with on_device(x):
-            # Every column keeps its own sum: more registers than one sum a row takes, so twice the warps.
-            launch_unfused(_row_cumsum_kernel, ceil_div(n_rows, tile.rows), args, constants, 2 * tile.num_warps)
+            launch(x, out, *block_args)
     return out
+
+
+@plan
+def _cumsum_plan(shape, strides, device, dtype, out_dtype, aligned):
+    n_rows, n_cols = shape
+    acc = accumulator(torch.promote_types(dtype, out_dtype))
+    tile = covering_tile(n_rows, min(n_cols, _CUMSUM_BLOCK), acc)
+    # Every column keeps its own sum: more registers than one sum a row takes, so twice the warps.
+    launch = unfused(_row_cumsum_kernel, ceil_div(n_rows, tile.rows), 2 * tile.num_warps)
+    return launch, (*shape, *strides, acc, tile.rows, min(tile.block, _CUMSUM_BLOCK))

@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from . import tiles
-from .launch import Launch, plan
+from .launch import Launch, alignment, plan
 from .tiles import accumulator, ceil_div, on_device
 
 
@@ -293,7 +293,8 @@ def _row_partials_kernel(
 def launch_rows(
     kernel: JITFunction,
     x: Tensor,
-    args: tuple[Any, ...],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
     constants: tuple[Any, ...],
     statistics: str,
     out_dtype: torch.dtype,
@@ -302,28 +303,69 @@ def launch_rows(
 ) -> None:
     """Launches a row kernel on x [n_rows, n_cols], preceded by ``_row_partials_kernel`` where rows are split.
 
-    The kernel's parameters: x_ptr, partials_ptr, n_rows, n_cols, x_row_stride, x_col_stride, then ``args``, then
-    ``constants`` and STATISTICS, WAY, ACC, ROWS, BLOCK. Sums have the accumulator of the wider of x's dtype and out_dtype.
-    writes_rows: its results are rows, so split, each chunk has a program; else each row has one.
+    The kernel's parameters: x_ptr, partials_ptr, n_rows, n_cols, x_row_stride, x_col_stride, then ``tensors``, ``numbers``
+    and ``constants``, and STATISTICS, WAY, ACC, ROWS, BLOCK. Sums have the accumulator of the wider of x's dtype and
+    out_dtype. writes_rows: its results are rows, so split, each chunk has a program; else each row has one.
     asserts: the kernel's device-side assertions are compiled; Triton leaves them out otherwise.
     """
-    n_rows, n_cols = x.shape
-    if n_rows == 0:
+    if x.shape[0] == 0:
         return
-    acc = accumulator(torch.promote_types(x.dtype, out_dtype))
-    tile, way = _tile_and_way(n_rows, n_cols, acc, writes_rows, x.device)
-    sizes = (n_rows, n_cols, *x.stride())
+    dtypes, aligned = tuple([t.dtype for t in (x, *tensors)]), alignment(x, *tensors)
+    what = (statistics, out_dtype, writes_rows, asserts)
+    rows = _plan(kernel, x.shape, x.stride(), x.device, dtypes, aligned, numbers, constants, *what)
     with on_device(x):
-        partials, grid = x, ceil_div(n_rows, tile.rows)
-        if way == "split":
-            chunks = ceil_div(n_cols, tile.block)
-            dtype = torch.float64 if acc == tl.float64 else torch.float32
-            partials = torch.empty((n_rows, chunks, 2), dtype=dtype, device=x.device)
-            of_chunks = (statistics, acc, tile.block)
-            launch_unfused(_row_partials_kernel, n_rows * chunks, (x, partials, *sizes), of_chunks, tile.num_warps)
-            grid = n_rows * chunks if writes_rows else n_rows
-        constants = (*constants, statistics, way, acc, tile.rows, tile.block)
-        launch_unfused(kernel, grid, (x, partials, *sizes, *args), constants, tile.num_warps, asserts)
+        rows(x, tensors)
+
+
+@plan
+def _plan(kernel, shape, strides, device, dtypes, aligned, numbers, constants, statistics, out_dtype, writes_rows, asserts):
+    """How this kernel is launched on rows like these: all that the tile, the way, the grids and the binaries depend on."""
+    acc = accumulator(torch.promote_types(dtypes[0], out_dtype))
+    n_rows, n_cols = shape
+    tile, way = _tile_and_way(n_rows, n_cols, acc, writes_rows, device)
+    of_rows = (*numbers, *constants, statistics, way, acc, tile.rows, tile.block)
+    if way != "split":
+        return _Rows((*shape, *strides), of_rows, unfused(kernel, ceil_div(n_rows, tile.rows), tile.num_warps, asserts))
+    chunks = ceil_div(n_cols, tile.block)
+    return _SplitRows(
+        (*shape, *strides),
+        of_rows,
+        unfused(kernel, n_rows * chunks if writes_rows else n_rows, tile.num_warps, asserts),
+        ((n_rows, chunks, 2), torch.float64 if acc == tl.float64 else torch.float32),
+        (statistics, acc, tile.block),
+        unfused(_row_partials_kernel, n_rows * chunks, tile.num_warps),
+    )
+
+
+class _Rows:
+    """A row kernel for rows of one size, resident or looped."""
+
+    def __init__(self, sizes: tuple[int, ...], arguments: tuple[Any, ...], launch: Launch) -> None:
+        self._sizes, self._arguments, self._launch = sizes, arguments, launch
+
+    def __call__(self, x: Tensor, tensors: tuple[Tensor, ...]) -> None:
+        self._launch(x, x, *self._sizes, *tensors, *self._arguments)
+
+
+class _SplitRows:
+    """A row kernel for split rows of one size, and the kernel of their chunks' statistics in front of it."""
+
+    def __init__(self, sizes, arguments, launch: Launch, partials, of_chunks: tuple[Any, ...], chunks: Launch) -> None:
+        self._sizes, self._arguments, self._launch = sizes, arguments, launch
+        self._partials, self._of_chunks, self._chunks = partials, of_chunks, chunks
+
+    def __call__(self, x: Tensor, tensors: tuple[Tensor, ...]) -> None:
+        shape, dtype = self._partials
+        partials = torch.empty(shape, dtype=dtype, device=x.device)
+        self._chunks(x, partials, *self._sizes, *self._of_chunks)
+        self._launch(x, partials, *self._sizes, *tensors, *self._arguments)
+
+
+def unfused(kernel: JITFunction, programs: int, num_warps: int, asserts: bool = False) -> Launch:
+    """A launch with each product and each sum rounded on its own."""
+    # debug compiles assertions, and would add those of integer overflow.
+    options = {"debug": True, "sanitize_overflow": False} if asserts else {}
+    return Launch(kernel, (programs, 1, 1), num_warps=num_warps, enable_fp_fusion=False, **options)
 
 
 def _tile_and_way(n_rows: int, n_cols: int, acc: tl.dtype, writes_rows: bool, device: torch.device) -> tuple[RowTile, str]:
@@ -342,31 +384,3 @@ def covering_tile(n_rows: int, n_cols: int, acc: tl.dtype) -> RowTile:
     block, rows, num_warps = next(tile for tile in ROW_TILES if tile.block >= n_cols)
     # A float64 takes two registers.
     return RowTile(block, rows if n_rows >= MANY_ROWS else 1, 2 * num_warps if acc == tl.float64 else num_warps)
-
-
-def launch_unfused(
-    kernel: JITFunction, grid: int, args: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int, asserts: bool = False
-) -> None:
-    """Launches a kernel of rows with each product and each sum rounded on its own.
-
-    args and constants: all of its parameters, of which the constants are the constexprs, at the end.
-    """
-    _launch(kernel, grid, num_warps, asserts, tuple(map(_specialisation, args)), constants)(*args, *constants)
-
-
-@plan
-def _launch(
-    kernel: JITFunction, grid: int, num_warps: int, asserts: bool, specialisations: tuple[Any, ...], constants: tuple[Any, ...]
-) -> Launch:
-    # debug compiles assertions, and would add those of integer overflow.
-    options = {"debug": True, "sanitize_overflow": False} if asserts else {}
-    return Launch(kernel, (grid, 1, 1), num_warps=num_warps, enable_fp_fusion=False, **options)
-
-
-def _specialisation(arg: Any) -> Any:
-    """What a binary may depend on: a tensor's dtype, device and alignment; whether a size is 1, its factor 16, its bits."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.get_device(), arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
-        return arg if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
-    return None

@@ -71,7 +71,7 @@ def row_softmax(x: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_softmax`` on the GPU."""
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     if out.numel() != 0:
-        launch_rows(_row_softmax_kernel, x, (out,), (bool(log),), "exp", out_dtype, writes_rows=True)
+        launch_rows(_row_softmax_kernel, x, (out,), (), (bool(log),), "exp", out_dtype, writes_rows=True)
     return out
 
 
@@ -128,6 +128,6 @@ def row_logprobs(x: Tensor, index: Tensor, out_dtype: torch.dtype) -> Tensor:
         )
     out = torch.empty(index.shape, dtype=out_dtype, device=x.device)
     if out.numel() != 0:
-        args = (index, out, index.shape[1], *index.stride())
-        launch_rows(_row_logprobs_kernel, x, args, (16,), "exp", out_dtype, asserts=True)
+        numbers = (index.shape[1], *index.stride())
+        launch_rows(_row_logprobs_kernel, x, (index, out), numbers, (16,), "exp", out_dtype, asserts=True)
     return out

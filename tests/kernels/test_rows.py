@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest_batchinv.kernels import cuda, reduce, reference, rows, softmax
+from pytest_batchinv.kernels import cuda, launch, reduce, reference, rows, softmax
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [1, 100, 1000, 9000, 16385, 40000]
@@ -40,15 +40,6 @@ def test_checks_pass_in_the_interpreter(group, pytestconfig):
 # --- what the checks share -------------------------------------------------------------------------------------------
 
 
-def row_logprobs(x, index, out_dtype):
-    """The contract of ``softmax.row_logprobs`` in plain torch, in fp64, rounded once.
-
-    x: [n_rows, n_cols]; index: int64 [n_rows, k], each in [0, n_cols) -> [n_rows, k]. A kernel set's must be, bit for
-    bit, its own ``row_softmax(x, True, out_dtype).gather(1, index)``.
-    """
-    return torch.log_softmax(x.double(), -1).gather(1, index).to(out_dtype)
-
-
 FUNCTIONS = {
     "sum": lambda x: cuda.row_sum(x, x.dtype),
     "mean": lambda x: cuda.row_mean(x, x.dtype),
@@ -69,6 +60,13 @@ each_function = pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTION
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    launch.forget_plans()
+
+
+def replace(monkeypatch, module, name, value):
+    """Plans made with what was there before are forgotten."""
+    monkeypatch.setattr(module, name, value)
+    launch.forget_plans()
 
 
 def as_tuple(x):
@@ -174,7 +172,7 @@ def plant(n_cols, places, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("split_below", [0, math.inf])
 def check_order_of_a_sum_is_the_documented_one(dtype, split_below, monkeypatch):
-    monkeypatch.setattr(rows, "SPLIT_BELOW", split_below)
+    replace(monkeypatch, rows, "SPLIT_BELOW", split_below)
     results, exact = [], []
 
     @given(planted)
@@ -195,7 +193,7 @@ def check_order_of_a_sum_is_the_documented_one(dtype, split_below, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n_cols", SIZES)
 def check_order_of_every_statistic_is_the_documented_one(n_cols, dtype, split_below, monkeypatch):
-    monkeypatch.setattr(rows, "SPLIT_BELOW", split_below)
+    replace(monkeypatch, rows, "SPLIT_BELOW", split_below)
     x = mixed(2, n_cols, dtype)
     each = [row.numpy() for row in x]
     scalar, count = each[0].dtype.type, each[0].dtype.type(n_cols)
@@ -238,12 +236,12 @@ def check_bits_of_long_rows_do_not_follow_the_way(call, dtype, n_cols, monkeypat
     """Looped or split: by float64's chunk the short row is long, too."""
     x = mixed(2, n_cols, dtype)
     seen = []
-    monkeypatch.setattr(
-        rows, "_tile_and_way", lambda *args, plan=rows._tile_and_way: seen.append(plan(*args)[1]) or plan(*args)
+    replace(
+        monkeypatch, rows, "_tile_and_way", lambda *args, plan=rows._tile_and_way: seen.append(plan(*args)[1]) or plan(*args)
     )
-    monkeypatch.setattr(rows, "SPLIT_BELOW", 0)
+    replace(monkeypatch, rows, "SPLIT_BELOW", 0)
     looped = call(x)
-    monkeypatch.setattr(rows, "SPLIT_BELOW", math.inf)
+    replace(monkeypatch, rows, "SPLIT_BELOW", math.inf)
     assert_same_bits(call(x), looped)
     if n_cols > 16384 and call is not FUNCTIONS["cumsum"]:
         assert set(seen) == {"looped", "split"}
@@ -259,9 +257,9 @@ def check_bits_do_not_follow_the_tile(call, n_cols, monkeypatch):
         (rows.RowTile(8192, 2, 4), rows.RowTile(16384, 4, 8)),
         (rows.RowTile(1024, 4, 1), rows.RowTile(8192, 4, 1)),
     ):
-        monkeypatch.setattr(rows, "ROW_TILES", table)
+        replace(monkeypatch, rows, "ROW_TILES", table)
         for many in (1, 8):
-            monkeypatch.setattr(rows, "MANY_ROWS", many)
+            replace(monkeypatch, rows, "MANY_ROWS", many)
             assert_same_bits(call(x), want)
 
 
@@ -274,7 +272,7 @@ def check_bits_do_not_follow_padding_behind(name, n_cols, monkeypatch):
     for width in (129, 16384, 16385, 40000):
         for split_below in (0, math.inf):
             if width > n_cols:
-                monkeypatch.setattr(rows, "SPLIT_BELOW", split_below)
+                replace(monkeypatch, rows, "SPLIT_BELOW", split_below)
                 got = FUNCTIONS[name](torch.nn.functional.pad(x, (0, width - n_cols), value=value))
                 assert_same_bits(got[:, :n_cols] if got.shape[-1] == width else got, want)
 
@@ -282,7 +280,7 @@ def check_bits_do_not_follow_padding_behind(name, n_cols, monkeypatch):
 @each_function
 @pytest.mark.parametrize("split_below", [0, math.inf])
 def check_bits_of_a_row_are_its_own_where_another_is_nan(call, split_below, monkeypatch):
-    monkeypatch.setattr(rows, "SPLIT_BELOW", split_below)
+    replace(monkeypatch, rows, "SPLIT_BELOW", split_below)
     x = mixed(3, 17000, torch.float32)
     want = as_tuple(call(x))
     x[1, 16500], x[2, 0] = torch.nan, torch.inf
@@ -292,7 +290,7 @@ def check_bits_of_a_row_are_its_own_where_another_is_nan(call, split_below, monk
 @pytest.mark.parametrize("split_below", [0, math.inf])
 def check_bits_of_infinities_in_long_rows(split_below, monkeypatch):
     """What torch gives: wherever the infinities stand, in whichever chunk."""
-    monkeypatch.setattr(rows, "SPLIT_BELOW", split_below)
+    replace(monkeypatch, rows, "SPLIT_BELOW", split_below)
     x = mixed(6, 40000, torch.float32)
     x[0] = -torch.inf
     x[1, 39999] = torch.inf
@@ -333,7 +331,7 @@ def check_logprobs_are_the_gathered_log_softmax(dtype, n_cols):
                 got = softmax.row_logprobs(x, columns, out_dtype)
                 assert_same_bits(got, cuda.row_softmax(x, True, out_dtype).gather(1, columns))
                 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[out_dtype]
-                want = row_logprobs(x, columns, out_dtype)
+                want = reference.row_logprobs(x, columns, out_dtype)
                 torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * 100)
 
 
