@@ -72,8 +72,10 @@ def _leaf(name: str, implementation: Implementation, keys: tuple[str, ...]) -> I
 
 def _is_leaf(overload: OpOverload, key: str) -> bool:
     """An entry below autograd: one that is composite on this device has no gradient of its own there."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has(overload.name(), key) or not has(overload.name(), COMPOSITE)
+    name, has = overload.name(), torch._C._dispatch_has_kernel_for_dispatch_key
+    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key):
+        return False  # what torch cannot do on this device, the mode does not offer
+    return has(name, key) or not has(name, COMPOSITE)
 
 
 def _functional(overload: OpOverload, key: str, implementation: Implementation) -> Callable:
@@ -92,23 +94,31 @@ def _writing(sibling: Sibling, key: str, implementation: Implementation) -> Call
     """Computes the functional result, then writes it where the caller wants it, with torch's checks of dtype and size."""
     overload, out_names = sibling.overload, sibling.out_names
     name, stock = overload.name(), _stock(overload, key)
+    short_name = name.removeprefix("aten::")
+    gives_dtype, may_cast = short_name in table.OUT_GIVES_DTYPE, short_name in table.OUT_MAY_CAST
 
     def run(keyset, *args, **kwargs):
-        if is_exact(overload, args, {k: v for k, v in kwargs.items() if k not in out_names}):
+        outs = [kwargs[out_name] for out_name in out_names] or [args[0]]
+        arguments = {k: v for k, v in kwargs.items() if k not in out_names}
+        if gives_dtype and arguments.get("dtype") is None:
+            arguments["dtype"] = outs[0].dtype
+        # An out of integers: torch's own kernel sums integers into it, or refuses it.
+        if is_exact(overload, args, arguments) or is_exact(overload, outs, {}):
             return stock(keyset, *args, **kwargs)
         count(name)
-        outs = [kwargs.pop(out_name) for out_name in out_names] or [args[0]]
-        results = implementation(*args, **kwargs)
+        results = implementation(*args, **arguments)
         for out, result in zip(outs, results if isinstance(results, tuple) else (results,), strict=True):
-            _write(name, out, result, may_resize=bool(out_names))
+            _write(name, out, result, may_cast, may_resize=bool(out_names))
         return outs[0] if len(outs) == 1 else tuple(outs)
 
     return run
 
 
-def _write(name: str, out: torch.Tensor, result: torch.Tensor, may_resize: bool) -> None:
-    if not torch.can_cast(result.dtype, out.dtype):
+def _write(name: str, out: torch.Tensor, result: torch.Tensor, may_cast: bool, may_resize: bool) -> None:
+    if out.dtype != result.dtype and not (may_cast and torch.can_cast(result.dtype, out.dtype)):
         raise RuntimeError(f"{name}: result type {result.dtype} can't be cast to the desired output type {out.dtype}")
+    if out.device != result.device:
+        raise RuntimeError(f"{name}: the result is on {result.device}, and cannot be written to {out.device}")
     if out.shape != result.shape:
         if not may_resize:
             raise RuntimeError(f"{name}: a result of shape {list(result.shape)} does not fit {list(out.shape)} in place")

@@ -20,21 +20,6 @@ def gathered_and_padded(x, index):
     return F.pad(x[:, index], (0, 0, 1, 1))
 
 
-class RelativeBias(torch.nn.Module):
-    """Swin-like attention with a looked-up bias by relative position, in windows of a padded map.
-
-    As vision transformers with windows do it (transformers' Swinv2 and others): pad the map, gather by an index buffer.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = torch.nn.Parameter(torch.randn(49, 64))
-        self.register_buffer("index", torch.randint(0, 49, (64,)))
-
-    def forward(self, x):
-        return F.pad(x + self.table.t()[:, self.index], (0, 0, 1, 1)).relu()
-
-
 def inputs():
     torch.manual_seed(0)
     return torch.randn(8, 100), torch.randint(0, 100, (64,))
