@@ -6,7 +6,8 @@ all inputs (n * r bytes); stored, the inputs are read once, the result of s byte
 (r + s + n * s). The value is stored where that is no more. What stock torch stores stays stored.
 
 This changes bits. A stored bf16 or fp16 value is rounded, an inlined one is not, and r holds weights and biases that do not
-grow with the batch, so the decision flips with the batch size: a batch-dependent rounding. Off unless asked for by name, and
+grow with the batch, so the decision flips with the batch size: a batch-dependent rounding. On CUDA it moves float32 as well,
+since Triton fuses a product with a sum where both are in one kernel. Off unless asked for by name, and
 refused together with batch-invariant mode, but for its setting ``emulate_precision_casts``: then inlined values are rounded
 like stored ones (and Triton fuses no product with a sum), and no bit moves. Both are tested.
 

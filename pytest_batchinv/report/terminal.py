@@ -38,10 +38,8 @@ def _patches() -> Iterator[str]:
     from pytest_batchinv.patches import registry
 
     rows = registry.status()
-    states = _grouped([row for row in rows if row.state != "refused"], _patch_state)
-    if states:
-        listed = (f"{state}: {', '.join(row.name for row in group)}" for state, group in states)
-        yield f"batch invariance: patches: {'; '.join(listed)}"
+    for state, group in _grouped([row for row in rows if row.state != "refused"], _patch_state):
+        yield f"batch invariance: patches {state}: {', '.join(row.name for row in group)}"
     yield from (f"batch invariance: patch {row.name} REFUSED: {row.why}" for row in rows if row.state == "refused")
 
 

@@ -343,7 +343,11 @@ def check_logprobs_of_nothing(shape):
 
 
 @pytest.mark.parametrize("bad", [-1, 5, 2**40])
-def check_logprobs_of_an_index_out_of_range_fail(bad):
+def check_logprobs_of_an_index_out_of_range_fail(bad, monkeypatch):
+    from triton.runtime import interpreter
+
+    # The interpreter does not read the launch's option.
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
     index = torch.tensor([[0, 1], [4, bad]])
     with pytest.raises(Exception, match="an index is not a column of its row"):
         softmax.row_logprobs(torch.ones(2, 5), index, torch.float32)
