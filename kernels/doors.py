@@ -7,7 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from pytest_batchinv.kernels import aten, table
+from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels.aten import attention
+from pytest_batchinv.kernels.aten.common import Refused
 from torch._ops import OpOverload
 
 Implementation = Callable[..., Any]
@@ -96,13 +98,13 @@ def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
     if dtype is None or dtype in _FLOATS:
         return False
     if dtype.is_complex or dtype.is_floating_point:
-        raise aten.Refused(f"batch-invariant mode has no kernel for {overload.name()} in {dtype}.")
+        raise Refused(f"batch-invariant mode has no kernel for {overload.name()} in {dtype}.")
     return True
 
 
 def refusal(overload: OpOverload, reason: str) -> Implementation:
     def refuse(*args, **kwargs):
-        raise aten.Refused(f"batch-invariant mode does not cover {overload.name()}: {reason}.")
+        raise Refused(f"batch-invariant mode does not cover {overload.name()}: {reason}.")
 
     return refuse
 
@@ -143,11 +145,11 @@ def _define(
 
 
 def _define_attention(library: torch.library.Library) -> None:
-    library.define(aten.ATTENTION_SCHEMA, tags=_TAGS)
-    library.impl("attention", _counted("batchinv::attention", aten.attention), "CompositeExplicitAutograd")
-    torch.library.register_fake("batchinv::attention", aten.attention_fake, lib=library)
+    library.define(attention.ATTENTION_SCHEMA, tags=_TAGS)
+    library.impl("attention", _counted("batchinv::attention", attention.attention), "CompositeExplicitAutograd")
+    torch.library.register_fake("batchinv::attention", attention.attention_fake, lib=library)
     torch.library.register_autograd(
-        "batchinv::attention", aten.attention_backward, setup_context=aten.attention_setup_context, lib=library
+        "batchinv::attention", attention.attention_backward, setup_context=attention.attention_setup_context, lib=library
     )
 
 

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from pytest_batchinv.kernels import aten, table
+from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.doors import Implementation, Sibling, count, is_exact, overload_of, refusal, siblings
 from pytest_batchinv.patches.dispatcher import COMPOSITE, Holding, Registration, foreign
 from torch._ops import OpOverload
@@ -142,6 +143,6 @@ def _stock(overload: OpOverload, key: str) -> Callable:
         return torch.library.get_kernel(overload, key).call_boxed
 
     def refuse(keyset, *args, **kwargs):
-        raise aten.Refused(f"torch has no kernel of its own for {overload.name()} on {key}, so integers have none here.")
+        raise Refused(f"torch has no kernel of its own for {overload.name()} on {key}, so integers have none here.")
 
     return refuse

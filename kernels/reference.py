@@ -2,7 +2,7 @@
 
 These functions are the contract of a *kernel set*: ``cpu.py`` (C++) and ``cuda.py`` (Triton) hold functions of the same
 names and signatures. All work on a canonical form: matrices with a batch dimension in front, rows of a 2-d tensor.
-``kernels/aten.py`` brings aten's arguments (dims, overloads, ``alpha``, ``correction``) into that form.
+``kernels/aten/`` brings aten's arguments (dims, overloads, ``alpha``, ``correction``) into that form.
 
 Dtypes: float64, float32, float16, bfloat16. Inputs may have any strides (0 too), any size (0 too) and any alignment.
 Results are contiguous. No result may depend on the number of rows, on the strides, on the alignment, or on the number of

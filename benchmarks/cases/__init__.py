@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from measurements import Budget, Result
-from pytest_batchinv.kernels.aten import kernel_set
+from pytest_batchinv.kernels.aten.common import kernel_set
 from timing import Stopwatch, reason
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from pytest_batchinv.kernels import doors, eager, inductor, table
-from pytest_batchinv.kernels.aten import Refused
+from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.patches import registry
 from pytest_batchinv.patches.registry import applied_names
 from torch.nn import functional as F

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pytest_batchinv.kernels import aten, doors, table
+from pytest_batchinv.kernels import doors, table
+from pytest_batchinv.kernels.aten.common import Refused
 from torch._ops import OpOverload
 
 from pytest_batchinv import batch_invariant_mode
@@ -672,7 +673,7 @@ def expect(call: Call, device: str) -> Expected:
 
 def disagreement(call: Call, expected: Expected, actual: Any) -> str | None:
     """In what the mode's outcome differs from torch's, or None."""
-    if isinstance(actual, aten.Refused) and may_be_refused(call) or is_torchs_accident(call, expected, actual):
+    if isinstance(actual, Refused) and may_be_refused(call) or is_torchs_accident(call, expected, actual):
         return None
     if isinstance(expected.stock, Exception) or isinstance(actual, Exception):
         both = (expected.stock, actual)
@@ -705,7 +706,7 @@ def _equal_up_to_ties(call: Call, actual: tuple, stock: tuple) -> bool:
 
 
 def _kind(call: Call, expected: Expected, actual: Any) -> str:
-    if isinstance(actual, aten.Refused):
+    if isinstance(actual, Refused):
         return "refused"
     if is_torchs_accident(call, expected, actual):
         return "torch's accident"

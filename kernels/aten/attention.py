@@ -1,0 +1,168 @@
+"""``batchinv::attention`` with its gradient, and torch's operators that it stands for."""
+
+import math
+
+import torch
+from pytest_batchinv.kernels.aten.common import Refused, kernel_set, shape_of, too_few_dims
+from pytest_batchinv.kernels.reference import accumulator_dtype
+from torch import Tensor
+
+ATTENTION_SCHEMA = (
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> (Tensor, Tensor)"
+)
+MAX_HEAD_DIM = 256
+
+
+def attention(query, key, value, mask, is_causal, scale) -> tuple[Tensor, Tensor]:
+    """``reference.attention`` on the tensors' device. Raises Refused for head dims above 256."""
+    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+        raise Refused(f"batch-invariant attention covers head dims up to {MAX_HEAD_DIM}, not {query.shape[-1]}.")
+    if query.device.type == "cuda" and query.dtype == torch.float64 and max(query.shape[-1], value.shape[-1]) > 128:
+        raise Refused("batch-invariant attention in float64 covers head dims up to 128 on CUDA: Triton compiles no larger.")
+    return kernel_set(query).attention(query, key, value, mask, is_causal, scale)
+
+
+def attention_fake(query, key, value, mask, is_causal, scale) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return out, query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
+
+
+def attention_setup_context(ctx, inputs, output) -> None:
+    query, key, value, mask, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, mask, *output)
+
+
+def attention_backward(ctx, grad_out: Tensor, grad_lse: Tensor | None):
+    """The weights are computed again from the logsumexp: P = exp(S - lse), dS = P * (dO @ V.T - rowsum(dO * O) + dlse)."""
+    query, key, value, mask, out, lse = ctx.saved_tensors
+    wide = accumulator_dtype(query.dtype)
+    group = query.shape[1] // key.shape[1]
+    q, k, v, out, grad_out = (x.to(wide) for x in (query, key, value, out, grad_out))
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.transpose(-1, -2)) * ctx.scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
+    if ctx.is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    weights = (scores - lse[..., None]).exp().masked_fill((lse == -torch.inf)[..., None], 0.0)
+    delta = (grad_out * out).sum(-1, keepdim=True) - (0 if grad_lse is None else grad_lse.to(wide)[..., None])
+    grad_scores = weights * (grad_out @ v.transpose(-1, -2) - delta) * ctx.scale
+    grad_q = grad_scores @ k
+    grad_k = (grad_scores.transpose(-1, -2) @ q).unflatten(1, (-1, group)).sum(2)
+    grad_v = (weights.transpose(-1, -2) @ grad_out).unflatten(1, (-1, group)).sum(2)
+    return grad_q.to(query.dtype), grad_k.to(key.dtype), grad_v.to(value.dtype), None, None, None
+
+
+def flash_attention_for_cpu(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+    _check_four_dims(query, key, value, attn_mask, dropout_p)
+    if query.shape[3] != value.shape[3]:
+        raise RuntimeError(f"attention: expected one head size, but got {shape_of(query)}, {shape_of(key)}, {shape_of(value)}")
+    mask = _expanded_mask(attn_mask, query, key)
+    return attention(query, key, value, mask, is_causal, _scale(query, scale))
+
+
+def efficient_attention(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
+    _check_four_dims(query, key, value, attn_bias, dropout_p)
+    mask = _expanded_mask(attn_bias, query, key)
+    out, lse = attention(query, key, value, mask, is_causal, _scale(query, scale))
+    seed = torch.empty((), dtype=torch.int64, device=query.device)
+    return out, lse if compute_log_sumexp else lse[..., :0], seed, seed.clone()
+
+
+def _check_four_dims(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> None:
+    _refuse_dropout(dropout_p)
+    if query.dim() < 3:
+        raise too_few_dims("attention", query, key, value)
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        raise RuntimeError(f"attention: expected 4 dims, but got {shape_of(query)}, {shape_of(key)}, {shape_of(value)}")
+    if mask is not None and mask.dim() not in (2, 4):
+        raise RuntimeError(f"attention: expected a mask of 2 or 4 dims, but got {shape_of(mask)}")
+    _check_attention(query, key, value, mask)
+    if not query.shape[0] == key.shape[0] == value.shape[0] or key.shape[1] != value.shape[1]:
+        raise RuntimeError(f"attention: batches and heads differ: {shape_of(query)}, {shape_of(key)}, {shape_of(value)}")
+
+
+def _check_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """Dtypes, devices and the last two dims: what torch itself asks for."""
+    if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
+        raise RuntimeError(
+            "attention: expected query, key and value of one dtype on one device, but got "
+            f"{query.dtype} on {query.device}, {key.dtype} on {key.device}, {value.dtype} on {value.device}"
+        )
+    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+        raise RuntimeError(f"attention: expected 2 dims or more, but got {shape_of(query)}, {shape_of(key)}, {shape_of(value)}")
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(f"attention: sizes do not fit together: {shape_of(query)}, {shape_of(key)}, {shape_of(value)}")
+    if mask is not None and (mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.device != query.device):
+        raise RuntimeError(
+            f"attention: expected a mask of bool, float32 or {query.dtype} on {query.device}, "
+            f"but got {mask.dtype} on {mask.device}"
+        )
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
+) -> Tensor:
+    """One kernel whatever backend torch would pick: the pick depends on masks, strides and head dims."""
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) == 2:
+        raise too_few_dims("scaled_dot_product_attention", query, key, value)
+    _check_attention(query, key, value, attn_mask)
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("scaled_dot_product_attention: give attn_mask or is_causal, not both")
+    _refuse_dropout(dropout_p)
+    if not query.is_floating_point():
+        raise Refused(f"batch-invariant attention covers floats, not {query.dtype}.")
+    if attn_mask is not None and attn_mask.requires_grad:
+        raise Refused("batch-invariant attention has no gradient for attn_mask; detach it.")
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    if attn_mask is not None and attn_mask.dim() > query.dim():
+        raise RuntimeError(f"attention: a mask of {shape_of(attn_mask)} has more dims than the query, {shape_of(query)}")
+    leading = query.shape[:-2]
+    query, key, value = (_four_dims(x) for x in (query, key, value))
+    if attn_mask is not None:
+        if len(leading) > 2:  # several dims become the batch: the mask is broadcast over each of them first
+            attn_mask = _four_dims(attn_mask.expand(*leading, query.shape[2], key.shape[2]))
+        attn_mask = _expanded_mask(attn_mask, query, key)
+    out, _ = torch.ops.batchinv.attention(query, key, value, attn_mask, is_causal, _scale(query, scale))
+    return out.view(*leading, *out.shape[-2:])
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading dims as torch's product would broadcast them; with ``enable_gqa`` the heads (dim -3) stay as they are."""
+    q, k, v = query.shape, key.shape, value.shape
+    if enable_gqa:
+        if k[-3] != v[-3] or (q[-3] if k[-3] == 0 else q[-3] % k[-3]):
+            raise RuntimeError(f"attention: with enable_gqa {k} and {v} need heads whose number divides that of {q}")
+        batch = torch.broadcast_shapes(q[:-3], k[:-3], v[:-3])
+        return tuple(x if x.shape[:-3] == batch else x.expand(*batch, *x.shape[-3:]) for x in (query, key, value))
+    if q[:-2] == k[:-2] == v[:-2]:
+        return query, key, value
+    leading = torch.broadcast_shapes(q[:-2], k[:-2], v[:-2])
+    return tuple(x.expand(*leading, *x.shape[-2:]) for x in (query, key, value))
+
+
+def _four_dims(x: Tensor) -> Tensor:
+    """[B, H, S, D] from any rank: a missing batch is 1, and further leading dims go into the batch."""
+    if x.dim() < 4:
+        return x[(None,) * (4 - x.dim())]
+    return x if x.dim() == 4 else x.flatten(0, x.dim() - 4)
+
+
+def _expanded_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """As [B, H, Sq, Skv], bool or in the query's dtype: a float32 mask of 16-bit tensors is rounded."""
+    if mask is None:
+        return None
+    mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    return mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    if not query.shape[-1]:
+        return 1.0  # all scores are sums of nothing
+    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+
+
+def _refuse_dropout(dropout_p: float) -> None:
+    if dropout_p != 0.0:
+        raise Refused("batch-invariant attention has no dropout; call it with dropout_p=0 (model.eval()).")

@@ -1,0 +1,50 @@
+"""What the modules of this package share: the refusal, the kernels of a device, words for shapes."""
+
+import functools
+from types import ModuleType
+
+from torch import Tensor
+
+
+class Refused(NotImplementedError):
+    """The mode does not cover this call and says so, instead of falling back to a kernel that may vary."""
+
+
+def kernel_set(x: Tensor) -> ModuleType:
+    """The kernels for this tensor's device: C++ for the CPU, Triton for CUDA. Raises Refused for any other."""
+    return _kernel_set(x.device.type)
+
+
+@functools.cache
+def _kernel_set(device_type: str) -> ModuleType:
+    if device_type == "cpu":
+        from pytest_batchinv.kernels import cpu
+
+        return cpu
+    if device_type == "cuda":
+        from pytest_batchinv.kernels import cuda
+
+        return cuda
+    raise Refused(f"batch-invariant mode has kernels for cpu and cuda, not for {device_type}.")
+
+
+def shape_of(x: Tensor) -> str:
+    return "x".join(str(size) for size in x.shape)
+
+
+def too_few_dims(name: str, *operands: Tensor) -> IndexError:
+    """torch reads the sizes before it checks the dims, and so says "dimension out of range"."""
+    return IndexError(f"{name}: operands have too few dims: {' and '.join(str(list(x.shape)) for x in operands)}")
+
+
+def wrap_dim(x: Tensor, dim: int) -> int:
+    n_dims = x.dim() or 1
+    if not -n_dims <= dim < n_dims:
+        raise IndexError(f"Dimension out of range (expected to be in [{-n_dims}, {n_dims - 1}], but got {dim})")
+    return dim % n_dims
+
+
+def real_factor(scalar: float) -> float:
+    if isinstance(scalar, complex):
+        raise RuntimeError(f"expected a real factor for real matrices, but got {scalar}")
+    return float(scalar)

@@ -1,0 +1,34 @@
+"""Pointwise operators whose stock CPU kernels treat the tail of a vector differently from its body."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def _pointwise(x: Tensor, kind: str, *params: float) -> Tensor:
+    from pytest_batchinv.kernels import cpu
+
+    return cpu.pointwise(x, kind, params)
+
+
+def unary(kind: str) -> Callable[[Tensor], Tensor]:
+    """A pointwise operator without further arguments."""
+    return lambda self: _pointwise(self, kind)
+
+
+def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
+    return _pointwise(self, "gelu_tanh" if approximate == "tanh" else "gelu")
+
+
+def softplus(self: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    return _pointwise(self, "softplus", beta, threshold)
+
+
+def elu(self: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    return _pointwise(self, "elu", alpha, scale, input_scale)
+
+
+def pow(self: Tensor, exponent: float) -> Tensor:
+    return _pointwise(self, "pow", exponent)

@@ -1,0 +1,235 @@
+"""Matrix products, linear layers and convolutions: all by ``gemm`` and ``grouped_gemm`` of the kernel sets."""
+
+import math
+
+import torch
+from pytest_batchinv.kernels.aten.common import Refused, kernel_set, real_factor, shape_of, too_few_dims
+from torch import Tensor
+
+
+def mm(self: Tensor, mat2: Tensor) -> Tensor:
+    a, b = self.shape, mat2.shape
+    if len(a) != 2 or len(b) != 2 or a[1] != b[0] or self.dtype != mat2.dtype or self.device != mat2.device:
+        raise _wrong_product("mm", self, mat2, 2)
+    return kernel_set(self).gemm(self[None], mat2[None])[0]
+
+
+def mm_dtype(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
+    _check_out_dtype("mm", self, out_dtype)
+    return mm(self.to(out_dtype), mat2.to(out_dtype))
+
+
+def addmm(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    a, b = mat1.shape, mat2.shape
+    if len(a) != 2 or len(b) != 2 or a[1] != b[0] or mat1.dtype != mat2.dtype or mat1.device != mat2.device:
+        raise _wrong_product("addmm", mat1, mat2, 2)
+    bias = _expanded_bias("addmm", self, (a[0], b[1]), mat1)
+    return kernel_set(mat1).gemm(mat1[None], mat2[None], bias[None], real_factor(alpha), real_factor(beta))[0]
+
+
+def addmm_dtype(self: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: torch.dtype, *, beta=1, alpha=1) -> Tensor:
+    _check_out_dtype("addmm", mat1, out_dtype)
+    return addmm(self.to(out_dtype), mat1.to(out_dtype), mat2.to(out_dtype), beta=beta, alpha=alpha)
+
+
+def addmm_activation(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, use_gelu: bool = False) -> Tensor:
+    out = addmm(self, mat1, mat2, beta=beta, alpha=alpha)
+    # The gelu of the fused epilogue is the tanh form on CUDA, and the exact one on the CPU.
+    form = "none" if out.device.type == "cpu" else "tanh"
+    return torch.nn.functional.gelu(out, approximate=form) if use_gelu else out.relu()
+
+
+def bmm(self: Tensor, mat2: Tensor) -> Tensor:
+    a, b = self.shape, mat2.shape
+    if len(a) != 3 or len(b) != 3 or a[2] != b[1] or a[0] != b[0] or self.dtype != mat2.dtype or self.device != mat2.device:
+        raise _wrong_product("bmm", self, mat2, 3)
+    return kernel_set(self).gemm(self, mat2)
+
+
+def bmm_dtype(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
+    _check_out_dtype("bmm", self, out_dtype)
+    return bmm(self.to(out_dtype), mat2.to(out_dtype))
+
+
+def baddbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    a, b = _batched_shapes("baddbmm", batch1, batch2)
+    bias = _expanded_bias("baddbmm", self, (a[0], a[1], b[2]), batch1)
+    return kernel_set(batch1).gemm(batch1, batch2, bias, real_factor(alpha), real_factor(beta))
+
+
+def baddbmm_dtype(self: Tensor, batch1: Tensor, batch2: Tensor, out_dtype: torch.dtype, *, beta=1, alpha=1) -> Tensor:
+    _check_out_dtype("baddbmm", batch1, out_dtype)
+    return baddbmm(self.to(out_dtype), batch1.to(out_dtype), batch2.to(out_dtype), beta=beta, alpha=alpha)
+
+
+def addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """The sum over the batch is one longer K: [M, B * K] @ [B * K, N]."""
+    a, b = _batched_shapes("addbmm", batch1, batch2)
+    rows = batch1.transpose(0, 1).reshape(a[1], a[0] * a[2])
+    return addmm(self, rows, batch2.reshape(a[0] * a[2], b[2]), beta=beta, alpha=alpha)
+
+
+def mv(self: Tensor, vec: Tensor) -> Tensor:
+    if self.dim() == 0:
+        raise too_few_dims("mv", self, vec)
+    _check_matrix_and_vector("mv", self, vec)
+    return mm(self, vec[:, None])[:, 0]
+
+
+def addmv(self: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    _check_matrix_and_vector("addmv", mat, vec)
+    bias = self.expand(mat.shape[0])[:, None]
+    return addmm(bias, mat, vec[:, None], beta=beta, alpha=alpha)[:, 0]
+
+
+def dot(self: Tensor, tensor: Tensor) -> Tensor:
+    if self.dim() != 1 or tensor.dim() != 1:
+        raise RuntimeError(f"dot: expected two vectors, but got shapes {shape_of(self)} and {shape_of(tensor)}")
+    return mm(self[None], tensor[:, None])[0, 0]
+
+
+def grouped_mm(
+    self: Tensor,
+    mat2: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    if bias is not None or out_dtype not in (None, self.dtype):
+        raise Refused("batch-invariant mode covers _grouped_mm without bias and in the dtype of its inputs.")
+    _check_grouped(self, mat2, offs)
+    if offs is None:
+        return bmm(self, mat2)
+    if self.dim() == 2 and mat2.dim() == 3:
+        return kernel_set(self).grouped_gemm(self, mat2, offs)
+    if self.dim() == 3 and mat2.dim() == 2:  # groups of columns: the rows of the transposed product
+        return kernel_set(self).grouped_gemm(mat2.t(), self.transpose(1, 2), offs).t().contiguous()
+    raise Refused(
+        "batch-invariant mode covers _grouped_mm with groups of rows or of columns, not groups of the summed dimension: "
+        f"{list(self.shape)} by {list(mat2.shape)}. Those are gradients of a grouped product's weights."
+    )
+
+
+_GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _check_grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
+    """torch's own conditions; groups are told apart by a 2-d operand, and then offs is needed."""
+    if a.dim() not in (2, 3) or b.dim() not in (2, 3):
+        raise RuntimeError(f"_grouped_mm: expected operands of 2 or 3 dims, but got {shape_of(a)} and {shape_of(b)}")
+    if a.dtype not in _GROUPED_DTYPES or a.dtype != b.dtype:
+        raise RuntimeError(f"_grouped_mm: expected float32, bfloat16 or float16 twice, but got {a.dtype} and {b.dtype}")
+    if a.shape[-1] != b.shape[-2] or (a.dim() == b.dim() == 3 and a.shape[0] != b.shape[0]):
+        raise RuntimeError(f"_grouped_mm: shapes cannot be multiplied ({shape_of(a)} and {shape_of(b)})")
+    if (offs is None) != (a.dim() == b.dim() == 3):
+        raise RuntimeError("_grouped_mm: offs is needed where an operand has 2 dims, and there alone")
+    for x in (a, b):
+        inner, leading = (0, 1) if x.stride(-2) == 1 and x.stride(-1) >= max(1, x.shape[-2]) else (1, 0)
+        strides = x.stride()[-2:]
+        if strides[inner] != 1 or strides[leading] < x.shape[-2:][inner] or strides[leading] * x.element_size() % 16:
+            raise RuntimeError(
+                f"_grouped_mm: expected a stride of 1 and one of a multiple of 16 bytes, but got {x.stride()} for {shape_of(x)}"
+            )
+    if offs is None:
+        return
+    if offs.dim() != 1 or offs.dtype != torch.int32 or offs.device != a.device:
+        raise RuntimeError(f"_grouped_mm: expected offs as int32 vector on {a.device}, but got {offs.dtype}, {shape_of(offs)}")
+    groups = {a.shape[0] for _ in range(a.dim() == 3)} | {b.shape[0] for _ in range(b.dim() == 3)}
+    if groups and groups != {offs.shape[0]}:
+        raise RuntimeError(f"_grouped_mm: expected one end a group, but got {offs.shape[0]} for {shape_of(a)} by {shape_of(b)}")
+
+
+def convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Tensor:
+    """1-d convolution as one GEMM a group: each output position is a row of the C // groups * k inputs under the kernel."""
+    if input.dim() != 3 or transposed:
+        kind = "transposed" if transposed else f"{input.dim() - 2}-d"
+        raise Refused(f"batch-invariant mode covers 1-d convolution; this one is {kind}. Run it outside the mode.")
+    _check_convolution(input, weight, bias, stride, padding, dilation, output_padding, groups)
+    n_batch, channels, _ = input.shape
+    out_channels, group_channels, taps = weight.shape
+    reach = dilation[0] * (taps - 1) + 1
+    columns = torch.nn.functional.pad(input, (padding[0], padding[0])).unfold(2, reach, stride[0])[..., :: dilation[0]]
+    length = columns.shape[2]
+    columns = columns.reshape(n_batch, groups, group_channels, length, taps)
+    rows = columns.permute(1, 0, 3, 2, 4).reshape(groups, n_batch * length, group_channels * taps)
+    kernel = weight.reshape(groups, out_channels // groups, group_channels * taps).transpose(1, 2)
+    offset = None
+    if bias is not None:
+        offset = bias.view(groups, 1, -1).expand(groups, rows.shape[1], out_channels // groups)
+    out = kernel_set(input).gemm(rows, kernel, offset)
+    out = out.view(groups, n_batch, length, out_channels // groups).permute(1, 0, 3, 2)
+    return out.reshape(n_batch, out_channels, length).contiguous()
+
+
+def _check_convolution(input, weight, bias, stride, padding, dilation, output_padding, groups) -> None:
+    """torch's own conditions, for one dimension."""
+    if any(len(sizes) != 1 for sizes in (stride, padding, dilation, output_padding)):
+        raise RuntimeError("convolution: stride, padding, dilation and output_padding need one value for a 1-d convolution")
+    if stride[0] < 1 or padding[0] < 0 or dilation[0] < 1 or output_padding[0] < 0 or groups < 1:
+        raise RuntimeError(
+            f"convolution: stride {stride}, dilation {dilation} and groups {groups} must be positive, "
+            f"padding {padding} and output_padding {output_padding} not negative"
+        )
+    if weight.dim() != 3 or weight.shape[0] % groups or input.shape[1] != weight.shape[1] * groups or 0 in weight.shape:
+        raise RuntimeError(
+            f"convolution: a weight of shape {shape_of(weight)} in {groups} groups does not fit {shape_of(input)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise RuntimeError(f"convolution: expected one bias for each of {weight.shape[0]} channels, but got {shape_of(bias)}")
+    if any(x is not None and (x.dtype != input.dtype or x.device != input.device) for x in (weight, bias)):
+        raise RuntimeError("convolution: expected input, weight and bias of one dtype on one device")
+    if input.shape[2] + 2 * padding[0] < dilation[0] * (weight.shape[2] - 1) + 1:
+        raise RuntimeError(f"convolution: a kernel of {shape_of(weight)} is longer than the padded input {shape_of(input)}")
+    if input.shape[2] == 0 and input.shape[0] and input.shape[1]:
+        raise RuntimeError(f"convolution: only batch and channels may be empty, but the input is {shape_of(input)}")
+
+
+def _wrong_product(name: str, a: Tensor, b: Tensor, dims: int) -> RuntimeError:
+    """What is wrong with operands that failed a product's check."""
+    if a.dim() != dims or b.dim() != dims or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
+        return RuntimeError(f"{name}: shapes cannot be multiplied ({shape_of(a)} and {shape_of(b)})")
+    if a.device != b.device:
+        return RuntimeError(f"{name}: expected both matrices on one device, but got {a.device} and {b.device}")
+    return RuntimeError(f"{name}: expected both matrices to have the same dtype, but got {a.dtype} and {b.dtype}")
+
+
+def _batched_shapes(name: str, a: Tensor, b: Tensor) -> tuple[torch.Size, torch.Size]:
+    """The shapes [B, M, K] and [B, K, N], after the check of :func:`bmm`."""
+    if a.dim() != 3 or b.dim() != 3 or a.shape[2] != b.shape[1] or a.shape[0] != b.shape[0]:
+        raise too_few_dims(name, a, b) if a.dim() < 2 or b.dim() < 3 else _wrong_product(name, a, b, 3)
+    if a.dtype != b.dtype or a.device != b.device:
+        raise _wrong_product(name, a, b, 3)
+    return a.shape, b.shape
+
+
+def _check_matrix_and_vector(name: str, matrix: Tensor, vector: Tensor) -> None:
+    if matrix.dim() != 2 or vector.dim() != 1:
+        raise RuntimeError(f"{name}: expected a matrix and a vector, but got shapes {shape_of(matrix)} and {shape_of(vector)}")
+
+
+def _expanded_bias(name: str, bias: Tensor, shape: tuple[int, ...], a: Tensor) -> Tensor:
+    if bias.dtype != a.dtype or bias.device != a.device:
+        raise RuntimeError(f"{name}: expected a bias in {a.dtype} on {a.device}, but got {bias.dtype} on {bias.device}")
+    return bias.expand(shape)
+
+
+def _check_out_dtype(name: str, a: Tensor, out_dtype: torch.dtype) -> None:
+    if out_dtype != a.dtype and (out_dtype != torch.float32 or a.dtype not in (torch.float16, torch.bfloat16)):
+        raise RuntimeError(f"{name}: out_dtype must be {a.dtype}, or float32 for float16 and bfloat16, but got {out_dtype}")
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Always one product of [rows, K] by [K, N] with the bias in its epilogue.
+
+    torch chooses between addmm and a product followed by an addition by contiguity, which can depend on the batch.
+    """
+    if input.dim() == 0 or weight.dim() == 0:
+        raise RuntimeError(
+            f"linear: expected input and weight of at least 1 dim, but got {shape_of(input)}, {shape_of(weight)}"
+        )
+    if weight.dim() == 1:
+        out = input.matmul(weight)
+        return out if bias is None else (out + bias).to(out.dtype)
+    rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return out if input.dim() == 2 else out.view(*input.shape[:-1], weight.shape[0])

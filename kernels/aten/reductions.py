@@ -1,0 +1,188 @@
+"""Sums, means, variances, norms of vectors, cumsum, softmax and topk: all over the rows of a matrix."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pytest_batchinv.kernels.aten.common import kernel_set, real_factor, shape_of, wrap_dim
+from pytest_batchinv.kernels.reference import accumulator_dtype
+from torch import Tensor
+
+
+def sum_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    return sum_dim(self, None, dtype=dtype)
+
+
+def sum_dim(self: Tensor, dim, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    x = self.to(dtype or self.dtype)
+    rows = _Rows(x, dim, keepdim)
+    return rows.restore(kernel_set(x).row_sum(rows.matrix, x.dtype))
+
+
+def mean_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    return mean_dim(self, None, dtype=dtype)
+
+
+def mean_dim(self: Tensor, dim, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    x = self.to(dtype or self.dtype)
+    rows = _Rows(x, dim, keepdim)
+    return rows.restore(kernel_set(x).row_mean(rows.matrix, x.dtype))
+
+
+def var(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return var_mean(self, dim, correction=correction, keepdim=keepdim)[0]
+
+
+def std(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return std_mean(self, dim, correction=correction, keepdim=keepdim)[0]
+
+
+def var_mean(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    rows = _Rows(self, dim, keepdim)
+    var, mean = kernel_set(self).row_var_mean(rows.matrix, _correction(correction), self.dtype)
+    return rows.restore(var), rows.restore(mean)
+
+
+def std_mean(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    rows = _Rows(self, dim, keepdim)
+    var, mean = kernel_set(self).row_var_mean(rows.matrix, _correction(correction), accumulator_dtype(self.dtype))
+    return rows.restore(var.sqrt().to(self.dtype)), rows.restore(mean.to(self.dtype))
+
+
+def logsumexp(self: Tensor, dim, keepdim: bool = False) -> Tensor:
+    rows = _Rows(self, dim, keepdim)
+    return rows.restore(kernel_set(self).row_logsumexp(rows.matrix, self.dtype))
+
+
+def vector_norm(self: Tensor, ord: float = 2, dim=None, keepdim: bool = False, *, dtype=None) -> Tensor:
+    """p = 1 and p = 2 in one kernel; other p as a sum of powers; 0 counts; infinite p is a maximum, free of any order."""
+    dtype = dtype or self.dtype
+    if not self.is_floating_point() or not dtype.is_floating_point or torch.promote_types(self.dtype, dtype) != dtype:
+        raise RuntimeError(f"linalg.vector_norm: {self.dtype} cannot be converted without narrowing to the dtype {dtype}")
+    x = self.to(dtype)
+    rows = _Rows(x, dim, keepdim)
+    kernels, p = kernel_set(x), real_factor(ord)
+    if not rows.matrix.shape[1] and (p < 0 or math.isinf(p)):
+        raise RuntimeError(f"linalg.vector_norm cannot compute the norm of order {p} of no values: it has no identity")
+    if p in (1.0, 2.0):
+        return rows.restore(kernels.row_norm(rows.matrix, p, x.dtype))
+    magnitudes = rows.matrix.abs()
+    if math.isinf(p):
+        return rows.restore(magnitudes.amax(1) if p > 0 else magnitudes.amin(1))
+    wide = accumulator_dtype(x.dtype)
+    if p == 0.0:
+        return rows.restore(kernels.row_sum((magnitudes != 0).to(wide), wide).to(x.dtype))
+    total = kernels.row_sum(magnitudes.to(wide).pow(p), wide)
+    return rows.restore(total.pow(1.0 / p).to(x.dtype))
+
+
+def norm_all(self: Tensor, p: float = 2) -> Tensor:
+    return vector_norm(self, p)
+
+
+def norm_all_dtype(self: Tensor, p: float | None, *, dtype: torch.dtype) -> Tensor:
+    return vector_norm(self, 2 if p is None else p, dtype=dtype)
+
+
+def norm_dim(self: Tensor, p: float | None, dim, keepdim: bool = False) -> Tensor:
+    return vector_norm(self, 2 if p is None else p, dim, keepdim)
+
+
+def norm_dim_dtype(self: Tensor, p: float | None, dim, keepdim: bool, *, dtype: torch.dtype) -> Tensor:
+    return vector_norm(self, 2 if p is None else p, dim, keepdim, dtype=dtype)
+
+
+def cumsum(self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    x = self.to(dtype or self.dtype)
+    return _along(x, dim, lambda matrix: kernel_set(x).row_cumsum(matrix, x.dtype))
+
+
+def softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    out_dtype = _softmax_dtype(self, half_to_float)
+    return _along(self, dim, lambda matrix: kernel_set(self).row_softmax(matrix, False, out_dtype))
+
+
+def log_softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    out_dtype = _softmax_dtype(self, half_to_float)
+    return _along(self, dim, lambda matrix: kernel_set(self).row_softmax(matrix, True, out_dtype))
+
+
+def _softmax_dtype(x: Tensor, half_to_float: bool) -> torch.dtype:
+    if not half_to_float:
+        return x.dtype
+    if x.device.type == "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError(f"softmax: half_to_float is for float16 and bfloat16 on a GPU, not {x.dtype} on {x.device}")
+    return torch.float32
+
+
+def topk(self: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    """Ties go to the lower index for any number of rows, NaN counts as the largest, 0.0 and -0.0 are equal."""
+    dim = wrap_dim(self, dim)
+    n = self.shape[dim] if self.dim() else 1
+    if not 0 <= k <= n:
+        raise RuntimeError(f"topk: k must be from 0 to the size of dimension {dim} of {shape_of(self)}, but is {k}")
+    if self.dim() and self.dtype != torch.float64 and (n > _SORTED_UP_TO or self.device.type == "cpu"):
+        indices = _topk_of_keys(self, k, dim, largest)
+        return self.gather(dim, indices), indices
+    values, indices = torch.sort(self, dim=dim, descending=largest, stable=True)
+    if self.dim():
+        values, indices = values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
+    return values.contiguous(), indices.contiguous()
+
+
+_SORTED_UP_TO = 1024
+"""Columns up to which a GPU sorts all values, in fewer launches than selecting takes. Both give the same result."""
+
+
+def _topk_of_keys(x: Tensor, k: int, dim: int, largest: bool) -> Tensor:
+    """The indices of the first k, by torch's own topk of 64-bit keys without ties: the value's rank, then its column.
+
+    A float's bits ascend with its value where the sign bit is 0, and descend where it is 1.
+    """
+    bits = (x.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 becomes 0.0
+    rank = torch.where(x.isnan(), 2**31 - 1, bits ^ ((bits >> 31) & (2**31 - 1)))
+    column = torch.arange(x.shape[dim], device=x.device)
+    column = (x.shape[dim] - 1 - column if largest else column).view([-1 if d == dim else 1 for d in range(x.dim())])
+    keys = torch.topk((rank.long() << 32) | column, k, dim, largest, sorted=True).values
+    column = keys & (2**32 - 1)
+    return (x.shape[dim] - 1 - column if largest else column).contiguous()
+
+
+class _Rows:
+    """A tensor as [rows, n_cols] over the dims that are reduced, and the way back for one value a row."""
+
+    def __init__(self, x: Tensor, dim: int | Sequence[int] | None, keepdim: bool) -> None:
+        dims = _dims(x, dim)
+        kept = [d for d in range(x.dim()) if d not in dims]
+        n_cols = math.prod([x.shape[d] for d in dims])
+        n_rows = math.prod([x.shape[d] for d in kept])
+        self.matrix = x.permute(kept + dims).reshape(n_rows, n_cols)
+        self._shape = [1 if d in dims else x.shape[d] for d in range(x.dim()) if keepdim or d not in dims]
+
+    def restore(self, values: Tensor) -> Tensor:
+        return values.view(self._shape)
+
+
+def _dims(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:
+    """The reduced dims in ascending order; none given, or an empty list, means all of them."""
+    if not isinstance(dim, int) and not dim:
+        return list(range(x.dim()))
+    wrapped = sorted([wrap_dim(x, d) for d in ([dim] if isinstance(dim, int) else dim)])
+    if len(set(wrapped)) != len(wrapped):
+        raise RuntimeError(f"a dim appears multiple times in the list of dims {dim}")
+    return wrapped if x.dim() else []
+
+
+def _along(x: Tensor, dim: int, function) -> Tensor:
+    """``function`` of [rows, n_cols] -> [rows, n_cols], applied along any dim."""
+    dim = wrap_dim(x, dim)
+    if x.dim() == 0:
+        return function(x.view(1, 1)).view(())
+    moved = x.movedim(dim, -1)
+    n_cols = moved.shape[-1]
+    out = function(moved.reshape(math.prod(moved.shape[:-1]), n_cols))
+    return out.view(moved.shape).movedim(-1, dim).contiguous()
+
+
+def _correction(correction: float | None) -> float:
+    return 1.0 if correction is None else float(correction)
