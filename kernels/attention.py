@@ -1,13 +1,15 @@
-"""``attention`` and ``packed_attention``: a running maximum over the keys (online softmax), any mask, grouped heads.
+"""``attention`` and ``packed_attention``: softmaxes of blocks of keys, merged in ascending order; any mask, grouped heads.
 
-The order over the keys counts from the first key that any query of the same (batch, head) can see. So padding on either
-side changes no bit, nor does the number of queries: a block of keys that a query cannot see leaves its maximum, its sum
-and its accumulator as they are, bit for bit. The values of hidden keys must be finite: 0 * NaN is NaN, as in torch.
+The blocks count from the first key that any query of the same (batch, head) can see. So padding on either side changes no
+bit, nor does the number of queries: a block of keys that a query cannot see leaves its maximum, its sum and its accumulator
+as they are, bit for bit. It may as well be skipped, and blocks may be computed apart and merged later, by another kernel.
+The values of hidden keys must be finite: 0 * NaN is NaN, as in torch.
 
-References: online softmax, Milakov and Gimelshein, arXiv 1805.02867; its use in attention, Dao et al., arXiv 2205.14135;
-splits of the keys, Dao et al., "Flash-Decoding" (2023); pages, Kwon et al., arXiv 2309.06180.
+References: merging of softmaxes, Milakov and Gimelshein, arXiv 1805.02867; its use in attention, Dao et al., arXiv
+2205.14135; blocks apart, Dao et al., "Flash-Decoding" (2023); pages, Kwon et al., arXiv 2309.06180.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,23 +20,24 @@ from torch import Tensor
 from .launch import Launch, alignment, plan
 from .reference import accumulator_dtype
 from .rows import divide
-from .tiles import KV_SPLIT, accumulator, attention_tile, ceil_div, device_of, next_power_of_2, on_device
+from .tiles import accumulator, attention_tile, ceil_div, device_of, next_power_of_2, on_device
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST_SCORE = tl.constexpr(-(2.0**125))
-_FIRST_KEY_QUERIES = 16
-_FIRST_KEY_BLOCK = 256
-_MERGE_UNROLL = 16
+_RANGE_QUERIES = tl.constexpr(16)
+"""Queries that share one entry of what a mask lets them see."""
+_PROGRAMS_A_MULTIPROCESSOR = 2
+"""As many as find room at once. With fewer the keys are divided among more programs."""
+_MERGE_UNROLL = 64
+_MERGE_DIMS = 32
 
 
-@triton.jit(
-    do_not_specialize=["n_heads", "n_queries", "n_keys", "query_offset", "n_blocks"]
-    + ["stride_mb", "stride_mh", "stride_mq", "stride_mk"],
-    do_not_specialize_on_alignment=["mask_ptr", "first_ptr"],
-)
-def _first_key_kernel(
+@triton.jit(do_not_specialize=["n_heads", "n_queries", "query_offset", "n_blocks"])
+def _ranges_kernel(
     mask_ptr,
-    first_ptr,
+    copy_ptr,
+    intervals_ptr,
+    ranges_ptr,
     n_heads,
     n_queries,
     n_keys,
@@ -50,38 +53,51 @@ def _first_key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """first = the smallest key that any query of one block of queries can see; n_keys if there is none.
+    """What each query of one block can see, as the interval [begin, end) of keys, and for all of them together:
 
-    Integers only, so exact in any order. The search stops at the first block of keys that holds one.
+    ranges = [begin, end, whole begin, whole end, has holes]. No query sees a key outside of begin and end; between whole begin
+    and whole end, if that is anything, all see every key; has holes: one does not see all of its own interval. Integers only,
+    so exact in any order. A boolean mask is copied as int16 (see ``_Ranges``).
     """
     block = tl.program_id(0) % n_blocks
     head = tl.program_id(0) // n_blocks % n_heads
     batch = tl.program_id(0) // n_blocks // n_heads
     mask_ptr += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
     queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    end = n_keys
-    if CAUSAL:
-        end = tl.minimum(n_keys, tl.minimum(block * BLOCK_M + BLOCK_M, n_queries) + query_offset)
-    first = n_keys
-    start = tl.program_id(0) * 0
-    while start < end:
+    inside_q = queries < n_queries
+    copy_ptr += ((batch * n_heads + head).to(tl.int64) * n_queries + queries)[:, None] * n_keys
+    begin = tl.full([BLOCK_M], 0, tl.int32) + n_keys
+    end = tl.zeros([BLOCK_M], tl.int32)
+    hidden_again = begin
+    for start in range(0, n_keys, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        visible = (queries < n_queries)[:, None] & (keys < n_keys)[None, :]
+        inside = inside_q[:, None] & (keys < n_keys)[None, :]
         ptrs = mask_ptr + queries.to(tl.int64)[:, None] * stride_mq + keys.to(tl.int64)[None, :] * stride_mk
         if BOOL:
-            visible = visible & (tl.load(ptrs, mask=visible, other=0) != 0)
+            visible = tl.load(ptrs, mask=inside, other=0) != 0
+            tl.store(copy_ptr + keys[None, :], visible.to(tl.int16), mask=inside)
         else:
             # "not below or equal" keeps NaN visible.
-            visible = visible & ((tl.load(ptrs, mask=visible, other=0.0).to(tl.float64) <= lowest) == 0)
+            visible = inside & ((tl.load(ptrs, mask=inside, other=0.0).to(tl.float64) <= lowest) == 0)
         if CAUSAL:
             visible = visible & (keys[None, :] <= (queries + query_offset)[:, None])
-        first = tl.minimum(first, tl.min(tl.min(tl.where(visible, keys[None, :], n_keys), 1), 0))
-        start = tl.where(first < n_keys, end, start + BLOCK_N)
-    tl.store(first_ptr + tl.program_id(0), first)
+        begin = tl.minimum(begin, tl.min(tl.where(visible, keys[None, :], n_keys), 1))
+        end = tl.maximum(end, tl.max(tl.where(visible, keys[None, :] + 1, 0), 1))
+        hidden = inside & (visible == 0) & (keys[None, :] >= begin[:, None])
+        hidden_again = tl.minimum(hidden_again, tl.min(tl.where(hidden, keys[None, :], n_keys), 1))
+    intervals_ptr += ((batch * n_heads + head).to(tl.int64) * n_queries + queries) * 2
+    tl.store(intervals_ptr, begin, mask=inside_q)
+    tl.store(intervals_ptr + 1, end, mask=inside_q)
+    ranges_ptr += tl.program_id(0) * 5
+    tl.store(ranges_ptr, tl.min(begin, 0))
+    tl.store(ranges_ptr + 1, tl.max(end, 0))
+    tl.store(ranges_ptr + 2, tl.max(tl.where(inside_q, begin, 0), 0))
+    tl.store(ranges_ptr + 3, tl.min(hidden_again, 0))
+    tl.store(ranges_ptr + 4, tl.max((hidden_again < end).to(tl.int32), 0))
 
 
 @triton.jit
-def _attend(
+def _block(
     q,
     k_base,
     v_base,
@@ -90,6 +106,8 @@ def _attend(
     begin,
     queries,
     last_keys,
+    begin_keys,
+    end_keys,
     inside_q,
     Skv,
     page_size,
@@ -103,9 +121,6 @@ def _attend(
     stride_vn,
     stride_vd,
     stride_mk,
-    largest,
-    total,
-    acc,
     D: tl.constexpr,
     DV: tl.constexpr,
     KEYS: tl.constexpr,
@@ -113,14 +128,17 @@ def _attend(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SEES: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """One block of keys into a running softmax: (largest, total, acc) -> the same. WHOLE: every query sees every key of it."""
+    """The softmax of one block of keys: its maximum, sum and product with v.
+
+    SEES: "all" where every query sees every key of it, "interval" where begin_keys and end_keys tell what the mask lets a
+    query see, else "some".
+    """
     keys = begin + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
@@ -134,7 +152,7 @@ def _attend(
         offs_v = pages * stride_vp + within * stride_vn
     k_ptrs = k_base + offs_k[None, :] + dims.to(tl.int64)[:, None] * stride_kd
     v_ptrs = v_base + offs_v[:, None] + dims_v.to(tl.int64)[None, :] * stride_vd
-    if WHOLE and BLOCK_D == D:
+    if SEES == "all" and BLOCK_D == D:
         k = tl.load(k_ptrs)
     elif BLOCK_D == D:
         k = tl.load(k_ptrs, mask=inside_k[None, :], other=0.0)
@@ -143,9 +161,11 @@ def _attend(
     s = tl.dot(q, k, input_precision="ieee", out_dtype=ACC) * tl.full([], scale, ACC)
     if SOFT_CAP:
         s = _tanh(s / tl.full([], soft_cap, ACC), ACC) * tl.full([], soft_cap, ACC)
-    if not WHOLE:
+    if SEES != "all":
         visible = inside_q[:, None] & inside_k[None, :]
-        if MASK == "additive":
+        if SEES == "interval":
+            visible = visible & (keys[None, :] >= begin_keys[:, None]) & (keys[None, :] < end_keys[:, None])
+        elif MASK == "additive":
             offs_mask = keys.to(tl.int64)[None, :] * stride_mk
             added = tl.load(mask_ptrs[:, None] + offs_mask, mask=visible, other=0.0).to(ACC)
             if ACC == tl.float32:
@@ -161,12 +181,10 @@ def _attend(
             visible = visible & (keys[None, :] > last_keys[:, None] - window)
         s = tl.where(visible, s, -float("inf"))
 
-    new_largest = tl.maximum(largest, tl.max(s, 1))
-    # Before the first visible key both maxima are -inf, and their difference would be NaN.
-    centre = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-    p = _weights(s, centre[:, None], ACC)
-    r = _rescaling(largest, centre, ACC)
-    if WHOLE and BLOCK_DV == DV:
+    largest = tl.max(s, 1)
+    # Of a query that sees none of these keys the maximum is -inf, and -inf - -inf would be NaN.
+    p = _weights(s, tl.where(largest == -float("inf"), 0.0, largest)[:, None], ACC)
+    if SEES == "all" and BLOCK_DV == DV:
         v = tl.load(v_ptrs)
     elif BLOCK_DV == DV:
         v = tl.load(v_ptrs, mask=inside_k[:, None], other=0.0)
@@ -174,21 +192,27 @@ def _attend(
         v = tl.load(v_ptrs, mask=inside_k[:, None] & (dims_v < DV)[None, :], other=0.0)
     p = p.to(v.dtype)
     ones = tl.full([BLOCK_N, 16], 1.0, v.dtype)
-    total = tl.dot(p, ones, total * r[:, None], input_precision="ieee", out_dtype=ACC)
-    acc = tl.dot(p, v, acc * r[:, None], input_precision="ieee", out_dtype=ACC)
-    return new_largest, total, acc
+    total = tl.dot(p, ones, input_precision="ieee", out_dtype=ACC)
+    acc = tl.dot(p, v, input_precision="ieee", out_dtype=ACC)
+    return largest, total, acc
 
 
 @triton.jit
 def _merge(largest, total, acc, part_largest, part_total, part_acc, ACC: tl.constexpr):
-    """Two running softmaxes into one: both sums times exp(own maximum - the larger one), then added."""
+    """Two softmaxes into one: the sums times exp(own maximum - the larger one), the second product rounded, the first not."""
     new_largest = tl.maximum(largest, part_largest)
+    # Before the first visible key both maxima are -inf.
     centre = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-    r = _rescaling(largest, centre, ACC)
-    part_r = _rescaling(part_largest, centre, ACC)
-    total = total * r[:, None] + part_total * part_r[:, None]
-    acc = acc * r[:, None] + part_acc * part_r[:, None]
+    r = _rescaling(largest, centre, ACC)[:, None]
+    part_r = _rescaling(part_largest, centre, ACC)[:, None]
+    total = tl.fma(total, tl.broadcast_to(r, total.shape), part_total * part_r)
+    acc = tl.fma(acc, tl.broadcast_to(r, acc.shape), tl.broadcast_to(part_acc * part_r, acc.shape))
     return new_largest, total, acc
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit
@@ -224,34 +248,32 @@ def _store_result(
     heads,
     out_ptrs,
     lse_ptrs,
-    inside_q,
-    DV: tl.constexpr,
+    stored,
+    stored_lse,
     SINKS: tl.constexpr,
     ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
 ):
     """out = acc * (1 / total), lse = largest + log(total), with a head's sink as one more key whose value is 0."""
     if SINKS:
-        sink = tl.load(sinks_ptr + heads, mask=inside_q, other=0.0).to(ACC)
-        nothing = tl.zeros([ROWS, 1], ACC)
+        sink = tl.load(sinks_ptr + heads).to(ACC)
+        nothing = tl.zeros([sink.shape[0], 1], ACC)
         largest, total, acc = _merge(largest, total[:, None], acc, sink, nothing + 1.0, nothing, ACC)
-        total = tl.reshape(total, [ROWS])
+        total = tl.reshape(total, [sink.shape[0]])
     seen = total != 0.0
     divisor = tl.where(seen, total, 1.0)
-    out = acc * divide(tl.full([ROWS], 1.0, ACC), divisor, ACC)[:, None]
+    out = acc * divide(tl.full(divisor.shape, 1.0, ACC), divisor, ACC)[:, None]
     # A hidden block turns -0 (an underflow) into 0; here all of them are turned.
     out = tl.where(out == 0.0, 0.0, out)
-    dims_v = tl.arange(0, BLOCK_DV)
-    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=inside_q[:, None] & (dims_v < DV)[None, :])
-    tl.store(lse_ptrs, tl.where(seen, largest + tl.log(divisor), -float("inf")), mask=inside_q)
+    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=stored)
+    tl.store(lse_ptrs, tl.where(seen, largest + tl.log(divisor), -float("inf")), mask=stored_lse)
 
 
 @triton.jit(
     do_not_specialize=["n_blocks", "Sq", "Skv", "n_packs", "pack", "heads_per_key_head", "n_rows", "page_size", "window"]
-    + ["causal_offset", "stride_mb", "stride_mh", "stride_mq", "stride_mk", "stride_fb", "stride_fh", "n_firsts"]
-    + ["stride_lb", "stride_lh", "stride_pages"],
-    do_not_specialize_on_alignment=["mask_ptr", "first_ptr", "lse_ptr", "part_ptr", "part_stats_ptr"]
+    + ["causal_offset", "stride_mb", "stride_mh", "stride_mq", "stride_mk", "stride_ib", "stride_ih", "stride_iq"]
+    + ["stride_rb", "stride_rh", "n_ranges"]
+    + ["stride_lb", "stride_lh", "stride_pages", "n_parts", "parts_a_program"],
+    do_not_specialize_on_alignment=["mask_ptr", "intervals_ptr", "ranges_ptr", "lse_ptr", "part_ptr", "part_stats_ptr"]
     + ["q_starts_ptr", "k_starts_ptr", "pages_ptr", "sinks_ptr"],
 )
 def _attention_kernel(
@@ -259,7 +281,8 @@ def _attention_kernel(
     k_ptr,
     v_ptr,
     mask_ptr,
-    first_ptr,
+    intervals_ptr,
+    ranges_ptr,
     out_ptr,
     lse_ptr,
     part_ptr,
@@ -299,10 +322,15 @@ def _attention_kernel(
     stride_mh,
     stride_mq,
     stride_mk,
-    stride_fb,
-    stride_fh,
-    n_firsts,
+    stride_ib,
+    stride_ih,
+    stride_iq,
+    stride_rb,
+    stride_rh,
+    n_ranges,
     stride_pages,
+    n_parts,
+    parts_a_program,
     scale: tl.float64,
     soft_cap: tl.float64,
     D: tl.constexpr,
@@ -313,8 +341,7 @@ def _attention_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
-    SPLIT_GRID: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -323,19 +350,20 @@ def _attention_kernel(
 ):
     """out = softmax(scale * q @ k.T + mask) @ v for one block of queries of ``pack`` heads that share a key head.
 
-    The keys of a row are counted from its first visible one, in splits of SPLIT keys, and those in blocks of BLOCK_N.
-    A split is a running softmax of its own, over its blocks, ascending (``_attend``):
+    The keys of a row are counted from its first visible one, in blocks of BLOCK_N. Each has a softmax of its own (``_block``):
         s = scale * (q @ k.T), capped, + mask, the product over the head dim ascending; hidden keys are -inf
-        m' = max(m, max(s)); p = exp(s - m'), rounded to v's dtype; r = exp(m - m')
-        [total, acc] = [total, acc] * r + p @ [1, v], the product over the keys ascending
-    The splits are merged, ascending (``_merge``), and at the end out = acc * (1 / total), lse = m + log(total). A block or a
-    split with no visible key has m' = m, p = 0, r = 1 and changes nothing. So the order is a function of a key's distance
-    from the start of its row: neither the number of queries nor what is in front of or behind the row takes part.
+        m = max(s); p = exp(s - m), rounded to v's dtype; [t, a] = p @ [1, v], the product over the keys ascending
+    and they are merged, ascending (``_merge``):
+        M' = max(M, m); [T, A] = fma([T, A], exp(M - M'), [t, a] * exp(m - M')); M = M'
+    At the end out = A * (1 / T), lse = M + log(T). A block with no visible key has m = -inf, t = a = 0 and changes nothing. So
+    the order is a function of a key's distance from the start of its row: neither the number of queries nor what is in front
+    of or behind the row takes part.
 
-    With SPLIT_GRID a program computes one split, for ``_merge_splits_kernel`` to merge: the same sums in the same order.
+    With PARTS a program computes ``parts_a_program`` blocks, for ``_merge_parts_kernel`` to merge: the same sums in the same
+    order.
 
     An additive mask may hide keys by its dtype's lowest value instead of -inf, and such keys do count for a query that
-    sees no others. So with it the splits start at or before key 0, still in step with the first visible key.
+    sees no others. So with it the blocks start at or before key 0, still in step with the first visible key.
     """
     # With a causal mask the last blocks are the longest, so they go first.
     block = n_blocks - 1 - tl.program_id(0) % n_blocks
@@ -381,33 +409,63 @@ def _attention_kernel(
 
     first = tl.minimum(Skv, 0)
     if MASK != "none":
-        first_ptr += batch * stride_fb + (pack_index * pack).to(tl.int64) * stride_fh
+        ranges_ptr += batch * stride_rb + (pack_index * pack).to(tl.int64) * stride_rh
         first = Skv
-        for i in range(0, n_firsts, 128):
+        for i in range(0, n_ranges, 128):
             offs = i + tl.arange(0, 128)
-            first = tl.minimum(first, tl.min(tl.load(first_ptr + offs, mask=offs < n_firsts, other=Skv), 0))
+            first = tl.minimum(first, tl.min(tl.load(ranges_ptr + offs * 5, mask=offs < n_ranges, other=Skv), 0))
         if MASK == "additive":
-            first = first - tl.cdiv(first, SPLIT) * SPLIT
+            first = first - tl.cdiv(first, BLOCK_N) * BLOCK_N
+    # The blocks from start to end: whole ones, those that intervals describe, and those for which the mask is read.
     start = first
     end = Skv
     whole_end = Skv
+    has_holes = True
+    begin_keys = queries
+    end_keys = queries
+    first_query = block * BLOCK_M // pack
+    last_query = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // pack, Sq - 1)
     if CAUSAL:
-        # Blocks behind the last query of this block are hidden from all of it.
-        last_query = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // pack, Sq - 1)
-        end = tl.minimum(Skv, last_query + causal_offset + 1)
-        whole_end = tl.minimum(Skv, block * BLOCK_M // pack + causal_offset + 1)
+        end = tl.minimum(end, last_query + causal_offset + 1)
+        whole_end = tl.minimum(whole_end, first_query + causal_offset + 1)
     if WINDOW:
-        lowest = block * BLOCK_M // pack + causal_offset - window + 1
-        start += tl.maximum(lowest - start, 0) // BLOCK_N * BLOCK_N
-    if SPLIT_GRID:
-        split = tl.program_id(1)
-        start = tl.maximum(start, first + split * SPLIT)
-        end = tl.minimum(end, first + split * SPLIT + SPLIT)
-        whole_end = tl.minimum(whole_end, end)
-    if MASK != "none" or WINDOW:
+        start += tl.maximum(first_query + causal_offset - window + 1 - start, 0) // BLOCK_N * BLOCK_N
+    if MASK == "bool":
+        offs = tl.minimum(first_query // _RANGE_QUERIES, n_ranges - 1) + tl.arange(0, 2 * BLOCK_M // _RANGE_QUERIES)
+        mine = offs <= tl.minimum(last_query // _RANGE_QUERIES, n_ranges - 1)
+        range_ptrs = ranges_ptr + offs * 5
+        start += tl.maximum(tl.min(tl.load(range_ptrs, mask=mine, other=Skv), 0) - start, 0) // BLOCK_N * BLOCK_N
+        end = tl.minimum(end, tl.max(tl.load(range_ptrs + 1, mask=mine, other=0), 0))
+        whole_begin = tl.max(tl.load(range_ptrs + 2, mask=mine, other=0), 0)
+        whole_end = tl.minimum(whole_end, tl.min(tl.load(range_ptrs + 3, mask=mine, other=Skv), 0))
+        whole_end = tl.where(whole_begin <= start, whole_end, start)
+        has_holes = tl.max(tl.load(range_ptrs + 4, mask=mine, other=0), 0) != 0
+        interval_ptrs = intervals_ptr + batch * stride_ib + heads * stride_ih + queries.to(tl.int64) * stride_iq
+        begin_keys = tl.load(interval_ptrs, mask=inside_q, other=Skv)
+        end_keys = tl.load(interval_ptrs + 1, mask=inside_q, other=0)
+    if MASK == "additive" or WINDOW:
         whole_end = start
-    else:
-        whole_end = start + tl.maximum(whole_end - start, 0) // BLOCK_N * BLOCK_N
+
+    out_rows = heads * stride_lh + queries
+    if KEYS == "dense":
+        out_rows += batch * stride_lb
+    if PARTS:
+        part_begin = tl.program_id(1) * parts_a_program
+        part_end = tl.minimum(part_begin + parts_a_program, n_parts)
+        for part in range(part_begin, part_end):
+            # What nobody computes is merged as nothing.
+            begin = first + part * BLOCK_N
+            if (begin < start) | (begin >= end):
+                stats_ptrs = part_stats_ptr + (out_rows + tl.cast(part, tl.int64) * n_rows) * 2
+                tl.store(stats_ptrs, tl.full([BLOCK_M], -float("inf"), ACC), mask=inside_q)
+                tl.store(stats_ptrs + 1, tl.zeros([BLOCK_M], ACC), mask=inside_q)
+        start = tl.maximum(start, first + part_begin * BLOCK_N)
+        end = tl.minimum(end, first + part_end * BLOCK_N)
+        whole_end = tl.minimum(whole_end, end)
+    whole_end = start + tl.maximum(whole_end - start, 0) // BLOCK_N * BLOCK_N
+    interval_end = whole_end
+    if MASK == "bool":
+        interval_end = tl.where(has_holes, whole_end, tl.maximum(whole_end, end))
 
     q_ptrs = q_ptr + heads[:, None] * stride_qh + queries.to(tl.int64)[:, None] * stride_qm
     q_ptrs += dims.to(tl.int64)[None, :] * stride_qd
@@ -419,144 +477,90 @@ def _attention_kernel(
     largest = tl.full([BLOCK_M], -float("inf"), ACC)
     total = tl.zeros([BLOCK_M, 16], ACC)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-    part_largest = tl.full([BLOCK_M], -float("inf"), ACC)
-    part_total = tl.zeros([BLOCK_M, 16], ACC)
-    part_acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-    for begin in range(start, whole_end, BLOCK_N):
-        part_largest, part_total, part_acc = _attend(
-            q,
-            k_ptr,
-            v_ptr,
-            mask_ptrs,
-            pages_ptr,
-            begin,
-            queries,
-            last_keys,
-            inside_q,
-            Skv,
-            page_size,
-            window,
-            scale,
-            soft_cap,
-            stride_kb,
-            stride_kn,
-            stride_kd,
-            stride_vb,
-            stride_vn,
-            stride_vd,
-            stride_mk,
-            part_largest,
-            part_total,
-            part_acc,
-            D,
-            DV,
-            KEYS,
-            MASK,
-            CAUSAL,
-            WINDOW,
-            SOFT_CAP,
-            True,
-            ACC,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_DV,
-        )
-        if not SPLIT_GRID:
-            if (begin - first + BLOCK_N) % SPLIT == 0:
+    for SEES in tl.static_range(3):
+        if SEES == 0:
+            phase_begin, phase_end = start, whole_end
+        elif SEES == 1:
+            phase_begin, phase_end = whole_end, interval_end
+        else:
+            phase_begin, phase_end = interval_end, end
+        for begin in range(phase_begin, phase_end, BLOCK_N):
+            part_largest, part_total, part_acc = _block(
+                q,
+                k_ptr,
+                v_ptr,
+                mask_ptrs,
+                pages_ptr,
+                begin,
+                queries,
+                last_keys,
+                begin_keys,
+                end_keys,
+                inside_q,
+                Skv,
+                page_size,
+                window,
+                scale,
+                soft_cap,
+                stride_kb,
+                stride_kn,
+                stride_kd,
+                stride_vb,
+                stride_vn,
+                stride_vd,
+                stride_mk,
+                D,
+                DV,
+                KEYS,
+                MASK,
+                CAUSAL,
+                WINDOW,
+                SOFT_CAP,
+                "all" if SEES == 0 else "interval" if SEES == 1 else "some",
+                ACC,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+            )
+            if PARTS:
+                part_rows = out_rows + tl.cast((begin - first) // BLOCK_N, tl.int64) * n_rows
+                part_ptrs = part_ptr + part_rows[:, None] * DV + dims_v.to(tl.int64)[None, :]
+                tl.store(part_ptrs, part_acc, mask=inside_q[:, None] & (dims_v < DV)[None, :])
+                tl.store(part_stats_ptr + part_rows * 2, part_largest, mask=inside_q)
+                # Sixteen equal columns.
+                tl.store(part_stats_ptr + part_rows * 2 + 1, tl.max(part_total, 1), mask=inside_q)
+            else:
                 largest, total, acc = _merge(largest, total, acc, part_largest, part_total, part_acc, ACC)
-                part_largest = tl.full([BLOCK_M], -float("inf"), ACC)
-                part_total = tl.zeros([BLOCK_M, 16], ACC)
-                part_acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-    for begin in range(whole_end, end, BLOCK_N):
-        part_largest, part_total, part_acc = _attend(
-            q,
-            k_ptr,
-            v_ptr,
-            mask_ptrs,
-            pages_ptr,
-            begin,
-            queries,
-            last_keys,
-            inside_q,
-            Skv,
-            page_size,
-            window,
-            scale,
-            soft_cap,
-            stride_kb,
-            stride_kn,
-            stride_kd,
-            stride_vb,
-            stride_vn,
-            stride_vd,
-            stride_mk,
-            part_largest,
-            part_total,
-            part_acc,
-            D,
-            DV,
-            KEYS,
-            MASK,
-            CAUSAL,
-            WINDOW,
-            SOFT_CAP,
-            False,
-            ACC,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_DV,
-        )
-        if not SPLIT_GRID:
-            if (begin - first + BLOCK_N) % SPLIT == 0:
-                largest, total, acc = _merge(largest, total, acc, part_largest, part_total, part_acc, ACC)
-                part_largest = tl.full([BLOCK_M], -float("inf"), ACC)
-                part_total = tl.zeros([BLOCK_M, 16], ACC)
-                part_acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
 
-    out_rows = heads * stride_lh + queries
-    if KEYS == "dense":
-        out_rows += batch * stride_lb
-    if SPLIT_GRID:
-        out_rows += split.to(tl.int64) * n_rows
-        part_ptrs = part_ptr + out_rows[:, None] * DV + dims_v.to(tl.int64)[None, :]
-        tl.store(part_ptrs, part_acc, mask=inside_q[:, None] & (dims_v < DV)[None, :])
-        tl.store(part_stats_ptr + out_rows * 2, part_largest, mask=inside_q)
-        tl.store(part_stats_ptr + out_rows * 2 + 1, tl.max(part_total, 1), mask=inside_q)
-    else:
-        largest, total, acc = _merge(largest, total, acc, part_largest, part_total, part_acc, ACC)
+    if not PARTS:
         out_ptrs = out_ptr + heads[:, None] * stride_oh + queries.to(tl.int64)[:, None] * stride_om
-        out_ptrs += dims_v.to(tl.int64)[None, :]
         _store_result(
             largest,
-            tl.max(total, 1),  # sixteen equal columns
+            tl.max(total, 1),
             acc,
             sinks_ptr,
             heads,
-            out_ptrs,
+            out_ptrs + dims_v.to(tl.int64)[None, :],
             lse_ptr + out_rows,
+            inside_q[:, None] & (dims_v < DV)[None, :],
             inside_q,
-            DV,
             SINKS,
             ACC,
-            BLOCK_M,
-            BLOCK_DV,
         )
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "n_splits", "n_heads", "stride_lh", "stride_ob", "stride_oh", "stride_om"],
+    do_not_specialize=["n_rows", "n_parts", "n_heads", "stride_lh", "stride_ob", "stride_oh", "stride_om"],
     do_not_specialize_on_alignment=["part_ptr", "part_stats_ptr", "sinks_ptr", "out_ptr", "lse_ptr"],
 )
-def _merge_splits_kernel(
+def _merge_parts_kernel(
     part_ptr,
     part_stats_ptr,
     sinks_ptr,
     out_ptr,
     lse_ptr,
     n_rows,
-    n_splits,
+    n_parts,
     n_heads,
     stride_lh,
     stride_ob,
@@ -565,45 +569,63 @@ def _merge_splits_kernel(
     DV: tl.constexpr,
     SINKS: tl.constexpr,
     ACC: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """The splits of ``_attention_kernel`` merged, ascending, for ROWS rows. Splits behind the last one change nothing."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n_rows
-    dims_v = tl.arange(0, BLOCK_DV)
-    largest = tl.full([ROWS], -float("inf"), ACC)
-    total = tl.zeros([ROWS, 1], ACC)
-    acc = tl.zeros([ROWS, BLOCK_DV], ACC)
-    for start in range(0, n_splits, UNROLL):
-        # Unrolled, so that the loads of several splits are under way at once.
+    """The parts of ``_attention_kernel`` merged as ``_merge`` does, ascending, for one row and BLOCK_DV of its dims.
+
+    The factors of UNROLL parts are computed side by side, as they need the running maxima alone, which are exact in any
+    order; the sums then one after the other. An empty part has a maximum of -inf, has stored no product, and changes nothing.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    dims_v = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    inside = dims_v < DV
+    part_ptr += row * DV
+    part_stats_ptr += row * 2
+    largest = tl.full([1], -float("inf"), ACC)
+    total = tl.zeros([1], ACC)
+    acc = tl.zeros([1, BLOCK_DV], ACC)
+    for start in range(0, n_parts, UNROLL):
+        parts = start + tl.arange(0, UNROLL)
+        stats_ptrs = part_stats_ptr + parts.to(tl.int64) * n_rows * 2
+        part_largest = tl.load(stats_ptrs, mask=parts < n_parts, other=-float("inf"))
+        part_total = tl.load(stats_ptrs + 1, mask=parts < n_parts, other=0.0)
+        before = tl.load(stats_ptrs - n_rows * 2, mask=(parts > start) & (parts <= n_parts), other=-float("inf"))
+        # All loads before the first sum, so that they are under way at once: the compiler does not bring them forward.
+        part_accs = ()
         for i in tl.static_range(UNROLL):
-            splits = tl.full([ROWS], i, tl.int64) + start
-            part_rows = splits * n_rows + rows
-            there = inside & (splits < n_splits)
-            part_largest = tl.load(part_stats_ptr + part_rows * 2, mask=there, other=-float("inf"))
-            part_total = tl.load(part_stats_ptr + part_rows * 2 + 1, mask=there, other=0.0)
-            part_ptrs = part_ptr + part_rows[:, None] * DV + dims_v.to(tl.int64)[None, :]
-            part_acc = tl.load(part_ptrs, mask=there[:, None] & (dims_v < DV)[None, :], other=0.0)
-            largest, total, acc = _merge(largest, total, acc, part_largest, part_total[:, None], part_acc, ACC)
-    batch = rows // (n_heads * stride_lh)
-    heads = rows // stride_lh % n_heads
-    out_ptrs = out_ptr + (batch * stride_ob + heads * stride_oh + rows % stride_lh * stride_om)[:, None]
+            offs = (tl.zeros([1], tl.int64) + (start + i)) * n_rows * DV
+            there = (offs[:, None] < n_parts * n_rows.to(tl.int64) * DV) & inside[None, :]
+            part_accs = part_accs + (tl.load(part_ptr + offs[:, None] + dims_v[None, :], mask=there, other=0.0),)
+        before = tl.maximum(tl.associative_scan(before, 0, _max), largest)
+        after = tl.maximum(before, part_largest)
+        centre = tl.where(after == -float("inf"), 0.0, after)
+        r = _rescaling(before, centre, ACC)
+        part_r = _rescaling(part_largest, centre, ACC)
+        part_total = part_total * part_r
+        largest = tl.maximum(largest, tl.max(part_largest, 0))
+        for i in tl.static_range(UNROLL):
+            index = tl.full([1], i, tl.int32)
+            r_i = tl.gather(r, index, 0)
+            part_r_i = tl.gather(part_r, index, 0)[:, None]
+            total = tl.fma(total, r_i, tl.gather(part_total, index, 0))
+            part_acc = tl.where(part_r_i == 0.0, 0.0, part_accs[i])
+            acc = tl.fma(acc, tl.broadcast_to(r_i[:, None], acc.shape), part_acc * part_r_i)
+    batch = row // (n_heads * stride_lh)
+    head = row // stride_lh % n_heads
+    out_ptr += batch * stride_ob + head * stride_oh + row % stride_lh * stride_om
     _store_result(
         largest,
-        tl.reshape(total, [ROWS]),
+        total,
         acc,
         sinks_ptr,
-        heads,
-        out_ptrs + dims_v.to(tl.int64)[None, :],
-        lse_ptr + rows,
-        inside,
-        DV,
+        head + tl.zeros([1], tl.int64),
+        out_ptr + dims_v.to(tl.int64)[None, :],
+        lse_ptr + row + tl.zeros([1], tl.int64),
+        inside[None, :],
+        tl.zeros([1], tl.int32) == tl.program_id(1),
         SINKS,
         ACC,
-        ROWS,
-        BLOCK_DV,
     )
 
 
@@ -641,13 +663,9 @@ def attention(
     lse = torch.empty((B, H, Sq), dtype=accumulator_dtype(q.dtype), device=q.device)
     if lse.numel() == 0:
         return out, lse
+    options = _Options("dense", B, Sq, k.shape[2], is_causal, scale, causal_offset, window, soft_cap)
     with on_device(q):
-        firsts = None
-        if mask is not None:
-            firsts = _first_keys(mask, is_causal, causal_offset)
-            mask = _loadable(mask)
-        options = _Options("dense", B, Sq, k.shape[2], is_causal, scale, causal_offset, window, soft_cap)
-        _run(options, q, k, v, out, lse, mask=mask, firsts=firsts, sinks=sinks)
+        _run(options, q, k, v, out, lse, mask=mask, sinks=sinks)
     return out, lse
 
 
@@ -689,7 +707,6 @@ def _run(
     lse: Tensor,
     *,
     mask: Tensor | None = None,
-    firsts: Tensor | None = None,
     sinks: Tensor | None = None,
     q_starts: Tensor | None = None,
     k_starts: Tensor | None = None,
@@ -697,151 +714,154 @@ def _run(
 ) -> None:
     kernel = _plan(
         options,
-        q.shape,
-        q.stride(),
-        k.shape,
-        k.stride(),
-        v.shape,
-        v.stride(),
-        tuple(_layout(x) for x in (mask, firsts, sinks, q_starts, k_starts, pages)),
-        alignment(q, k, v),
+        (q.shape, k.shape, v.shape),
+        (q.stride(), k.stride(), v.stride()),
+        None if mask is None else (mask.dtype, mask.shape, mask.stride()),
+        None if pages is None else pages.stride(0),
+        tuple(None if x is None else x.dtype for x in (sinks, q_starts, k_starts, pages)),
+        alignment(q, k, v, k if mask is None else mask),
         q.dtype,
         q.device,
     )
-    # What is absent is not read; lse stands in its place.
-    optional = tuple(lse if x is None else x for x in (mask, firsts, q_starts, k_starts, pages, sinks))
-    kernel(q, k, v, out, lse, *optional)
-
-
-def _layout(x: Tensor | None) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...]] | None:
-    return None if x is None else (x.dtype, x.shape, x.stride())
+    kernel(q, k, v, out, lse, mask, sinks, q_starts, k_starts, pages)
 
 
 @plan
-def _plan(options, shape_q, strides_q, shape_k, strides_k, shape_v, strides_v, optional, aligned, dtype, device):
-    """How attention over tensors like these is computed. optional: ``_layout`` of what ``_run`` may get."""
-    mask, firsts, sinks, _, _, pages = optional
+def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, device):
+    """How attention over tensors like these is computed. mask: its dtype, shape and strides; dtypes: of what else there is."""
+    shape_q, shape_k, shape_v = shapes
+    strides_q, strides_k, strides_v = strides
     H, D, DV = shape_q[-3 if options.keys == "dense" else -2], shape_q[-1], shape_v[-1]
     group = H // shape_k[1 if options.keys == "dense" else -2]
     if options.keys == "dense":
         T = H * options.Sq
         strides = (*strides_q, *strides_k, *strides_v, T * DV, options.Sq * DV, DV, T, options.Sq)
-        n_queries = options.n_rows * T
+        n_rows = options.n_rows * T
     else:
         T = shape_q[0]
         page_k, page_v = (strides_k[0], strides_v[0]) if options.keys == "paged" else (0, 0)
         strides = (0, strides_q[1], strides_q[0], strides_q[2], page_k, strides_k[-2], strides_k[-3], strides_k[-1])
         strides += (page_v, strides_v[-2], strides_v[-3], strides_v[-1], 0, DV, H * DV, 0, T)
-        n_queries = H * T
-    kind = "none" if mask is None else "additive" if mask[0].is_floating_point else "bool"
+        n_rows = H * T
+    ranges = None if mask is None else _Ranges(*mask, options)
+    kind = "none" if ranges is None else "bool" if ranges.is_bool else "additive"
     # Heads that share keys go through one tile, so that few queries still fill it; unless each has a mask of its own.
-    pack = group if mask is None or mask[2][1] == 0 else 1
+    pack = group if ranges is None or ranges.stride_h == 0 else 1
     tile = attention_tile(dtype, max(D, DV), options.Sq * pack, device)
     n_blocks = ceil_div(options.Sq * pack, tile.block_m)
     programs = n_blocks * (H // pack) * options.n_rows
-    n_splits = ceil_div(options.Skv, KV_SPLIT) + (kind == "additive")
-    if n_splits == 1 or n_blocks > 1 or programs >= 2 * device_of(device).multiprocessors:
-        n_splits = 0
+    n_parts = ceil_div(options.Skv, tile.block_n) + (kind == "additive")
+    room = _PROGRAMS_A_MULTIPROCESSOR * device_of(device).multiprocessors
+    if n_parts == 1 or n_blocks > 1 or programs >= room:
+        n_parts = 0
+    parts_a_program = ceil_div(programs * n_parts, room) if n_parts else 1
+    if n_parts and parts_a_program == 1:
+        tile = tile._replace(num_stages=1)  # one block a program: nothing to load ahead, and room for more programs
     constants = (D, DV, options.keys, kind, options.is_causal, options.window is not None, options.soft_cap is not None)
-    constants += (sinks is not None, n_splits > 0, KV_SPLIT, accumulator(dtype), tile.block_m, tile.block_n)
+    constants += (dtypes[0] is not None, n_parts > 0, accumulator(dtype), tile.block_m, tile.block_n)
     constants += (max(16, next_power_of_2(D)), max(16, next_power_of_2(DV)))
-    first_strides = (0, 0, 0) if firsts is None else (_step(*firsts[1:], 0), _step(*firsts[1:], 1), firsts[1][2])
-    return _Attention(
-        n_queries,
-        H,
-        n_splits,
-        (
-            *(n_blocks, options.Sq, options.Skv, H // pack, pack, group, n_queries),
-            *(options.page_size, options.window or 0, options.causal_offset),
-            *strides,
-            *((0, 0, 0, 0) if mask is None else mask[2]),
-            *first_strides,
-            0 if pages is None else pages[2][0],
-            float(options.scale),
-            options.soft_cap or 0.0,
-        ),
-        constants,
-        strides,
-        Launch(
-            _attention_kernel,
-            (programs, max(n_splits, 1), 1),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
-        ),
+    numbers = (
+        *(n_blocks, options.Sq, options.Skv, H // pack, pack, group, n_rows),
+        *(options.page_size, options.window or 0, options.causal_offset),
+        *strides,
+        *((0,) * 10 if ranges is None else ranges.strides),
+        stride_pages or 0,
+        n_parts,
+        parts_a_program,
+        float(options.scale),
+        options.soft_cap or 0.0,
     )
+    grid = (programs, max(1, ceil_div(n_parts, parts_a_program)), 1)
+    launch = Launch(_attention_kernel, grid, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False)
+    merge = None
+    if n_parts:
+        merge = _Merge(n_parts, n_rows, H, DV, strides, dtypes[0] is not None, accumulator(dtype))
+    return _Attention(ranges, launch, numbers + constants, merge)
 
 
 class _Attention:
-    """``_attention_kernel`` for tensors of given sizes, and ``_merge_splits_kernel`` behind it where there are splits."""
+    """``_attention_kernel`` for tensors of given sizes, with the kernels in front of it and behind it where it needs them."""
+
+    def __init__(self, ranges: "_Ranges | None", launch: Launch, arguments: tuple, merge: "_Merge | None") -> None:
+        self._ranges, self._launch, self._arguments, self._merge = ranges, launch, arguments, merge
+
+    def __call__(self, q, k, v, out, lse, mask, sinks, q_starts, k_starts, pages) -> None:
+        intervals = ranges = parts = stats = None
+        if self._ranges is not None:
+            mask, intervals, ranges = self._ranges(mask)
+        if self._merge is not None:
+            parts, stats = self._merge.room(lse)
+        # What is absent is not read; lse stands in its place.
+        pointers = (q, k, v, mask, intervals, ranges, out, lse, parts, stats, q_starts, k_starts, pages, sinks)
+        self._launch(*(lse if x is None else x for x in pointers), *self._arguments)
+        if self._merge is not None:
+            self._merge(parts, stats, lse if sinks is None else sinks, out, lse)
+
+
+class _Ranges:
+    """``_ranges_kernel`` for one layout of masks. Dims along which a mask is expanded are looked at once."""
 
     def __init__(
-        self, n_queries: int, n_heads: int, n_splits: int, numbers: tuple, constants: tuple, strides: tuple, launch: Launch
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        options: _Options,
     ) -> None:
-        self._n_queries, self._n_splits, self._launch = n_queries, n_splits, launch
-        self._numbers, self._constants = numbers, constants
-        if n_splits:
-            _, DV, *_, block_dv = constants
-            has_sinks, acc = constants[7], constants[10]
-            self._DV, rows = DV, 1
-            self._merge_numbers = (n_queries, n_splits, n_heads, strides[-1], *strides[-5:-2])
-            self._merge_constants = (DV, has_sinks, acc, rows, block_dv, _MERGE_UNROLL)
-            grid = (ceil_div(n_queries, rows), 1, 1)
-            self._merge = Launch(_merge_splits_kernel, grid, num_warps=1, enable_fp_fusion=False)
+        self.is_bool = dtype == torch.bool
+        B, H, n_queries = (1 if stride == 0 else size for size, stride in zip(shape[:3], strides[:3], strict=True))
+        n_keys = shape[3]
+        n_blocks = ceil_div(n_queries, _RANGE_QUERIES.value)
+        self._copy, self._intervals, self._ranges = (B, H, n_queries, n_keys), (B, H, n_queries, 2), (B, H, n_blocks, 5)
+        # Queries that share a line of the mask see as much as the last of them, from whom causality hides least.
+        query_offset = options.causal_offset + (shape[2] - 1 if n_queries == 1 else 0)
+        lowest = 0.0 if self.is_bool else torch.finfo(dtype).min
+        block = (_RANGE_QUERIES.value, 256) if n_queries > 1 else (1, 4096)
+        numbers = (H, n_queries, n_keys, query_offset, n_blocks, *strides, lowest)
+        self._arguments = (*numbers, self.is_bool, options.is_causal, *block)
+        self._launch = Launch(_ranges_kernel, (B * H * n_blocks, 1, 1), num_warps=4, enable_fp_fusion=False)
+        strides = _strides_of(self._copy) if self.is_bool else strides
+        strides = [0 if size == 1 else stride for size, stride in zip(self._copy, strides, strict=True)]
+        intervals, ranges = (_strides_of(shape) for shape in (self._intervals, self._ranges))
+        self.stride_h = strides[1]
+        self.strides = (*strides, *intervals[:3], *ranges[:2], n_blocks)
 
-    def __call__(self, q, k, v, out, lse, mask, firsts, q_starts, k_starts, pages, sinks) -> None:
-        parts = stats = lse
-        if self._n_splits:
-            parts = lse.new_empty((self._n_splits, self._n_queries, self._DV))
-            stats = lse.new_empty((self._n_splits, self._n_queries, 2))
-        pointers = (q, k, v, mask, firsts, out, lse, parts, stats, q_starts, k_starts, pages, sinks)
-        self._launch(*pointers, *self._numbers, *self._constants)
-        if self._n_splits:
-            self._merge(parts, stats, sinks, out, lse, *self._merge_numbers, *self._merge_constants)
+    def __call__(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mask as the kernel loads it, the intervals and the ranges.
 
-
-def _first_keys(mask: Tensor, is_causal: bool, causal_offset: int) -> Tensor:
-    """For each batch, head and block of queries, the first key one of them can see: int32 [B or 1, H or 1, blocks].
-
-    Dims along which the mask is expanded are looked at once; for queries at the last, as causality hides least from it.
-    """
-    last_query = mask.shape[2] - 1
-    B, H, n_queries = (1 if mask.stride(dim) == 0 else mask.shape[dim] for dim in range(3))
-    n_blocks = ceil_div(n_queries, _FIRST_KEY_QUERIES)
-    is_bool = mask.dtype == torch.bool
-    firsts = torch.empty((B, H, n_blocks), dtype=torch.int32, device=mask.device)
-    _first_key_kernel[(firsts.numel(),)](
-        mask,
-        firsts,
-        H,
-        n_queries,
-        mask.shape[3],
-        causal_offset + (last_query if n_queries == 1 else 0),
-        n_blocks,
-        *mask.stride(),
-        0.0 if is_bool else torch.finfo(mask.dtype).min,
-        BOOL=is_bool,
-        CAUSAL=bool(is_causal),
-        BLOCK_M=_FIRST_KEY_QUERIES,
-        BLOCK_N=_FIRST_KEY_BLOCK,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
-    return firsts
+        Not as bytes: Triton (3.6 to 3.9) gives the second product an order of k that follows the narrowest load in front of
+        it, so a kernel that loads bytes would sum in another order than one without a mask.
+        """
+        copy = torch.empty(self._copy, dtype=torch.int16, device=mask.device) if self.is_bool else mask
+        intervals, ranges = (
+            torch.empty(shape, dtype=torch.int32, device=mask.device) for shape in (self._intervals, self._ranges)
+        )
+        self._launch(mask, copy, intervals, ranges, *self._arguments)
+        return copy, intervals, ranges
 
 
-def _loadable(mask: Tensor) -> Tensor:
-    """A boolean mask as int16; dims along which it is expanded stay so.
-
-    Not as bytes: Triton (3.6 to 3.9) gives the second product an order of k that follows the narrowest load in front of it,
-    so a kernel that loads bytes would sum in another order than one without a mask.
-    """
-    if mask.dtype != torch.bool:
-        return mask
-    once = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
-    return once.to(torch.int16).expand(mask.shape)
+def _strides_of(shape: tuple[int, ...]) -> list[int]:
+    """Of a contiguous tensor, and 0 where there is but one."""
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
 
 
-def _step(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> int:
-    """The stride to walk a dim that may have been looked at once for all."""
-    return 0 if shape[dim] == 1 else strides[dim]
+class _Merge:
+    """``_merge_parts_kernel`` for results of given sizes."""
+
+    def __init__(
+        self, n_parts: int, n_rows: int, n_heads: int, DV: int, strides: tuple[int, ...], has_sinks: bool, acc: tl.dtype
+    ) -> None:
+        self._parts, self._stats = (n_parts, n_rows, DV), (n_parts, n_rows, 2)
+        dims = min(_MERGE_DIMS, max(16, next_power_of_2(DV)))
+        numbers = (n_rows, n_parts, n_heads, strides[-1], *strides[-5:-2])
+        self._arguments = (*numbers, DV, has_sinks, acc, dims, min(_MERGE_UNROLL, next_power_of_2(n_parts)))
+        grid = (n_rows, ceil_div(DV, dims), 1)
+        self._launch = Launch(_merge_parts_kernel, grid, num_warps=1, enable_fp_fusion=False)
+
+    def room(self, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the parts' products and their maxima and sums are put."""
+        return lse.new_empty(self._parts), lse.new_empty(self._stats)
+
+    def __call__(self, parts: Tensor, stats: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> None:
+        self._launch(parts, stats, sinks, out, lse, *self._arguments)

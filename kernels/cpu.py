@@ -75,6 +75,8 @@ KINDS = {
 
 def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """One chain ``acc = fma(a[m, k], b[k, n], acc)``, k ascending; ``alpha * acc + beta * bias``; rounded once."""
+    if a.dim() == 2:
+        return gemm(a[None], b[None], None if bias is None else bias[None], alpha, beta)[0]
     out = torch.empty((a.shape[0], a.shape[1], b.shape[2]), dtype=a.dtype)
     _call("gemm", _arg(a), _arg(b), _arg(bias), alpha, beta, _arg(out))
     return out
@@ -100,6 +102,12 @@ def row_mean(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape[0], dtype=out_dtype)
     _call("row_mean", _arg(x), _arg(out))
     return out
+
+
+def row_mean_of_squares(x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``row_mean`` of the squares."""
+    wide = x.to(out_dtype)
+    return row_mean(wide * wide, out_dtype)
 
 
 def row_norm(x: Tensor, p: float, out_dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 from .attention import attention, packed_attention
 from .matmul import gemm, grouped_gemm
 from .norm import row_layer_norm, row_rms_norm
-from .reduce import row_cumsum, row_logsumexp, row_mean, row_norm, row_sum, row_var_mean
+from .reduce import row_cumsum, row_logsumexp, row_mean, row_mean_of_squares, row_norm, row_sum, row_var_mean
 from .scatter import index_add
 from .softmax import row_logprobs, row_softmax
 
@@ -18,6 +18,7 @@ __all__ = [
     "row_logprobs",
     "row_logsumexp",
     "row_mean",
+    "row_mean_of_squares",
     "row_norm",
     "row_rms_norm",
     "row_softmax",

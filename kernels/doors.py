@@ -8,12 +8,20 @@ from typing import Any
 
 import torch
 from pytest_batchinv.kernels import table
-from pytest_batchinv.kernels.aten import attention
+from pytest_batchinv.kernels.aten import attention, norms, reductions
 from pytest_batchinv.kernels.aten.common import Refused
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 Implementation = Callable[..., Any]
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+_KEYS, _KEY_SET = torch._C.DispatchKey, torch._C.DispatchKeySet
+_DEVICE_ALONE = frozenset(
+    keyset.raw_repr()
+    for device, autograd in ((_KEYS.CPU, _KEYS.AutogradCPU), (_KEYS.CUDA, _KEYS.AutogradCUDA))
+    for keyset in (_KEY_SET(device), _KEY_SET(device) | _KEY_SET(autograd))
+)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _hits: dict[str, int] = {}
@@ -93,13 +101,19 @@ def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
 
     Raises Refused for complex numbers.
     """
-    first = next((a for a in args if isinstance(a, torch.Tensor)), None)
-    dtype = kwargs.get("dtype") or (first.dtype if first is not None else None)
+    dtype = kwargs.get("dtype") or _first_dtype(args)
     if dtype is None or dtype in _FLOATS:
         return False
     if dtype.is_complex or dtype.is_floating_point:
         raise Refused(f"batch-invariant mode has no kernel for {overload.name()} in {dtype}.")
     return True
+
+
+def _first_dtype(args: tuple) -> torch.dtype | None:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.dtype
+    return None
 
 
 def refusal(overload: OpOverload, reason: str) -> Implementation:
@@ -117,7 +131,9 @@ def operators() -> dict[OpOverload, OpOverload]:
     """
     library = torch.library.Library("batchinv", "FRAGMENT")
     _keep_alive.append(library)
-    _define_attention(library)
+    attend = _define_own(library, attention.ATTENTION_SCHEMA, attention.attention, attention.attention_fake)
+    _differentiate(library, "attention", attend, attention.attention_setup_context, attention.attention_backward)
+    _define_own(library, reductions.MEAN_OF_SQUARES_SCHEMA, reductions.mean_of_squares, reductions.mean_of_squares_fake)
     made = {}
     for name, implementation in table.LEAVES.items():
         overload = overload_of(name)
@@ -126,6 +142,14 @@ def operators() -> dict[OpOverload, OpOverload]:
     for name, implementation in table.POINTWISE.items():
         overload = overload_of(name)
         made[overload] = _define(library, overload, implementation, _like_the_input)
+    _differentiate(
+        library,
+        "_fused_rms_norm",
+        _counted("batchinv::_fused_rms_norm", norms.fused_rms_norm),
+        norms.rms_norm_setup_context,
+        norms.rms_norm_backward,
+        norms.rms_norm_jvp,
+    )
     return made
 
 
@@ -144,13 +168,74 @@ def _define(
     return getattr(getattr(torch.ops.batchinv, packet_name), overload_name or "default")
 
 
-def _define_attention(library: torch.library.Library) -> None:
-    library.define(attention.ATTENTION_SCHEMA, tags=_TAGS)
-    library.impl("attention", _counted("batchinv::attention", attention.attention), "CompositeExplicitAutograd")
-    torch.library.register_fake("batchinv::attention", attention.attention_fake, lib=library)
-    torch.library.register_autograd(
-        "batchinv::attention", attention.attention_backward, setup_context=attention.attention_setup_context, lib=library
-    )
+def _define_own(
+    library: torch.library.Library, schema: str, implementation: Implementation, fake: Implementation
+) -> Implementation:
+    """An operator that aten does not have. Returns its kernel."""
+    name = schema.partition("(")[0]
+    library.define(schema, tags=_TAGS)
+    kernel = _counted(f"batchinv::{name}", implementation)
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"batchinv::{name}", fake, lib=library)
+    return kernel
+
+
+def _differentiate(
+    library: torch.library.Library,
+    name: str,
+    kernel: Implementation,
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple],
+    jvp: Callable[..., tuple] | None = None,
+) -> None:
+    """Gives ``batchinv::name`` a gradient, in the way of torch's own kernels: one node, of the level that autograd is at.
+
+    So ``torch.func.grad`` works too, and forward mode or an error that says there is none. What
+    ``torch.library.register_autograd`` makes refuses the one, forgets tangents in the other, and costs more a call.
+    """
+    operator = getattr(torch.ops.batchinv, name).default
+    defaults = tuple(argument.default_value for argument in operator._schema.arguments)
+
+    class BatchInvariant(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, *args):
+            *args, out = args
+            setup_context(ctx, args, out)
+            return out
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None
+
+    if jvp is not None:
+        BatchInvariant.jvp = staticmethod(lambda ctx, *tangents: jvp(ctx, *tangents[:-1]))
+
+    def run(keyset, *args):
+        # Not in the node's forward, where gradients are off for the levels below, too.
+        with torch._C._AutoDispatchBelowAutograd():
+            if keyset.raw_repr() in _DEVICE_ALONE:  # the kernel is next
+                out = kernel(*args)
+            else:
+                out = operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        if not _needs_gradient(args):
+            return out
+        with enable_single_level_autograd_function():
+            return BatchInvariant.apply(*args, *defaults[len(args) :], out)  # the dispatcher leaves defaults out
+
+    library.impl(name, run, "Autograd", with_keyset=True)
+
+
+def is_straight(keyset: torch._C.DispatchKeySet, args: tuple) -> bool:
+    """Whether nothing stands between a call and the kernel of its device.
+
+    That is: no gradient is needed, and no mode, transform, wrapper or lazy bit takes part.
+    """
+    return keyset.raw_repr() in _DEVICE_ALONE and not _needs_gradient(args)
+
+
+def _needs_gradient(args: tuple) -> bool:
+    """In backward mode, or perhaps in forward mode, of which is asked only whether it is on."""
+    return forward_ad._current_level >= 0 or torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 def _counted(name: str, implementation: Implementation) -> Implementation:

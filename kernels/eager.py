@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten.common import Refused
-from pytest_batchinv.kernels.doors import Implementation, Sibling, count, is_exact, overload_of, refusal, siblings
+from pytest_batchinv.kernels.doors import Implementation, Sibling, count, is_exact, is_straight, overload_of, refusal, siblings
 from pytest_batchinv.patches.dispatcher import COMPOSITE, Holding, Registration, foreign
 from torch._ops import OpOverload
 
@@ -27,7 +27,7 @@ def installed() -> Iterator[Holding]:
             # torch warns once a process that an entry is overridden, which is what we are here for.
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             for overload, key, function in _entries():
-                library.impl(overload, function, key, with_keyset=key != COMPOSITE, **_ALLOW_OVERRIDE)
+                library.impl(overload, function, key, with_keyset=True, **_ALLOW_OVERRIDE)
                 held.append((overload.name(), key))
         yield Holding(held)
     finally:
@@ -128,10 +128,14 @@ def _write(name: str, out: torch.Tensor, result: torch.Tensor, may_cast: bool, m
 
 
 def _composite(overload: OpOverload, implementation: Implementation) -> Callable:
+    """Composites may have a way past the dispatcher, ``straight``, for calls in which it would have nothing to do."""
     name = overload.name()
+    has_straight_way = "straight" in inspect.signature(implementation).parameters
 
-    def run(*args, **kwargs):
+    def run(keyset, *args, **kwargs):
         count(name)
+        if has_straight_way and is_straight(keyset, (*args, *kwargs.values())):
+            return implementation(*args, **kwargs, straight=True)
         return implementation(*args, **kwargs)
 
     return run

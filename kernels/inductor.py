@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels import fusion, table
 from pytest_batchinv.kernels.doors import is_exact, operators, overload_of, refusal, siblings
 from pytest_batchinv.patches import rules
 from pytest_batchinv.patches.compilation import around_compilation
@@ -24,7 +24,7 @@ class LeftoverError(RuntimeError):
 
 
 class Leftovers(CustomGraphPass):
-    """The last pass over a graph: raises where a product or a reduction on floats is left; then runs the user's own pass."""
+    """The last pass over a graph: the user's, our fusions, and an error where a product or a reduction on floats is left."""
 
     def __init__(self, fingerprint: str, users_pass: Callable | None) -> None:
         self._fingerprint = fingerprint
@@ -33,6 +33,7 @@ class Leftovers(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         if self._users_pass is not None:
             self._users_pass(graph)
+        fusion.fuse(graph)
         found = sorted({str(node.target) for node in graph.nodes if _is_leftover(node)})
         if found:
             raise LeftoverError(

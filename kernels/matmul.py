@@ -199,7 +199,8 @@ def _gemm_tma_kernel(
 
 def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """``reference.gemm`` on the GPU."""
-    out = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=a.dtype, device=a.device)
+    shape_a, shape_b = a.shape, b.shape
+    out = a.new_empty((*shape_a[:-1], shape_b[-1]))
     if out.numel() == 0:
         return out
     if bias is not None and beta == 0:
@@ -207,7 +208,7 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, b
     biased = out if bias is None else bias
     strides_bias = None if bias is None else bias.stride()
     aligned = alignment(a, b, biased, out)
-    product = _plan(a.shape, a.stride(), b.shape, b.stride(), strides_bias, aligned, a.dtype, a.device)
+    product = _plan(shape_a, a.stride(), shape_b, b.stride(), strides_bias, aligned, a.dtype, a.device)
     with on_device(a):
         product(a, b, biased, out, alpha, beta)
     return out

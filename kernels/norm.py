@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .reference import accumulator_dtype
 from .rows import (
+    RowKernel,
     chunk_columns,
     chunk_statistics,
     divide,
-    launch_rows,
     load_block,
     program_rows_and_chunks,
     row_statistics,
@@ -89,6 +89,9 @@ def _row_norm_kernel(
         store_block(y_ptr, rows, is_row, cols, n_cols, y, WAY)
 
 
+_norm_rows = RowKernel(_row_norm_kernel, writes_rows=True)
+
+
 def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.row_layer_norm`` on the GPU. weight and bias may have any of the dtypes, x's or not."""
     y, rstd = _empty_results(x)
@@ -105,8 +108,8 @@ def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
 
 
 def _empty_results(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty(x.shape[0], dtype=accumulator_dtype(x.dtype), device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(x.shape[0], dtype=accumulator_dtype(x.dtype))
 
 
 def _launch_norm(
@@ -122,4 +125,4 @@ def _launch_norm(
     has_weight, has_bias = weight is not None, bias is not None
     tensors = (weight if has_weight else y, bias if has_bias else y, y, mean, rstd)
     numbers = (weight.stride(0) if has_weight else 0, bias.stride(0) if has_bias else 0, float(eps))
-    launch_rows(_row_norm_kernel, x, tensors, numbers, (has_weight, has_bias), statistics, x.dtype, writes_rows=True)
+    _norm_rows(x, tensors, numbers, (has_weight, has_bias), statistics, x.dtype)

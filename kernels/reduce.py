@@ -1,4 +1,4 @@
-"""One number a row: ``row_sum``, ``row_mean``, ``row_norm``, ``row_var_mean``, ``row_logsumexp``; and ``row_cumsum``."""
+"""One number a row: sums, means, norms, variances, logsumexp; and ``row_cumsum``."""
 
 import torch
 import triton
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .launch import alignment, plan
 from .rows import (
+    RowKernel,
     chunk_columns,
     count_chunks,
     covering_tile,
     divide,
-    launch_rows,
     load_block,
     program_rows,
     row_statistics,
@@ -70,6 +70,9 @@ def _row_reduce_kernel(
     tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
+_reduce_rows = RowKernel(_row_reduce_kernel)
+
+
 def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_sum`` on the GPU."""
     return _reduce(x, out_dtype, "sum", "sum")
@@ -78,6 +81,11 @@ def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
 def row_mean(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_mean`` on the GPU."""
     return _reduce(x, out_dtype, "sum", "mean")
+
+
+def row_mean_of_squares(x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``reference.row_mean_of_squares`` on the GPU."""
+    return _reduce(x, out_dtype, "square", "mean")
 
 
 def row_norm(x: Tensor, p: float, out_dtype: torch.dtype) -> Tensor:
@@ -94,16 +102,16 @@ def row_logsumexp(x: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 def row_var_mean(x: Tensor, correction: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``reference.row_var_mean`` on the GPU: about each chunk's mean, then about the row's (Chan, Golub, LeVeque 1979)."""
-    mean = torch.empty(x.shape[0], dtype=out_dtype, device=x.device)
+    mean = x.new_empty(x.shape[0], dtype=out_dtype)
     return _reduce(x, out_dtype, "moments", "var", mean, correction), mean
 
 
 def _reduce(
     x: Tensor, out_dtype: torch.dtype, statistics: str, result: str, mean: Tensor | None = None, correction: float = 0.0
 ) -> Tensor:
-    out = torch.empty(x.shape[0], dtype=out_dtype, device=x.device)
+    out = x.new_empty(x.shape[0], dtype=out_dtype)
     tensors = (out, out if mean is None else mean)
-    launch_rows(_row_reduce_kernel, x, tensors, (float(correction),), (result,), statistics, out_dtype)
+    _reduce_rows(x, tensors, (float(correction),), (result,), statistics, out_dtype)
     return out
 
 
@@ -158,7 +166,7 @@ def _row_cumsum_kernel(
 
 def row_cumsum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_cumsum`` on the GPU."""
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     if out.numel() != 0:
         launch, block_args = _cumsum_plan(x.shape, x.stride(), x.device, x.dtype, out_dtype, alignment(x, out))
         with on_device(x):

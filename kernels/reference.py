@@ -17,6 +17,7 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, b
     """``alpha * (a @ b) + beta * bias`` as [B, M, N], rounded once.
 
     a: [B, M, K]; b: [B, K, N] of the same dtype; bias: [B, M, N] of the same dtype (usually an expanded view), or None.
+    One product may come without the batch dimension, which the result does not have then.
     With ``beta == 0`` the bias is not read, so NaN in it does not spread. ``K == 0`` gives ``beta * bias``.
     """
     out = alpha * (a.double() @ b.double())
@@ -47,6 +48,14 @@ def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
 def row_mean(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Mean of each row; NaN where ``n_cols == 0``. x: [rows, n_cols] -> [rows]."""
     return x.double().mean(-1).to(out_dtype)
+
+
+def row_mean_of_squares(x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Mean of ``x ** 2`` of each row. x: [rows, n_cols]; out_dtype: the accumulator's of x -> [rows].
+
+    The bits are those of ``row_mean`` of ``x ** 2``, each square rounded to the accumulator's dtype.
+    """
+    return x.double().square().mean(-1).to(out_dtype)
 
 
 def row_norm(x: Tensor, p: float, out_dtype: torch.dtype) -> Tensor:

@@ -290,51 +290,56 @@ def _row_partials_kernel(
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
-def launch_rows(
-    kernel: JITFunction,
-    x: Tensor,
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
-    constants: tuple[Any, ...],
-    statistics: str,
-    out_dtype: torch.dtype,
-    writes_rows: bool = False,
-    asserts: bool = False,
-) -> None:
-    """Launches a row kernel on x [n_rows, n_cols], preceded by ``_row_partials_kernel`` where rows are split.
+class RowKernel:
+    """A kernel on the rows of x [n_rows, n_cols], preceded by ``_row_partials_kernel`` where rows are split.
 
     The kernel's parameters: x_ptr, partials_ptr, n_rows, n_cols, x_row_stride, x_col_stride, then ``tensors``, ``numbers``
     and ``constants``, and STATISTICS, WAY, ACC, ROWS, BLOCK. Sums have the accumulator of the wider of x's dtype and
     out_dtype. writes_rows: its results are rows, so split, each chunk has a program; else each row has one.
     asserts: the kernel's device-side assertions are compiled; Triton leaves them out otherwise.
     """
-    if x.shape[0] == 0:
-        return
-    dtypes, aligned = tuple([t.dtype for t in (x, *tensors)]), alignment(x, *tensors)
-    what = (statistics, out_dtype, writes_rows, asserts)
-    rows = _plan(kernel, x.shape, x.stride(), x.device, dtypes, aligned, numbers, constants, *what)
-    with on_device(x):
-        rows(x, tensors)
 
+    def __init__(self, kernel: JITFunction, writes_rows: bool = False, asserts: bool = False) -> None:
+        self._kernel, self._writes_rows, self._asserts = kernel, writes_rows, asserts
+        self._plan = plan(self._planned)
 
-@plan
-def _plan(kernel, shape, strides, device, dtypes, aligned, numbers, constants, statistics, out_dtype, writes_rows, asserts):
-    """How this kernel is launched on rows like these: all that the tile, the way, the grids and the binaries depend on."""
-    acc = accumulator(torch.promote_types(dtypes[0], out_dtype))
-    n_rows, n_cols = shape
-    tile, way = _tile_and_way(n_rows, n_cols, acc, writes_rows, device)
-    of_rows = (*numbers, *constants, statistics, way, acc, tile.rows, tile.block)
-    if way != "split":
-        return _Rows((*shape, *strides), of_rows, unfused(kernel, ceil_div(n_rows, tile.rows), tile.num_warps, asserts))
-    chunks = ceil_div(n_cols, tile.block)
-    return _SplitRows(
-        (*shape, *strides),
-        of_rows,
-        unfused(kernel, n_rows * chunks if writes_rows else n_rows, tile.num_warps, asserts),
-        ((n_rows, chunks, 2), torch.float64 if acc == tl.float64 else torch.float32),
-        (statistics, acc, tile.block),
-        unfused(_row_partials_kernel, n_rows * chunks, tile.num_warps),
-    )
+    def __call__(
+        self,
+        x: Tensor,
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[float, ...],
+        constants: tuple[Any, ...],
+        statistics: str,
+        out_dtype: torch.dtype,
+    ) -> None:
+        if x.shape[0] == 0:
+            return
+        dtypes, aligned = tuple([t.dtype for t in tensors]), alignment(x, *tensors)
+        what = (numbers, constants, statistics, out_dtype)
+        rows = self._plan(x.shape, x.stride(), x.device, x.dtype, dtypes, aligned, *what)
+        with on_device(x):
+            rows(x, tensors)
+
+    def _planned(self, shape, strides, device, dtype, dtypes, aligned, numbers, constants, statistics, out_dtype):
+        """How the kernel is launched on rows like these: all that the tile, the way, the grids and the binaries depend on."""
+        acc = accumulator(torch.promote_types(dtype, out_dtype))
+        n_rows, n_cols = shape
+        tile, way = _tile_and_way(n_rows, n_cols, acc, self._writes_rows, device)
+        sizes, of_rows = (*shape, *strides), (*numbers, *constants, statistics, way, acc, tile.rows, tile.block)
+        if way != "split":
+            return _Rows(sizes, of_rows, self._launch(ceil_div(n_rows, tile.rows), tile))
+        chunks = ceil_div(n_cols, tile.block)
+        return _SplitRows(
+            sizes,
+            of_rows,
+            self._launch(n_rows * chunks if self._writes_rows else n_rows, tile),
+            ((n_rows, chunks, 2), torch.float64 if acc == tl.float64 else torch.float32),
+            (statistics, acc, tile.block),
+            unfused(_row_partials_kernel, n_rows * chunks, tile.num_warps),
+        )
+
+    def _launch(self, programs: int, tile: RowTile) -> Launch:
+        return unfused(self._kernel, programs, tile.num_warps, self._asserts)
 
 
 class _Rows:

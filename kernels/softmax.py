@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import (
+    RowKernel,
     chunk_columns,
     chunk_statistics,
     divide,
     finite,
-    launch_rows,
     load_block,
     padding,
     program_rows,
@@ -67,11 +67,14 @@ def _row_softmax_kernel(
         store_block(out_ptr, rows, is_row, cols, n_cols, _softmax(x, largest, total, LOG, ACC), WAY)
 
 
+_softmax_rows = RowKernel(_row_softmax_kernel, writes_rows=True)
+
+
 def row_softmax(x: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_softmax`` on the GPU."""
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     if out.numel() != 0:
-        launch_rows(_row_softmax_kernel, x, (out,), (), (bool(log),), "exp", out_dtype, writes_rows=True)
+        _softmax_rows(x, (out,), (), (bool(log),), "exp", out_dtype)
     return out
 
 
@@ -114,6 +117,9 @@ def _row_logprobs_kernel(
         tl.store((out_ptr + rows * n_index)[:, None] + places[None, :], y, mask=wanted)
 
 
+_logprobs_of_rows = RowKernel(_row_logprobs_kernel, asserts=True)
+
+
 def row_logprobs(x: Tensor, index: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``row_softmax(x, True, out_dtype).gather(1, index)``, bit for bit, without the [n_rows, n_cols] in between.
 
@@ -129,5 +135,5 @@ def row_logprobs(x: Tensor, index: Tensor, out_dtype: torch.dtype) -> Tensor:
     out = torch.empty(index.shape, dtype=out_dtype, device=x.device)
     if out.numel() != 0:
         numbers = (index.shape[1], *index.stride())
-        launch_rows(_row_logprobs_kernel, x, (index, out), numbers, (16,), "exp", out_dtype, asserts=True)
+        _logprobs_of_rows(x, (index, out), numbers, (16,), "exp", out_dtype)
     return out

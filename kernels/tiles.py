@@ -82,8 +82,6 @@ GEMM_TILES[torch.float16] = GEMM_TILES[torch.bfloat16]
 GROUP_M = 8
 """Tiles of this many block rows are run column by column, so that neighbours share operands in the L2 cache."""
 
-KV_SPLIT = 512
-"""Keys of a split of attention, a multiple of every BLOCK_N. It is part of the order of the sums."""
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """The dtype of sums in a kernel: fp64 for float64, else fp32."""
@@ -132,9 +130,9 @@ def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.d
     """block_m queries by block_n keys; block_k is the padded head dim. block_n follows the dtype and head dim alone."""
     block_d = max(16, next_power_of_2(head_dim))
     if dtype.itemsize == 2:
-        block_n = 64 if block_d <= 128 else 32
+        block_n = 128 if block_d <= 128 else 64
         block_m = 16 if rows <= 16 else 64 if rows < 512 or block_d > 128 else 128
-        stages = 4 if block_m == 16 else 3
+        stages = 3 if block_m == 16 else 2
     else:
         block_n = 32 if block_d * dtype.itemsize <= 512 else 16
         block_m = 16 if rows <= 16 or block_d * dtype.itemsize > 512 else 32
@@ -155,9 +153,12 @@ def next_power_of_2(n: int) -> int:
 
 def on_device(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's: this guard makes it so."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
     return torch.cuda.device(x.device)
+
+
+_HERE = nullcontext()
 
 
 @functools.cache

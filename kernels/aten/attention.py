@@ -8,38 +8,47 @@ from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
 
 ATTENTION_SCHEMA = (
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> (Tensor, Tensor)"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, "
+    "float? soft_cap=None, Tensor? sinks=None) -> (Tensor, Tensor)"
 )
 MAX_HEAD_DIM = 256
 
 
-def attention(query, key, value, mask, is_causal, scale) -> tuple[Tensor, Tensor]:
-    """``reference.attention`` on the tensors' device. Raises Refused for head dims above 256."""
+def attention(query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None) -> tuple[Tensor, Tensor]:
+    """``reference.attention`` on the tensors' device; the mask may be one that only broadcasts to [B, H, Sq, Skv].
+
+    Raises Refused for head dims above 256.
+    """
     if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         raise Refused(f"batch-invariant attention covers head dims up to {MAX_HEAD_DIM}, not {query.shape[-1]}.")
-    if query.device.type == "cuda" and query.dtype == torch.float64 and max(query.shape[-1], value.shape[-1]) > 128:
+    if query.dtype == torch.float64 and query.is_cuda and max(query.shape[-1], value.shape[-1]) > 128:
         raise Refused("batch-invariant attention in float64 covers head dims up to 128 on CUDA: Triton compiles no larger.")
-    return kernel_set(query).attention(query, key, value, mask, is_causal, scale)
+    if mask is not None:
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    return kernel_set(query).attention(query, key, value, mask, is_causal, scale, soft_cap=soft_cap, sinks=sinks)
 
 
-def attention_fake(query, key, value, mask, is_causal, scale) -> tuple[Tensor, Tensor]:
+def attention_fake(query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None) -> tuple[Tensor, Tensor]:
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     return out, query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
 
 
 def attention_setup_context(ctx, inputs, output) -> None:
-    query, key, value, mask, ctx.is_causal, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, mask, *output)
+    query, key, value, mask, ctx.is_causal, ctx.scale, ctx.soft_cap, sinks = inputs
+    ctx.save_for_backward(query, key, value, mask, sinks, *output)
 
 
 def attention_backward(ctx, grad_out: Tensor, grad_lse: Tensor | None):
     """The weights are computed again from the logsumexp: P = exp(S - lse), dS = P * (dO @ V.T - rowsum(dO * O) + dlse)."""
-    query, key, value, mask, out, lse = ctx.saved_tensors
+    query, key, value, mask, sinks, out, lse = ctx.saved_tensors
     wide = accumulator_dtype(query.dtype)
     group = query.shape[1] // key.shape[1]
     q, k, v, out, grad_out = (x.to(wide) for x in (query, key, value, out, grad_out))
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = (q @ k.transpose(-1, -2)) * ctx.scale
+    if ctx.soft_cap is not None:
+        capped = torch.tanh(scores / ctx.soft_cap)
+        scores = capped * ctx.soft_cap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
     if ctx.is_causal:
@@ -48,10 +57,16 @@ def attention_backward(ctx, grad_out: Tensor, grad_lse: Tensor | None):
     weights = (scores - lse[..., None]).exp().masked_fill((lse == -torch.inf)[..., None], 0.0)
     delta = (grad_out * out).sum(-1, keepdim=True) - (0 if grad_lse is None else grad_lse.to(wide)[..., None])
     grad_scores = weights * (grad_out @ v.transpose(-1, -2) - delta) * ctx.scale
+    if ctx.soft_cap is not None:
+        grad_scores = grad_scores * (1 - capped * capped)
     grad_q = grad_scores @ k
     grad_k = (grad_scores.transpose(-1, -2) @ q).unflatten(1, (-1, group)).sum(2)
     grad_v = (weights.transpose(-1, -2) @ grad_out).unflatten(1, (-1, group)).sum(2)
-    return grad_q.to(query.dtype), grad_k.to(key.dtype), grad_v.to(value.dtype), None, None, None
+    grad_sinks = None
+    if sinks is not None:  # a key that every query sees, whose value is 0
+        sink_weights = (sinks.to(wide)[:, None] - lse).exp()
+        grad_sinks = -(sink_weights * delta[..., 0]).sum((0, 2)).to(sinks.dtype)
+    return grad_q.to(query.dtype), grad_k.to(key.dtype), grad_v.to(value.dtype), None, None, None, None, grad_sinks
 
 
 def flash_attention_for_cpu(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
@@ -63,11 +78,24 @@ def flash_attention_for_cpu(query, key, value, dropout_p=0.0, is_causal=False, *
 
 
 def efficient_attention(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
+    """On CUDA, with the conditions of torch's own kernel, except that these take any strides."""
+    if min(query.dim(), key.dim(), value.dim()) < 3:
+        raise too_few_dims("attention", query, key, value)
     _check_four_dims(query, key, value, attn_bias, dropout_p)
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RuntimeError(f"efficient attention is for float32, float16 and bfloat16, not for {query.dtype}")
+    scores = (*query.shape[:3], key.shape[2])
+    if attn_bias is not None and (attn_bias.dtype != query.dtype or attn_bias.shape != scores):
+        raise RuntimeError(
+            f"efficient attention: expected a bias in {query.dtype} of shape {list(scores)}, "
+            f"but got {attn_bias.dtype}, {list(attn_bias.shape)}"
+        )
     mask = _expanded_mask(attn_bias, query, key)
     out, lse = attention(query, key, value, mask, is_causal, _scale(query, scale))
+    # Padded to a multiple of 32 queries, as torch's fake implementation and its backward have it.
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf) if compute_log_sumexp else lse[..., :0]
     seed = torch.empty((), dtype=torch.int64, device=query.device)
-    return out, lse if compute_log_sumexp else lse[..., :0], seed, seed.clone()
+    return out, lse, seed, seed.clone()
 
 
 def _check_four_dims(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> None:
@@ -79,7 +107,9 @@ def _check_four_dims(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     if mask is not None and mask.dim() not in (2, 4):
         raise RuntimeError(f"attention: expected a mask of 2 or 4 dims, but got {shape_of(mask)}")
     _check_attention(query, key, value, mask)
-    if not query.shape[0] == key.shape[0] == value.shape[0] or key.shape[1] != value.shape[1]:
+    heads, groups = query.shape[1], key.shape[1]
+    heads_fit = groups == value.shape[1] and (heads % groups == 0 if groups else heads == 0)
+    if not query.shape[0] == key.shape[0] == value.shape[0] or not heads_fit:
         raise RuntimeError(f"attention: batches and heads differ: {shape_of(query)}, {shape_of(key)}, {shape_of(value)}")
 
 
@@ -102,7 +132,7 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False, straight=False
 ) -> Tensor:
     """One kernel whatever backend torch would pick: the pick depends on masks, strides and head dims."""
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) == 2:
@@ -124,8 +154,9 @@ def scaled_dot_product_attention(
         if len(leading) > 2:  # several dims become the batch: the mask is broadcast over each of them first
             attn_mask = _four_dims(attn_mask.expand(*leading, query.shape[2], key.shape[2]))
         attn_mask = _expanded_mask(attn_mask, query, key)
-    out, _ = torch.ops.batchinv.attention(query, key, value, attn_mask, is_causal, _scale(query, scale))
-    return out.view(*leading, *out.shape[-2:])
+    attend = attention if straight else torch.ops.batchinv.attention.default
+    out, _ = attend(query, key, value, attn_mask, is_causal, _scale(query, scale))
+    return out if len(leading) == 2 else out.view(*leading, *out.shape[-2:])
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,6 +165,8 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     if enable_gqa:
         if k[-3] != v[-3] or (q[-3] if k[-3] == 0 else q[-3] % k[-3]):
             raise RuntimeError(f"attention: with enable_gqa {k} and {v} need heads whose number divides that of {q}")
+        if q[:-3] == k[:-3] == v[:-3]:
+            return query, key, value
         batch = torch.broadcast_shapes(q[:-3], k[:-3], v[:-3])
         return tuple(x if x.shape[:-3] == batch else x.expand(*batch, *x.shape[-3:]) for x in (query, key, value))
     if q[:-2] == k[:-2] == v[:-2]:

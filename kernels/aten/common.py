@@ -3,6 +3,7 @@
 import functools
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 
@@ -12,20 +13,20 @@ class Refused(NotImplementedError):
 
 def kernel_set(x: Tensor) -> ModuleType:
     """The kernels for this tensor's device: C++ for the CPU, Triton for CUDA. Raises Refused for any other."""
-    return _kernel_set(x.device.type)
+    return _kernel_set(x.device)
 
 
 @functools.cache
-def _kernel_set(device_type: str) -> ModuleType:
-    if device_type == "cpu":
+def _kernel_set(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
         from pytest_batchinv.kernels import cpu
 
         return cpu
-    if device_type == "cuda":
+    if device.type == "cuda":
         from pytest_batchinv.kernels import cuda
 
         return cuda
-    raise Refused(f"batch-invariant mode has kernels for cpu and cuda, not for {device_type}.")
+    raise Refused(f"batch-invariant mode has kernels for cpu and cuda, not for {device.type}.")
 
 
 def shape_of(x: Tensor) -> str:

@@ -13,14 +13,12 @@ from torch._prims_common import suggest_memory_format
 def native_layer_norm(input, normalized_shape, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:
     n_dims = _check_normalized("layer_norm", input, normalized_shape, weight, bias)
     _check_parameter_dtypes("layer_norm", input, weight, bias)
-    leading = input.shape[: input.dim() - n_dims]
-    matrix = input.reshape(math.prod(leading), math.prod(normalized_shape))
-    y, mean, rstd = kernel_set(input).row_layer_norm(matrix, _flat(weight), _flat(bias), eps)
-    stats = (*leading, *[1] * n_dims)
+    y, mean, rstd = kernel_set(input).row_layer_norm(_rows(input, n_dims), _flat(weight), _flat(bias), eps)
+    stats = (*input.shape[:-n_dims], *[1] * n_dims)
     # The CPU's stock layer norm hands its statistics out in the input's dtype when no parameter is wider; CUDA's never.
     wider = _wider(weight, input) or _wider(bias, input)
     stats_dtype = input.dtype if input.device.type == "cpu" and not wider else mean.dtype
-    return y.view(input.shape), mean.view(stats).to(stats_dtype), rstd.view(stats).to(stats_dtype)
+    return _unflattened(y, input), mean.view(stats).to(stats_dtype), rstd.view(stats).to(stats_dtype)
 
 
 def native_group_norm(input, weight, bias, N, C, HxW, group, eps) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +27,8 @@ def native_group_norm(input, weight, bias, N, C, HxW, group, eps) -> tuple[Tenso
         raise RuntimeError(f"group_norm: {N} x {C} x {HxW} values in {group} groups do not fit an input of {shape_of(input)}")
     if any(x is not None and tuple(x.shape) != (C,) for x in (weight, bias)):
         raise RuntimeError(f"group_norm: expected weight and bias of {C} values, one for each channel")
-    if not input.is_contiguous(memory_format=suggest_memory_format(input)):
+    # Before torch 2.14 as torch has it; its composite made the input contiguous, which a later one leaves to the kernel.
+    if torch.__version__ < "2.14" and not input.is_contiguous(memory_format=suggest_memory_format(input)):
         raise RuntimeError(f"group_norm: expected a contiguous input, but got strides {input.stride()}; call contiguous()")
     _check_parameter_dtypes("group_norm", input, weight, bias)
     if not input.numel():
@@ -47,21 +46,80 @@ def native_group_norm(input, weight, bias, N, C, HxW, group, eps) -> tuple[Tenso
 
 
 def fused_rms_norm(input, normalized_shape, weight, eps) -> tuple[Tensor, Tensor]:
-    n_dims = _check_normalized("rms_norm", input, normalized_shape, weight)
-    leading = input.shape[: input.dim() - n_dims]
-    matrix = input.reshape(math.prod(leading), math.prod(normalized_shape))
+    y, rstd = _rms_norm(input, normalized_shape, weight, eps)
+    n_dims = len(normalized_shape)
+    return y, rstd.view(*input.shape[: input.dim() - n_dims], *[1] * n_dims)
+
+
+def rms_norm(input, normalized_shape, weight=None, eps=None, *, straight: bool = False) -> Tensor:
+    """The same kernel in eager and in compiled code, with a gradient and without."""
+    if len(normalized_shape) > input.dim():  # an error of another type here than in the leaf, as torch has it
+        _check_normalized("rms_norm", input, normalized_shape, weight)
+    if not input.is_floating_point():
+        _check_normalized("rms_norm", input, normalized_shape, weight)
+        raise (Refused if input.is_complex() else NotImplementedError)(f"rms_norm is for floats, not for {input.dtype}.")
+    if weight is not None and not weight.is_floating_point():
+        weight = weight.to(accumulator_dtype(input.dtype))
+    norm = _rms_norm if straight else torch.ops.batchinv._fused_rms_norm.default
+    return norm(input, normalized_shape, weight, eps)[0]
+
+
+def _rms_norm(input: Tensor, normalized_shape, weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    """The result and one rstd a row."""
+    n_dims = _check_normalized("_fused_rms_norm", input, normalized_shape, weight)
     eps = torch.finfo(accumulator_dtype(input.dtype)).eps if eps is None else eps
-    y, rstd = kernel_set(input).row_rms_norm(matrix, _flat(weight), eps)
-    return y.view(input.shape), rstd.view(*leading, *[1] * n_dims)
+    y, rstd = kernel_set(input).row_rms_norm(_rows(input, n_dims), _flat(weight), eps)
+    return _unflattened(y, input), rstd
+
+
+def rms_norm_setup_context(ctx, inputs, output) -> None:
+    input, ctx.normalized_shape, weight, _ = inputs
+    ctx.save_for_backward(input, weight, output[1])
+    ctx.save_for_forward(input, weight, output[1])
+
+
+def rms_norm_backward(ctx, grad_y: Tensor, grad_rstd: Tensor):
+    """Of y = x * rstd * weight, where the derivative of rstd = (mean(x ** 2) + eps) ** -0.5 is -rstd ** 3 * x / n."""
+    input, weight, rstd = ctx.saved_tensors
+    shape = ctx.normalized_shape
+    x, grad = input.to(rstd.dtype), grad_y.to(rstd.dtype)
+    grad_weight = None
+    if ctx.needs_input_grad[2]:
+        rows = math.prod(input.shape[: input.dim() - len(shape)])
+        grad_weight = (grad * (x * rstd)).reshape(rows, *shape).sum(0).to(weight.dtype)
+    grad = grad if weight is None else grad * weight.to(rstd.dtype)
+    grad_rstd = (grad * x).mean(_last(shape), keepdim=True) + grad_rstd / math.prod(shape)
+    grad_x = grad * rstd - x * (rstd * rstd * rstd * grad_rstd)
+    return grad_x.to(input.dtype), None, grad_weight, None
+
+
+def rms_norm_jvp(ctx, tangent: Tensor | None, _shape, weight_tangent: Tensor | None, _eps) -> tuple[Tensor, Tensor]:
+    input, weight, rstd = ctx.saved_tensors
+    x = input.to(rstd.dtype)
+    y, rstd_tangent = torch.zeros_like(x), torch.zeros_like(rstd)
+    if tangent is not None:
+        tangent = tangent.to(rstd.dtype)
+        rstd_tangent = -rstd * rstd * rstd * (x * tangent).mean(_last(ctx.normalized_shape), keepdim=True)
+        y = tangent * rstd + x * rstd_tangent
+        y = y if weight is None else y * weight.to(rstd.dtype)
+    if weight_tangent is not None:
+        y = y + x * rstd * weight_tangent.to(rstd.dtype)
+    return y.to(input.dtype), rstd_tangent
+
+
+def _last(normalized_shape: Sequence[int]) -> list[int]:
+    return list(range(-len(normalized_shape), 0))
 
 
 def _check_normalized(name: str, input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> int:
     """How many dims are normalised. Raises RuntimeError where they are not the input's last, or not the parameters'."""
     shape, n_dims = tuple(normalized_shape), len(normalized_shape)
     for parameter in parameters:
-        if parameter is not None and tuple(parameter.shape) != shape:
+        if parameter is not None and parameter.shape != shape:
             raise RuntimeError(f"{name}: expected weight and bias of shape {list(shape)}, but got {list(parameter.shape)}")
-    if n_dims == 0 or n_dims > input.dim() or tuple(input.shape[input.dim() - n_dims :]) != shape:
+        if parameter is not None and parameter.device != input.device:
+            raise RuntimeError(f"{name}: expected weight and bias on {input.device}, but got one on {parameter.device}")
+    if n_dims == 0 or n_dims > input.dim() or input.shape[-n_dims:] != shape:
         error = ValueError if name == "rms_norm" and n_dims > input.dim() else RuntimeError  # torch's types
         raise error(
             f"{name}: normalized_shape={list(shape)} must hold the last sizes of the input, at least one, "
@@ -81,23 +139,20 @@ def _check_parameter_dtypes(name: str, input: Tensor, weight: Tensor | None, bia
         )
 
 
+def _rows(input: Tensor, n_dims: int) -> Tensor:
+    """[rows, n_cols]: the last n_dims are a row."""
+    if input.dim() == 2 and n_dims == 1:
+        return input
+    return input.reshape(math.prod(input.shape[:-n_dims]), math.prod(input.shape[-n_dims:]))
+
+
+def _unflattened(y: Tensor, input: Tensor) -> Tensor:
+    return y if y.shape == input.shape else y.view(input.shape)
+
+
 def _flat(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.reshape(-1)
+    return parameter if parameter is None or parameter.dim() == 1 else parameter.reshape(-1)
 
 
 def _wider(parameter: Tensor | None, x: Tensor) -> bool:
     return parameter is not None and parameter.dtype != x.dtype
-
-
-def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """In the accumulator's dtype, weight included, rounded once; the same operators in eager and compiled code."""
-    n_dims = _check_normalized("rms_norm", input, normalized_shape, weight)
-    if not input.is_floating_point():
-        raise (Refused if input.is_complex() else NotImplementedError)(f"rms_norm is for floats, not for {input.dtype}.")
-    wide = accumulator_dtype(input.dtype)
-    x = input.to(wide)
-    eps = torch.finfo(wide).eps if eps is None else eps
-    dims = list(range(-n_dims, 0))
-    x = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
-    x = x if weight is None else x * weight.to(wide)
-    return x.to(input.dtype).contiguous()

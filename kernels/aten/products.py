@@ -11,10 +11,13 @@ def mm(self: Tensor, mat2: Tensor) -> Tensor:
     a, b = self.shape, mat2.shape
     if len(a) != 2 or len(b) != 2 or a[1] != b[0] or self.dtype != mat2.dtype or self.device != mat2.device:
         raise _wrong_product("mm", self, mat2, 2)
-    return kernel_set(self).gemm(self[None], mat2[None])[0]
+    return kernel_set(self).gemm(self, mat2)
 
 
 def mm_dtype(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if self.dim() == 0 or mat2.dim() < 2:
+        raise too_few_dims("mm", self, mat2)
+    _check_matrices("mm", self, mat2)
     _check_out_dtype("mm", self, out_dtype)
     return mm(self.to(out_dtype), mat2.to(out_dtype))
 
@@ -23,12 +26,13 @@ def addmm(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: f
     a, b = mat1.shape, mat2.shape
     if len(a) != 2 or len(b) != 2 or a[1] != b[0] or mat1.dtype != mat2.dtype or mat1.device != mat2.device:
         raise _wrong_product("addmm", mat1, mat2, 2)
-    bias = _expanded_bias("addmm", self, (a[0], b[1]), mat1)
-    return kernel_set(mat1).gemm(mat1[None], mat2[None], bias[None], real_factor(alpha), real_factor(beta))[0]
+    bias = _expanded_bias("addmm", self, (a[0], b[1]), mat1, beta)
+    return kernel_set(mat1).gemm(mat1, mat2, bias, real_factor(alpha), real_factor(beta))
 
 
 def addmm_dtype(self: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: torch.dtype, *, beta=1, alpha=1) -> Tensor:
-    _check_out_dtype("addmm", mat1, out_dtype)
+    _check_matrices("addmm", mat1, mat2)
+    _check_out_dtype("addmm", mat1, out_dtype, self)
     return addmm(self.to(out_dtype), mat1.to(out_dtype), mat2.to(out_dtype), beta=beta, alpha=alpha)
 
 
@@ -47,6 +51,7 @@ def bmm(self: Tensor, mat2: Tensor) -> Tensor:
 
 
 def bmm_dtype(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
+    _batched_shapes("bmm", self, mat2)
     _check_out_dtype("bmm", self, out_dtype)
     return bmm(self.to(out_dtype), mat2.to(out_dtype))
 
@@ -58,15 +63,17 @@ def baddbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, al
 
 
 def baddbmm_dtype(self: Tensor, batch1: Tensor, batch2: Tensor, out_dtype: torch.dtype, *, beta=1, alpha=1) -> Tensor:
-    _check_out_dtype("baddbmm", batch1, out_dtype)
+    _batched_shapes("baddbmm", batch1, batch2)
+    _check_out_dtype("baddbmm", batch1, out_dtype, self)
     return baddbmm(self.to(out_dtype), batch1.to(out_dtype), batch2.to(out_dtype), beta=beta, alpha=alpha)
 
 
 def addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """The sum over the batch is one longer K: [M, B * K] @ [B * K, N]."""
     a, b = _batched_shapes("addbmm", batch1, batch2)
+    bias = _expanded_bias("addbmm", self, (a[1], b[2]), batch1)
     rows = batch1.transpose(0, 1).reshape(a[1], a[0] * a[2])
-    return addmm(self, rows, batch2.reshape(a[0] * a[2], b[2]), beta=beta, alpha=alpha)
+    return addmm(bias, rows, batch2.reshape(a[0] * a[2], b[2]), beta=beta, alpha=alpha)
 
 
 def mv(self: Tensor, vec: Tensor) -> Tensor:
@@ -193,6 +200,12 @@ def _wrong_product(name: str, a: Tensor, b: Tensor, dims: int) -> RuntimeError:
     return RuntimeError(f"{name}: expected both matrices to have the same dtype, but got {a.dtype} and {b.dtype}")
 
 
+def _check_matrices(name: str, a: Tensor, b: Tensor) -> None:
+    """The check of :func:`mm`."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype or a.device != b.device:
+        raise _wrong_product(name, a, b, 2)
+
+
 def _batched_shapes(name: str, a: Tensor, b: Tensor) -> tuple[torch.Size, torch.Size]:
     """The shapes [B, M, K] and [B, K, N], after the check of :func:`bmm`."""
     if a.dim() != 3 or b.dim() != 3 or a.shape[2] != b.shape[1] or a.shape[0] != b.shape[0]:
@@ -207,15 +220,22 @@ def _check_matrix_and_vector(name: str, matrix: Tensor, vector: Tensor) -> None:
         raise RuntimeError(f"{name}: expected a matrix and a vector, but got shapes {shape_of(matrix)} and {shape_of(vector)}")
 
 
-def _expanded_bias(name: str, bias: Tensor, shape: tuple[int, ...], a: Tensor) -> Tensor:
+def _expanded_bias(name: str, bias: Tensor, shape: tuple[int, ...], a: Tensor, beta: float = 1) -> Tensor:
     if bias.dtype != a.dtype or bias.device != a.device:
         raise RuntimeError(f"{name}: expected a bias in {a.dtype} on {a.device}, but got {bias.dtype} on {bias.device}")
-    return bias.expand(shape)
+    try:
+        return bias.expand(shape)
+    except RuntimeError:
+        if beta != 0 or not a.is_cuda:
+            raise
+        return a.new_empty(()).expand(shape)  # torch's addmm on CUDA does not look at the shape of what beta leaves out
 
 
-def _check_out_dtype(name: str, a: Tensor, out_dtype: torch.dtype) -> None:
+def _check_out_dtype(name: str, a: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None) -> None:
     if out_dtype != a.dtype and (out_dtype != torch.float32 or a.dtype not in (torch.float16, torch.bfloat16)):
         raise RuntimeError(f"{name}: out_dtype must be {a.dtype}, or float32 for float16 and bfloat16, but got {out_dtype}")
+    if bias is not None and bias.dtype not in (a.dtype, out_dtype):
+        raise RuntimeError(f"{name}: expected a bias in {a.dtype} or {out_dtype}, but got {bias.dtype}")
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

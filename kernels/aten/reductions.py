@@ -29,6 +29,20 @@ def mean_dim(self: Tensor, dim, keepdim: bool = False, *, dtype: torch.dtype | N
     return rows.restore(kernel_set(x).row_mean(rows.matrix, x.dtype))
 
 
+MEAN_OF_SQUARES_SCHEMA = "mean_of_squares(Tensor self, int[1]? dim, bool keepdim) -> Tensor"
+
+
+def mean_of_squares(self: Tensor, dim, keepdim: bool) -> Tensor:
+    """``mean_dim`` of ``x * x`` for x = self in the accumulator's dtype, bit for bit, but the squares stay in registers."""
+    rows = _Rows(self, dim, keepdim)
+    return rows.restore(kernel_set(self).row_mean_of_squares(rows.matrix, accumulator_dtype(self.dtype)))
+
+
+def mean_of_squares_fake(self: Tensor, dim, keepdim: bool) -> Tensor:
+    shape = torch.mean(self, dim, keepdim).shape
+    return self.new_empty(shape, dtype=accumulator_dtype(self.dtype))
+
+
 def var(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
     return var_mean(self, dim, correction=correction, keepdim=keepdim)[0]
 
@@ -124,7 +138,10 @@ def topk(self: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool
     if self.dim() and self.dtype != torch.float64 and (n > _SORTED_UP_TO or self.device.type == "cpu"):
         indices = _topk_of_keys(self, k, dim, largest)
         return self.gather(dim, indices), indices
-    values, indices = torch.sort(self, dim=dim, descending=largest, stable=True)
+    x = self
+    if x.is_cuda:  # its sort puts a NaN with the sign bit set in front of -inf: all of them become one without
+        x = x.nan_to_num(nan=math.nan, posinf=math.inf, neginf=-math.inf)
+    values, indices = torch.sort(x, dim=dim, descending=largest, stable=True)
     if self.dim():
         values, indices = values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
     return values.contiguous(), indices.contiguous()
@@ -156,7 +173,9 @@ class _Rows:
         kept = [d for d in range(x.dim()) if d not in dims]
         n_cols = math.prod([x.shape[d] for d in dims])
         n_rows = math.prod([x.shape[d] for d in kept])
-        self.matrix = x.permute(kept + dims).reshape(n_rows, n_cols)
+        order = kept + dims
+        x_last = x if order == sorted(order) else x.permute(order)
+        self.matrix = x_last if x.dim() == 2 and len(dims) == 1 else x_last.reshape(n_rows, n_cols)
         self._shape = [1 if d in dims else x.shape[d] for d in range(x.dim()) if keepdim or d not in dims]
 
     def restore(self, values: Tensor) -> Tensor:
@@ -178,6 +197,8 @@ def _along(x: Tensor, dim: int, function) -> Tensor:
     dim = wrap_dim(x, dim)
     if x.dim() == 0:
         return function(x.view(1, 1)).view(())
+    if dim == x.dim() - 1:
+        return function(x) if x.dim() == 2 else function(x.reshape(math.prod(x.shape[:-1]), x.shape[-1])).view(x.shape)
     moved = x.movedim(dim, -1)
     n_cols = moved.shape[-1]
     out = function(moved.reshape(math.prod(moved.shape[:-1]), n_cols))

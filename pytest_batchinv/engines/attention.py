@@ -3,10 +3,12 @@
 transformers looks implementations up by name in two registries: one for the attention, one for the mask that it needs.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from pytest_batchinv.kernels import doors
 
@@ -16,11 +18,7 @@ Packing = tuple[Tensor, Tensor]
 """Columns of a packed line by row and position, int64 [rows, longest row], -1 behind a row's end; and the way back: for
 each column its cell in that matrix, int64 [tokens]."""
 
-_UNCOVERED = {
-    "softcap": "soft-capped attention logits",
-    "s_aux": "attention sinks",
-    "position_bias": "a learned position bias",
-}
+_UNCOVERED = {"position_bias": "a learned position bias"}
 
 
 def register() -> None:
@@ -40,19 +38,22 @@ def attention_forward(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     packing: Packing | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The contract of transformers: query, key and value [B, heads, tokens, D]; returns [B, tokens, heads, D].
 
-    Key heads are not repeated: the operator maps query heads to key heads itself. packing: given by the engine for a
-    line of packed rows, which are unpacked here, since the operator counts keys from the start of a line.
+    Key heads are not repeated: the operator maps query heads to key heads itself. softcap: scores s become
+    ``softcap * tanh(s / softcap)``; s_aux: sinks [heads]. packing: given by the engine for a line of packed rows, which are
+    unpacked here, since the operator counts keys from the start of a line.
     """
     _refuse_uncovered(dropout, kwargs)
     if packing is not None:
         columns, cells = packing
         unpacked = [_unpack(x, columns) for x in (query, key, value)]
         mask = _unpack_mask(attention_mask, columns)
-        out, _ = attention_forward(module, *unpacked, mask, scaling)
+        out, _ = attention_forward(module, *unpacked, mask, scaling, softcap=softcap, s_aux=s_aux)
         return out.flatten(0, 1)[cells][None], None
     mask = causal = None
     if attention_mask is None:
@@ -62,9 +63,9 @@ def attention_forward(
     else:
         additive = attention_mask.dtype != torch.bool
         mask = attention_mask.to(query.dtype) if additive else attention_mask
-        mask = mask.expand(*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _ = torch.ops.batchinv.attention(query, key, value, mask, bool(causal), scale)
+    sinks = None if s_aux is None else s_aux.to(query.dtype)
+    out, _ = torch.ops.batchinv.attention(query, key, value, mask, bool(causal), scale, softcap, sinks)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -80,10 +81,30 @@ def _unpack_mask(mask: Tensor, columns: Tensor) -> Tensor:
     return (visible & inside[:, :, None] & inside[:, None, :])[:, None]
 
 
-def attention_mask_2d(*args, **kwargs) -> Tensor | None:
-    """The boolean mask of sdpa, never left out: a batch without padding must take the way of one with padding."""
-    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(*args, **{**kwargs, **skips})
+def attention_mask_2d(allow_is_causal_skip: bool = True, **kwargs) -> Tensor | None:
+    """The boolean mask of sdpa, or None where causality is all of it, which the operator knows by itself.
+
+    Both give the same bits, so a row alone may go without a mask and have one in a batch with padding. Sizes decide, never
+    the values of a mask as in transformers: so compiled code decides as eager code does.
+    """
+    if allow_is_causal_skip and _is_causality_alone(**kwargs):
+        return None
+    return sdpa_mask(allow_is_causal_skip=False, **{**kwargs, "allow_is_bidirectional_skip": False})
+
+
+def _is_causality_alone(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs,
+) -> bool:
+    starts_at_zero = isinstance(q_offset, int) and q_offset == kv_offset == 0
+    whole = starts_at_zero and q_length == kv_length and local_size is None
+    return whole and attention_mask is None and mask_function is causal_mask_function
 
 
 def _refuse_uncovered(dropout: float, kwargs: dict) -> None:

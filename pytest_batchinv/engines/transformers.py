@@ -185,19 +185,17 @@ class _Logprobs(nn.Module):
 def attention_implementations(model: nn.Module, device: str, dtype: str) -> tuple[str, ...]:
     """The attention implementations that transformers offers for this model on this device, and ours where it fits."""
     config = model.config.get_text_config()
-    plain = getattr(config, "attn_logit_softcapping", None) is None
     names = ["eager"]
     if not model._can_set_attn_implementation():  # transformers has no other way to tell
         return tuple(names)
-    if model._supports_sdpa and plain:
+    if model._supports_sdpa and getattr(config, "attn_logit_softcapping", None) is None:
         names.append("sdpa")
     on_gpu = torch.device(device).type == "cuda"
     # flex_attention is not offered: Inductor writes its kernels, and the mode refuses what it has no kernel for.
     if model._supports_flash_attn and on_gpu and dtype in ("bf16", "fp16"):
         names += ["flash_attention_2"] if is_flash_attn_2_available() else []
         names += ["flash_attention_3"] if is_flash_attn_3_available() else []
-    has_sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
-    if model._supports_attention_backend and plain and not has_sinks:
+    if model._supports_attention_backend:
         names.append(attention.NAME)
     return tuple(names)
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, LlamaForCausalLM
 
-from pytest_batchinv.engines import NotRun
+from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.engines import NotRun, attention
 from pytest_batchinv.engines.attention import attention_forward
 from pytest_batchinv.engines.layout import row_tokens
 from pytest_batchinv.engines.module import ModuleEngine
@@ -107,15 +108,69 @@ def test_the_engine_lists_its_attention_implementations(model, expected):
     assert engine.attn == "batch_invariant"
 
 
-def test_a_model_with_a_soft_cap_is_left_with_eager_attention():
-    assert attention_implementations(AutoModelForCausalLM.from_config(_gemma2()), "cpu", "fp32") == ("eager",)
+@pytest.mark.parametrize("config", ["gemma2", "gpt_oss"])
+def test_our_attention_computes_soft_caps_and_sinks(config):
+    """Soft caps and windows of gemma2, sinks and windows of gpt_oss: what their eager attention gives, with its gradients."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config({"gemma2": _gemma2, "gpt_oss": _gpt_oss}[config]())
+    assert "batch_invariant" in attention_implementations(model, "cpu", "fp32")
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data.normal_()
+    tokens = torch.randint(0, 97, (2, 30))
+
+    def run(attn):
+        attention.register()
+        model.set_attn_implementation(attn)
+        model.zero_grad()
+        logits = model(input_ids=tokens).logits
+        logits.square().mean().backward()
+        return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    (expected, expected_gradients), (actual, gradients) = run("eager"), run("batch_invariant")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sinks_are_batch_invariant(config, monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config({"gemma2": _gemma2, "gpt_oss": _gpt_oss}[config]())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, dtype, **_: model.to(dtype))
+    engine = make("org/" + config, attn="batch_invariant")
+    with batch_invariant_mode():
+        alone = [engine.logprobs(BatchShape((row,)))[0] for row in ROWS]
+        for layout in engine.layouts:
+            for expected, actual in zip(alone, engine.logprobs(BatchShape(ROWS, layout, 3)), strict=True):
+                assert torch.equal(actual, expected), layout
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_a_mask_that_is_causality_alone_may_be_left_out(model):
+    """transformers asks us for a mask where the caller gives none: without one, and with one that says the same."""
+    engine = make(model, attn="batch_invariant")
+    tokens = torch.randint(0, 499, (2, 40))
+    with torch.no_grad(), batch_invariant_mode():
+        without, padding = (engine.model(input_ids=tokens, attention_mask=m).logits for m in (None, torch.ones_like(tokens)))
+    assert torch.equal(without, padding)
+
+
+def test_no_mask_is_made_for_a_causal_prefill(monkeypatch):
+    model = make("tiny-qwen3", attn="batch_invariant").model
+    masks = []
+    stock = attention.sdpa_mask
+    monkeypatch.setattr(attention, "sdpa_mask", lambda **words: masks.append(stock(**words)) or masks[-1])
+    tokens = torch.randint(0, 499, (2, 40))
+    with torch.no_grad():
+        model(input_ids=tokens)
+        assert masks == []
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    assert [tuple(mask.shape) for mask in masks] == [(2, 1, 40, 40)]
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ({"softcap": 30.0}, "soft-capped attention logits"),
-        ({"s_aux": torch.ones(1)}, "attention sinks"),
         ({"position_bias": torch.ones(1)}, "position bias"),
         ({"dropout": 0.1}, "dropout"),
     ],
@@ -235,9 +290,7 @@ def test_a_function_gets_its_rows_in_order_and_repeated():
     assert [row[0].tolist() for row in engine.outputs([2, 0, 2])] == [[12, 14, 16], [0, 2, 4], [12, 14, 16]]
 
 
-@pytest.mark.parametrize(
-    "pack", [lambda a, b: (a, None, b), lambda a, b: [a, b], lambda a, b: {"a": a, "n": None, "b": b}]
-)
+@pytest.mark.parametrize("pack", [lambda a, b: (a, None, b), lambda a, b: [a, b], lambda a, b: {"a": a, "n": None, "b": b}])
 def test_tuples_lists_and_mappings_are_taken_apart_and_none_is_dropped(pack):
     rows = ModuleEngine(lambda x: pack(x, x.sum(1)), [POOL]).outputs([1])
     assert [part.tolist() for part in rows[0]] == [[3, 4, 5], 12]
@@ -296,5 +349,14 @@ def _engine_loads(monkeypatch, model_class):
 
 def _gemma2():
     return Gemma2Config(
-        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=16
-    )
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=8, attn_logit_softcapping=2.0, initializer_range=0.3,
+    )  # fmt: skip
+
+
+def _gpt_oss():
+    return GptOssConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2,
+        initializer_range=0.3,
+    )  # fmt: skip

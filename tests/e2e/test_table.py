@@ -179,3 +179,141 @@ def test_empty_tensors_give_what_torch_gives(shape):
 def test_an_index_out_of_range_is_an_index_error():
     with batch_invariant_mode(), pytest.raises(IndexError, match="from 0 to 4"):
         torch.index_add(A, 0, torch.tensor([9]), torch.randn(1, 7))
+
+
+# --- operators with a gradient of their own --------------------------------------------------------------------------
+
+ROWS = torch.randn(3, 4, 7, dtype=torch.float64)
+QUERY, KEY = torch.randn(2, 4, 5, 8, dtype=torch.float64), torch.randn(2, 2, 5, 8, dtype=torch.float64)
+
+
+def attended(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+DIFFERENTIABLE = {
+    "rms_norm": (lambda x, w: F.rms_norm(x, (7,), w, 1e-3), (ROWS, V.double())),
+    "rms_norm of two dims": (lambda x: F.rms_norm(x, (4, 7)), (ROWS,)),
+    "attention": (attended, (QUERY, KEY, KEY + 1)),
+    "logsumexp of attention": (lambda *qkv: torch.ops.batchinv.attention(*qkv, None, True, 0.3)[1], (QUERY, KEY, KEY + 1)),
+}
+each_differentiable = pytest.mark.parametrize(("fn", "inputs"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+
+
+def leaves(inputs):
+    return [x.clone().requires_grad_() for x in inputs]
+
+
+@each_differentiable
+def test_gradients_and_their_gradients_are_those_of_the_function(fn, inputs):
+    with batch_invariant_mode():
+        assert torch.autograd.gradcheck(fn, leaves(inputs))
+        assert torch.autograd.gradgradcheck(fn, leaves(inputs))
+
+
+@each_differentiable
+def test_function_transforms_give_the_gradients_of_autograd(fn, inputs):
+    def loss(*inputs):
+        return fn(*inputs).sin().sum()
+
+    pairs = [torch.stack([x, x + 1]) for x in inputs]
+    with batch_invariant_mode():
+        expected = torch.autograd.grad(loss(*(first := leaves(inputs))), first[0])[0]
+        torch.testing.assert_close(torch.func.grad(loss)(*inputs), expected)
+        torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(*pairs)[0], expected)
+        hessian = torch.autograd.functional.hessian(lambda x: loss(x, *inputs[1:]), inputs[0])
+        torch.testing.assert_close(torch.func.jacrev(torch.func.grad(loss))(*inputs), hessian)
+
+
+@each_differentiable
+def test_forward_mode_gives_the_derivative_or_says_that_there_is_none(fn, inputs):
+    tangents = tuple(x.cos() for x in inputs)
+    with batch_invariant_mode():
+        if "rms_norm" not in fn.__code__.co_names:
+            with pytest.raises(NotImplementedError, match="forward mode"):
+                torch.func.jvp(fn, inputs, tangents)
+            return
+        _, derivative = torch.func.jvp(fn, inputs, tangents)
+        ahead, behind = (fn(*(x + h * t for x, t in zip(inputs, tangents, strict=True))) for h in (1e-6, -1e-6))
+    torch.testing.assert_close(derivative, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["rms_norm", "attention"])
+def test_bits_do_not_follow_gradients_modes_lazy_bits_or_compilation(name, dtype):
+    fn, inputs = DIFFERENTIABLE[name]
+    inputs = [x.to(dtype) for x in inputs]
+    with batch_invariant_mode():
+        expected = fn(*inputs)
+        with torch.inference_mode():
+            assert first_difference(expected, fn(*inputs)) is None
+        with Seen():
+            assert first_difference(expected, fn(*inputs)) is None
+        assert first_difference(expected, fn(*leaves(inputs)).detach()) is None
+        assert first_difference(expected, fn(torch._neg_view(-inputs[0]), *inputs[1:])) is None
+        torch._dynamo.reset()
+        compiled = torch.compile(fn, fullgraph=True)
+        assert first_difference(expected, compiled(*inputs)) is None
+        for eager, other in zip(gradients(fn, inputs), gradients(compiled, inputs), strict=True):
+            assert first_difference(eager, other) is None
+
+
+def gradients(fn, inputs):
+    inputs = leaves(inputs)
+    return torch.autograd.grad(fn(*inputs).square().sum(), inputs)
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """A mode that only looks on."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "operator"), [("rms_norm", "_fused_rms_norm"), ("attention", "attention")])
+def test_dispatch_modes_and_traces_see_the_operator(name, operator):
+    fn, inputs = DIFFERENTIABLE[name]
+    with batch_invariant_mode():
+        with Seen() as seen:
+            fn(*inputs)
+        assert seen.names[0] == f"batchinv::{operator}"
+        graph = torch.fx.experimental.proxy_tensor.make_fx(fn)(*inputs).graph
+        assert getattr(torch.ops.batchinv, operator).default in {node.target for node in graph.nodes}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", ["_fused_rms_norm", "attention"])
+def test_operators_pass_torchs_own_checks_of_operators(name, requires_grad):
+    inputs = (ROWS, [7], V.double(), 1e-3) if name == "_fused_rms_norm" else (QUERY, KEY, KEY + 1, None, True, 0.3)
+    inputs = [x.clone().requires_grad_(requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs]
+    with batch_invariant_mode():
+        torch.library.opcheck(getattr(torch.ops.batchinv, name).default, tuple(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_rms_norm_are_near_torchs(dtype):
+    fn = DIFFERENTIABLE["rms_norm"][0]
+    inputs = [x.to(dtype) for x in DIFFERENTIABLE["rms_norm"][1]]
+    expected = gradients(fn, inputs)
+    with batch_invariant_mode():
+        actual = gradients(fn, inputs)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_group_norm_takes_any_strides():
+    x = torch.randn(2, 5, 7, 6).permute(0, 3, 2, 1)
+    with batch_invariant_mode():
+        assert first_difference(F.group_norm(x.contiguous(), 3), F.group_norm(x, 3)) is None
+
+
+@pytest.mark.parametrize("name", ["native_layer_norm", "_fused_rms_norm"])
+def test_parameters_of_norms_on_another_device_are_an_error(name):
+    parameters = (V.to("meta"), None) if name == "native_layer_norm" else (V.to("meta"),)
+    with pytest.raises(RuntimeError, match="on cpu, but got one on meta"):
+        table.LEAVES[name](A, [7], *parameters, 1e-5)

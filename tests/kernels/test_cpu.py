@@ -604,6 +604,12 @@ def test_every_nan_is_the_same_nan(dtype):
     same_bits(cpu.gemm(negative.view(dtype)[None, None], canonical[None, None])[0, 0], canonical)
 
 
+def test_gemm_of_two_dims_is_the_product_of_a_batch_of_one():
+    a, b, bias = randn(3, 4), randn(4, 5, seed=1), randn(5, seed=2).expand(3, 5)
+    same_bits(cpu.gemm(a, b), cpu.gemm(a[None], b[None])[0])
+    same_bits(cpu.gemm(a, b, bias, 0.5, -2.0), cpu.gemm(a[None], b[None], bias[None], 0.5, -2.0)[0])
+
+
 def test_gemm_does_not_read_the_bias_when_beta_is_zero():
     a, b = randn(1, 3, 4), randn(1, 4, 5)
     same_bits(cpu.gemm(a, b, torch.full((1, 3, 5), torch.nan), 2.0, 0.0), cpu.gemm(a, b, None, 2.0))

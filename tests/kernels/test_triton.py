@@ -478,7 +478,6 @@ def with_sinks(options, n_heads, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 def check_attention_options_are_near_the_reference(dtype, options, monkeypatch):
-    replace(monkeypatch, attention_module, "KV_SPLIT", 64)
     options = with_sinks(options, 4, dtype)
     for Sq, offset in ((80, 0), (1, 79), (5, 70)):
         q, k, v = qkv(1, 4, 2, Sq, 80, 20, 24, dtype)
@@ -488,29 +487,27 @@ def check_attention_options_are_near_the_reference(dtype, options, monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def check_attention_in_chunks_and_step_by_step_is_attention_as_a_whole(options, monkeypatch):
-    """Few queries get a grid over the splits of the keys, many do not: the same order, so the same bits."""
-    replace(monkeypatch, attention_module, "KV_SPLIT", 64)
+    """Few queries get a grid over the keys, many do not: the same order, so the same bits."""
     options = with_sinks(options, 4, torch.float32)
     q, k, v = qkv(1, 4, 2, 200, 200, 16, 16, torch.float32)
     out, lse = cuda.attention(q, k, v, None, True, 0.25, **options)
-    for start, stop in ((0, 1), (63, 64), (64, 65), (127, 129), (150, 157), (199, 200), (100, 200)):
+    for start, stop in ((0, 1), (31, 32), (32, 33), (127, 129), (150, 157), (199, 200), (100, 200)):
         seen = tuple(x[:, :, :stop] for x in (k, v))
         chunk = cuda.attention(q[:, :, start:stop], *seen, None, True, 0.25, causal_offset=start, **options)
         assert_same_bits(chunk, (out[:, :, start:stop], lse[:, :, start:stop]))
 
 
-def check_attention_merges_the_splits_of_few_queries(monkeypatch):
-    """The grid over the splits is there, and gives what one program a row gives."""
-    replace(monkeypatch, attention_module, "KV_SPLIT", 32)
+def check_attention_merges_the_parts_of_few_queries(monkeypatch):
+    """The grid over the keys is there, and gives what one program a row gives."""
     launched = []
-    kernel = attention_module._merge_splits_kernel
+    kernel = attention_module._merge_parts_kernel
 
     class Counted:
         def __getitem__(self, grid):
             launched.append(grid)
             return kernel[grid]
 
-    replace(monkeypatch, attention_module, "_merge_splits_kernel", Counted())
+    replace(monkeypatch, attention_module, "_merge_parts_kernel", Counted())
     q, k, v = qkv(2, 4, 2, 1, 150, 16, 16, torch.float32)
     split = cuda.attention(q, k, v, None, False, 0.25)
     assert len(launched) == 1
@@ -527,7 +524,6 @@ def packed(rows, lengths):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("queries", [None, 1, 3])
 def check_attention_packed_and_paged_is_attention_of_each_row(options, queries, monkeypatch):
-    replace(monkeypatch, attention_module, "KV_SPLIT", 64)
     options = with_sinks(options, 4, torch.float32)
     lengths, page = [5, 130, 1, 64], 8
     rows = [[randn(n, h, 16, dtype=torch.float32) for h in (4, 2, 2)] for n in lengths]

@@ -1,0 +1,56 @@
+"""Rewrites of a graph that save memory traffic and change no bit: their kernels do the same sums in the same order.
+
+What Inductor would fuse into a reduction, it cannot fuse into an operator of ours, so the squares of a norm would go
+through memory as float32 once for each norm of a model.
+"""
+
+import torch
+from torch.fx import Graph, Node
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def fuse(graph: Graph) -> None:
+    """Rewrites ``mean(x * x)``, with x widened from 16 bits or not, to ``batchinv::mean_of_squares``."""
+    means = graph.find_nodes(op="call_function", target=torch.ops.batchinv.mean.dim)
+    fused = [_fuse_mean_of_squares(node) for node in means]
+    if any(fused):
+        graph.eliminate_dead_code()
+
+
+def _fuse_mean_of_squares(mean: Node) -> bool:
+    squares, dim, keepdim, dtype = _arguments(mean)
+    x = _squared(squares)
+    if x is None or dtype is not None or not _is_wide(x):
+        return False
+    mean.target, mean.kwargs = torch.ops.batchinv.mean_of_squares.default, {}
+    mean.args = (_before_widening(x), dim, keepdim)
+    return True
+
+
+def _arguments(mean: Node) -> tuple[Node, list[int] | None, bool, torch.dtype | None]:
+    """Of ``mean.dim``, with the defaults filled in."""
+    arguments = dict(zip(("self", "dim", "keepdim"), mean.args, strict=False)) | mean.kwargs
+    return arguments["self"], arguments["dim"], arguments.get("keepdim", False), arguments.get("dtype")
+
+
+def _squared(node: Node) -> Node | None:
+    """x where the node is x * x or x ** 2."""
+    if node.target is aten.mul.Tensor and node.args[0] is node.args[1]:
+        return node.args[0]
+    if node.target in (aten.pow.Tensor_Scalar, torch.ops.batchinv.pow.Tensor_Scalar) and node.args[1] == 2:
+        return node.args[0]
+    return None
+
+
+def _is_wide(x: Node) -> bool:
+    """In the dtype in which squares are summed, so that they are rounded once here as there."""
+    return x.meta["val"].dtype in (torch.float32, torch.float64)
+
+
+def _before_widening(x: Node) -> Node:
+    """The tensor of 16 bits that x was, or x: the operator widens by itself."""
+    is_widened = x.target is prims.convert_element_type.default and x.meta["val"].dtype == torch.float32
+    if is_widened and x.args[0].meta["val"].dtype in (torch.float16, torch.bfloat16):
+        return x.args[0]
+    return x
