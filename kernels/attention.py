@@ -28,8 +28,9 @@ _RANGE_QUERIES = tl.constexpr(16)
 """Queries that share one entry of what a mask lets them see."""
 _PROGRAMS_A_MULTIPROCESSOR = 2
 """As many as find room at once. With fewer the keys are divided among more programs."""
-_MERGE_UNROLL = 64
 _MERGE_DIMS = 32
+_MERGE_FACTORS = 256
+_MERGE_UNROLL = 32
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_queries", "query_offset", "n_blocks"])
@@ -273,7 +274,7 @@ def _store_result(
     + ["causal_offset", "stride_mb", "stride_mh", "stride_mq", "stride_mk", "stride_ib", "stride_ih", "stride_iq"]
     + ["stride_rb", "stride_rh", "n_ranges"]
     + ["stride_lb", "stride_lh", "stride_pages", "n_parts", "parts_a_program"],
-    do_not_specialize_on_alignment=["mask_ptr", "intervals_ptr", "ranges_ptr", "lse_ptr", "part_ptr", "part_stats_ptr"]
+    do_not_specialize_on_alignment=["mask_ptr", "intervals_ptr", "ranges_ptr", "lse_ptr", "part_ptr"]
     + ["q_starts_ptr", "k_starts_ptr", "pages_ptr", "sinks_ptr"],
 )
 def _attention_kernel(
@@ -286,7 +287,6 @@ def _attention_kernel(
     out_ptr,
     lse_ptr,
     part_ptr,
-    part_stats_ptr,
     q_starts_ptr,
     k_starts_ptr,
     pages_ptr,
@@ -368,6 +368,8 @@ def _attention_kernel(
     # With a causal mask the last blocks are the longest, so they go first.
     block = n_blocks - 1 - tl.program_id(0) % n_blocks
     pack_index = tl.program_id(0) // n_blocks % n_packs
+    # Behind the parts' products [n_parts, n_rows, DV]: their maxima and sums.
+    part_stats_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_rows * DV
     batch = (tl.program_id(0) // n_blocks // n_packs).to(tl.int64)
     if KEYS == "packed":
         q_start = tl.load(q_starts_ptr + batch).to(tl.int64)
@@ -551,11 +553,10 @@ def _attention_kernel(
 
 @triton.jit(
     do_not_specialize=["n_rows", "n_parts", "n_heads", "stride_lh", "stride_ob", "stride_oh", "stride_om"],
-    do_not_specialize_on_alignment=["part_ptr", "part_stats_ptr", "sinks_ptr", "out_ptr", "lse_ptr"],
+    do_not_specialize_on_alignment=["part_ptr", "sinks_ptr", "out_ptr", "lse_ptr"],
 )
 def _merge_parts_kernel(
     part_ptr,
-    part_stats_ptr,
     sinks_ptr,
     out_ptr,
     lse_ptr,
@@ -570,54 +571,70 @@ def _merge_parts_kernel(
     SINKS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """The parts of ``_attention_kernel`` merged as ``_merge`` does, ascending, for one row and BLOCK_DV of its dims.
 
-    The factors of UNROLL parts are computed side by side, as they need the running maxima alone, which are exact in any
-    order; the sums then one after the other. An empty part has a maximum of -inf, has stored no product, and changes nothing.
+    First the factors of all parts, side by side, as they need the running maxima alone, which are exact in any order. Then
+    the sums, one after the other. An empty part has a maximum of -inf, has stored no product, and changes nothing.
     """
     row = tl.program_id(0).to(tl.int64)
     dims_v = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     inside = dims_v < DV
+    part_stats_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_rows * DV + row * 2
+    # Programs of one row write the same values.
+    factors_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_rows * (DV + 2) + row * n_parts * 3
     part_ptr += row * DV
-    part_stats_ptr += row * 2
     largest = tl.full([1], -float("inf"), ACC)
-    total = tl.zeros([1], ACC)
-    acc = tl.zeros([1, BLOCK_DV], ACC)
-    for start in range(0, n_parts, UNROLL):
-        parts = start + tl.arange(0, UNROLL)
+    for start in range(0, n_parts, BLOCK_PARTS):
+        parts = start + tl.arange(0, BLOCK_PARTS)
+        there = parts < n_parts  # n_parts is a multiple of UNROLL, not of BLOCK_PARTS
         stats_ptrs = part_stats_ptr + parts.to(tl.int64) * n_rows * 2
-        part_largest = tl.load(stats_ptrs, mask=parts < n_parts, other=-float("inf"))
-        part_total = tl.load(stats_ptrs + 1, mask=parts < n_parts, other=0.0)
-        before = tl.load(stats_ptrs - n_rows * 2, mask=(parts > start) & (parts <= n_parts), other=-float("inf"))
-        # All loads before the first sum, so that they are under way at once: the compiler does not bring them forward.
-        part_accs = ()
-        for i in tl.static_range(UNROLL):
-            offs = (tl.zeros([1], tl.int64) + (start + i)) * n_rows * DV
-            there = (offs[:, None] < n_parts * n_rows.to(tl.int64) * DV) & inside[None, :]
-            part_accs = part_accs + (tl.load(part_ptr + offs[:, None] + dims_v[None, :], mask=there, other=0.0),)
+        part_largest = tl.load(stats_ptrs, mask=there, other=-float("inf"))
+        part_total = tl.load(stats_ptrs + 1, mask=there, other=0.0)
+        before = tl.load(stats_ptrs - n_rows * 2, mask=(parts > start) & there, other=-float("inf"))
         before = tl.maximum(tl.associative_scan(before, 0, _max), largest)
         after = tl.maximum(before, part_largest)
         centre = tl.where(after == -float("inf"), 0.0, after)
-        r = _rescaling(before, centre, ACC)
         part_r = _rescaling(part_largest, centre, ACC)
-        part_total = part_total * part_r
+        tl.store(factors_ptr + parts * 3, _rescaling(before, centre, ACC), mask=there)
+        tl.store(factors_ptr + parts * 3 + 1, part_r, mask=there)
+        tl.store(factors_ptr + parts * 3 + 2, part_total * part_r, mask=there)
         largest = tl.maximum(largest, tl.max(part_largest, 0))
+    tl.debug_barrier()  # the factors are read by other threads than wrote them
+
+    total = tl.zeros([1], ACC)
+    acc = tl.zeros([BLOCK_DV], ACC)
+    part_ptrs = part_ptr + dims_v
+    part_size = n_rows * DV
+    for start in range(0, n_parts, UNROLL):
+        # All loads before the first sum, so that they are under way at once: the compiler does not bring them forward.
+        # One warp does all of this alone, so each instruction counts: no bounds, and nothing but steps from these pointers.
+        batch_ptrs = part_ptrs + tl.cast(start, tl.int64) * part_size
+        batch_factors_ptr = factors_ptr + start * 3 + tl.zeros([1], tl.int32)
+        loaded = ()
         for i in tl.static_range(UNROLL):
-            index = tl.full([1], i, tl.int32)
-            r_i = tl.gather(r, index, 0)
-            part_r_i = tl.gather(part_r, index, 0)[:, None]
-            total = tl.fma(total, r_i, tl.gather(part_total, index, 0))
-            part_acc = tl.where(part_r_i == 0.0, 0.0, part_accs[i])
-            acc = tl.fma(acc, tl.broadcast_to(r_i[:, None], acc.shape), part_acc * part_r_i)
+            r = tl.load(batch_factors_ptr + i * 3)
+            part_r = tl.load(batch_factors_ptr + (i * 3 + 1))
+            part_total = tl.load(batch_factors_ptr + (i * 3 + 2))
+            if DV % BLOCK_DV == 0:
+                part_acc = tl.load(batch_ptrs + i * part_size)
+            else:
+                part_acc = tl.load(batch_ptrs + i * part_size, mask=inside, other=0.0)
+            loaded = loaded + ((r, part_r, part_total, part_acc),)
+        for i in tl.static_range(UNROLL):
+            r, part_r, part_total, part_acc = loaded[i]
+            total = tl.fma(total, r, part_total)
+            part_acc = tl.where(part_r == 0.0, 0.0, part_acc) * part_r
+            acc = tl.fma(acc, tl.broadcast_to(r, acc.shape), part_acc)
     batch = row // (n_heads * stride_lh)
     head = row // stride_lh % n_heads
     out_ptr += batch * stride_ob + head * stride_oh + row % stride_lh * stride_om
     _store_result(
         largest,
         total,
-        acc,
+        acc[None, :],
         sinks_ptr,
         head + tl.zeros([1], tl.int64),
         out_ptr + dims_v.to(tl.int64)[None, :],
@@ -659,8 +676,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """``reference.attention`` on the GPU. What the mask hides is found there: nothing waits for it."""
     B, H, Sq, _ = q.shape
-    out = torch.empty((B, H, Sq, v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, Sq), dtype=accumulator_dtype(q.dtype), device=q.device)
+    out = q.new_empty((B, H, Sq, v.shape[3]))
+    lse = q.new_empty((B, H, Sq), dtype=accumulator_dtype(q.dtype))
     if lse.numel() == 0:
         return out, lse
     options = _Options("dense", B, Sq, k.shape[2], is_causal, scale, causal_offset, window, soft_cap)
@@ -686,8 +703,8 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor]:
     """``reference.packed_attention`` on the GPU. The starts stay there: nothing waits for them."""
     T, H, _ = q.shape
-    out = torch.empty((T, H, v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = torch.empty((H, T), dtype=accumulator_dtype(q.dtype), device=q.device)
+    out = q.new_empty((T, H, v.shape[-1]))
+    lse = q.new_empty((H, T), dtype=accumulator_dtype(q.dtype))
     if lse.numel() == 0:
         return out, lse
     keys, Skv, page_size = ("packed", k.shape[0], 1) if pages is None else ("paged", pages.shape[1] * k.shape[1], k.shape[1])
@@ -754,6 +771,9 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     room = _PROGRAMS_A_MULTIPROCESSOR * device_of(device).multiprocessors
     if n_parts == 1 or n_blocks > 1 or programs >= room:
         n_parts = 0
+    # A multiple of what is merged at once; the parts too many are empty.
+    unroll = min(_MERGE_UNROLL, next_power_of_2(n_parts))
+    n_parts = ceil_div(n_parts, unroll) * unroll
     parts_a_program = ceil_div(programs * n_parts, room) if n_parts else 1
     if n_parts and parts_a_program == 1:
         tile = tile._replace(num_stages=1)  # one block a program: nothing to load ahead, and room for more programs
@@ -786,16 +806,16 @@ class _Attention:
         self._ranges, self._launch, self._arguments, self._merge = ranges, launch, arguments, merge
 
     def __call__(self, q, k, v, out, lse, mask, sinks, q_starts, k_starts, pages) -> None:
-        intervals = ranges = parts = stats = None
+        intervals = ranges = parts = None
         if self._ranges is not None:
             mask, intervals, ranges = self._ranges(mask)
         if self._merge is not None:
-            parts, stats = self._merge.room(lse)
+            parts = self._merge.room(lse)
         # What is absent is not read; lse stands in its place.
-        pointers = (q, k, v, mask, intervals, ranges, out, lse, parts, stats, q_starts, k_starts, pages, sinks)
+        pointers = (q, k, v, mask, intervals, ranges, out, lse, parts, q_starts, k_starts, pages, sinks)
         self._launch(*(lse if x is None else x for x in pointers), *self._arguments)
         if self._merge is not None:
-            self._merge(parts, stats, lse if sinks is None else sinks, out, lse)
+            self._merge(parts, lse if sinks is None else sinks, out, lse)
 
 
 class _Ranges:
@@ -852,16 +872,17 @@ class _Merge:
     def __init__(
         self, n_parts: int, n_rows: int, n_heads: int, DV: int, strides: tuple[int, ...], has_sinks: bool, acc: tl.dtype
     ) -> None:
-        self._parts, self._stats = (n_parts, n_rows, DV), (n_parts, n_rows, 2)
+        self._room = n_parts * n_rows * (DV + 2 + 3)
         dims = min(_MERGE_DIMS, max(16, next_power_of_2(DV)))
         numbers = (n_rows, n_parts, n_heads, strides[-1], *strides[-5:-2])
-        self._arguments = (*numbers, DV, has_sinks, acc, dims, min(_MERGE_UNROLL, next_power_of_2(n_parts)))
+        most = next_power_of_2(n_parts)
+        self._arguments = (*numbers, DV, has_sinks, acc, dims, min(_MERGE_FACTORS, most), min(_MERGE_UNROLL, most))
         grid = (n_rows, ceil_div(DV, dims), 1)
         self._launch = Launch(_merge_parts_kernel, grid, num_warps=1, enable_fp_fusion=False)
 
-    def room(self, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the parts' products and their maxima and sums are put."""
-        return lse.new_empty(self._parts), lse.new_empty(self._stats)
+    def room(self, lse: Tensor) -> Tensor:
+        """For the parts' products, their maxima and sums, and their factors."""
+        return lse.new_empty(self._room)
 
-    def __call__(self, parts: Tensor, stats: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> None:
-        self._launch(parts, stats, sinks, out, lse, *self._arguments)
+    def __call__(self, parts: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> None:
+        self._launch(parts, sinks, out, lse, *self._arguments)

@@ -2,7 +2,7 @@
 
 Triton binds and specialises every argument anew at every launch, 10 µs and more for kernels of 25 arguments. So a
 launcher asks a *plan* for its ``Launch``: a function of all that the tile, the grid and the binary depend on, which
-remembers its results.
+remembers its results. Tensors are handed over as addresses, since Triton asks the driver about each tensor.
 """
 
 import functools
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import torch
+from triton import knobs, runtime
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
@@ -21,21 +22,42 @@ _plans: list[Callable] = []
 class Launch:
     """One kernel, its grid and options, and the binary once it is known.
 
-    It must only be called with arguments of the same dtypes, alignment and sizes: one plan, one binary.
+    It must only be called with arguments of the same dtypes, alignment and sizes: one plan, one binary. All tensors must be
+    on one GPU; nothing else asks, and one that is not would be read at an address that means nothing there.
     """
 
     def __init__(self, kernel: JITFunction, grid: tuple[int, int, int], **options: Any) -> None:
         self._kernel, self._grid, self._options = kernel, grid, options
         self._run: Callable[..., Any] | None = None
+        self._tensors: list[int] = []
 
     def __call__(self, *args: Any) -> None:
         """args: every parameter of the kernel in its order, constexprs included."""
         if self._run is not None:
-            self._run(*args)
+            addressed = list(args)
+            for place in self._tensors:
+                addressed[place] = args[place].data_ptr()
+            self._run(*addressed)
             return
         binary = self._kernel[self._grid](*args, **self._options)
         if isinstance(binary, CompiledKernel):  # Triton's interpreter has none
-            self._run = binary[self._grid]
+            self._tensors = [place for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+            self._run = _runner(binary, self._grid)
+
+
+def _runner(binary: CompiledKernel, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """``binary[grid]``, without what that prepares for a profiler's hooks at every launch while there are none."""
+    with_hooks, hooks, driver = binary[grid], knobs.runtime, runtime.driver.active
+    run, function, metadata = binary.run, binary.function, binary.packed_metadata
+
+    def launch(*args: Any) -> None:
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            with_hooks(*args)
+        else:
+            stream = driver.get_current_stream(driver.get_current_device())
+            run(*grid, stream, function, metadata, None, None, None, *args)
+
+    return launch
 
 
 def plan(function: Callable[_P, Any]) -> Callable[_P, Any]:

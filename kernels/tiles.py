@@ -132,13 +132,11 @@ def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.d
     if dtype.itemsize == 2:
         block_n = 128 if block_d <= 128 else 64
         block_m = 16 if rows <= 16 else 64 if rows < 512 or block_d > 128 else 128
-        stages = 3 if block_m == 16 else 2
     else:
         block_n = 32 if block_d * dtype.itemsize <= 512 else 16
         block_m = 16 if rows <= 16 or block_d * dtype.itemsize > 512 else 32
-        stages = 2
     size = block_d * dtype.itemsize
-    stages = _stages(stages, 2 * block_n * size, block_m * size, device)
+    stages = _stages(2, 2 * block_n * size, block_m * size, device)
     # Two accumulators of block_m x block_d, and no more registers than there are.
     return Tile(block_m, block_n, block_d, 8 if block_m * block_d >= 128 * 128 else 4, stages)
 

@@ -155,7 +155,7 @@ def _sources() -> str:
 
         digest.update(triton.__version__.encode())
     for package in (kernels, patches):
-        for path in sorted(Path(package.__path__[0]).glob("*.[cp][py]*")):
+        for path in sorted(Path(package.__path__[0]).rglob("*.[cp][py]*")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -579,14 +579,19 @@ def ends_the_device(call: Call) -> bool:
             return True
         if not a.dtype == b.dtype == torch.bfloat16:
             return False
+        if 0 in a.shape or 0 in b.shape:
+            return True
         # The kernel for bfloat16 divides by the number of groups (SIGFPE), and asserts that each group of columns begins
         # at a multiple of 16 bytes.
         ends = replace(offs, dtype=torch.int64, device="").build("cpu").flatten().tolist()
         number = b.shape[0] if len(b.shape) == 3 else a.shape[0] if len(a.shape) == 3 else len(ends)
         by_rows = len(a.shape) == 2 and len(b.shape) == 3 and a.layout != "transposed"
         return number == 0 or not by_rows and any(end % 8 for end in ends[:-1])
-    if name == "_scaled_dot_product_efficient_attention":  # reads key and value as if they had the query's dtype
-        return len({arguments[n].dtype for n in ("query", "key", "value")}) > 1
+    if name == "_scaled_dot_product_efficient_attention":
+        # Reads key and value as if they had the query's dtype, and lines of value as if aligned as those of the query.
+        query, key, value = (arguments[n] for n in ("query", "key", "value"))
+        line_bytes = math.prod(value.shape[-1:]) * value.dtype.itemsize
+        return not query.dtype == key.dtype == value.dtype or query.shape[-1:] != value.shape[-1:] and line_bytes % 16 > 0
     return False
 
 
@@ -658,6 +663,8 @@ def is_torchs_accident(call: Call, expected: "Expected", actual: Any) -> bool:
         return True  # where there is nothing to multiply, torch does not look at the dtypes
     if mode_raises and not torch_raises and any(out.layout == "expanded" for out in call.outs):
         return True  # some kernels write several values to one place, others see it
+    if not mode_raises and any(x.is_cuda for x in actual) and is_cudas_accident(call, expected, actual):
+        return True
     if name in ("var", "std") and torch_raises and "std_var_all" in str(expected.stock):
         return not mode_raises  # a path for all dims that does not know the dtypes which the others know
     if name == "logsumexp" and torch_raises and not mode_raises:
@@ -708,6 +715,22 @@ def is_torchs_accident(call: Call, expected: "Expected", actual: Any) -> bool:
         return not mode_raises and any(p is not None and p.layout in ("strided", "expanded") for p in parameters)
     if name == "addbmm_":  # not in place at all
         return not torch_raises and call.arguments["self"].shape != expected.stock[0].shape
+    return False
+
+
+def is_cudas_accident(call: Call, expected: "Expected", actual: tuple[torch.Tensor, ...]) -> bool:
+    """The same for torch's CUDA kernels where the mode gives a result."""
+    name, torch_raises = call.packet, isinstance(expected.stock, Exception)
+    if name in ("rms_norm", "_fused_rms_norm") and not torch_raises:  # an infinity makes NaN of its whole row
+        nan = expected.stock[0].isnan()
+        same = torch.isclose(actual[0].double(), expected.stock[0].double(), rtol=0.02, equal_nan=True)
+        return call.arguments["input"].special in (math.inf, -math.inf) and bool((nan | same).all())
+    if name in ("_softmax", "_log_softmax") and torch_raises:  # what torch's own fake implementation takes too
+        return call.arguments["half_to_float"] and "Half type only" in str(expected.stock)
+    if name == "_addmm_activation" and not torch_raises:  # forgets the activation where there is nothing to multiply
+        return call.arguments["mat1"].shape[1:] == (0,)
+    if name == "native_group_norm" and torch_raises:  # launches a kernel for nothing
+        return "invalid argument" in str(expected.stock) and any(0 in x.shape for x in call.tensors())
     return False
 
 

@@ -71,6 +71,7 @@ def row_kernels(kernels, n_cols, dtype):
     return {
         "sum": lambda x: (kernels.row_sum(x, dtype),),
         "mean": lambda x: (kernels.row_mean(x, dtype),),
+        "mean_of_squares": lambda x: (kernels.row_mean_of_squares(x, reference.accumulator_dtype(dtype)),),
         "norm1": lambda x: (kernels.row_norm(x, 1.0, dtype),),
         "norm2": lambda x: (kernels.row_norm(x, 2.0, dtype),),
         "var_mean": lambda x: kernels.row_var_mean(x, 1.0, dtype),

@@ -43,6 +43,7 @@ def test_checks_pass_in_the_interpreter(group, pytestconfig):
 FUNCTIONS = {
     "sum": lambda x: cuda.row_sum(x, x.dtype),
     "mean": lambda x: cuda.row_mean(x, x.dtype),
+    "mean_of_squares": lambda x: cuda.row_mean_of_squares(x, reference.accumulator_dtype(x.dtype)),
     "norm_1": lambda x: cuda.row_norm(x, 1, x.dtype),
     "norm_2": lambda x: cuda.row_norm(x, 2, x.dtype),
     "var_mean": lambda x: cuda.row_var_mean(x, 1, x.dtype),
@@ -189,6 +190,14 @@ def check_order_of_a_sum_is_the_documented_one(dtype, split_below, monkeypatch):
     assert results != exact, "no plant showed an order"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_cols", [1, 128, 1030])
+def check_mean_of_squares_has_the_bits_of_the_mean_of_the_squares(n_cols, dtype):
+    x = mixed(3, n_cols, dtype)
+    wide = x.float()
+    assert_same_bits(cuda.row_mean_of_squares(x, torch.float32), cuda.row_mean(wide * wide, torch.float32))
+
+
 @pytest.mark.parametrize("split_below", [0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n_cols", SIZES)
@@ -203,6 +212,7 @@ def check_order_of_every_statistic_is_the_documented_one(n_cols, dtype, split_be
 
     check(cuda.row_sum(x, dtype), row_sum)
     check(cuda.row_mean(x, dtype), lambda row: row_sum(row) / count)
+    check(cuda.row_mean_of_squares(x, dtype), lambda row: row_sum(row * row) / count)
     check(cuda.row_norm(x, 1, dtype), lambda row: row_sum(np.abs(row)))
     check(cuda.row_norm(x, 2, dtype), lambda row: np.sqrt(row_sum(row * row)))
     check(cuda.row_cumsum(x, dtype), row_cumsum)

@@ -212,6 +212,7 @@ def check_grouped_gemm_of_nothing():
 ROW_FUNCTIONS = {
     "row_sum": lambda s, x, w: s.row_sum(x, x.dtype),
     "row_mean": lambda s, x, w: s.row_mean(x, x.dtype),
+    "row_mean_of_squares": lambda s, x, w: s.row_mean_of_squares(x, reference.accumulator_dtype(x.dtype)),
     "row_norm_1": lambda s, x, w: s.row_norm(x, 1, x.dtype),
     "row_norm_2": lambda s, x, w: s.row_norm(x, 2.0, x.dtype),
     "row_var_mean": lambda s, x, w: s.row_var_mean(x, 1, x.dtype),
