@@ -52,9 +52,7 @@ class Report:
             if different:
                 count[1] += 1
                 where = {name: str(value) for name, value in where.items()}
-                self.mismatches.append(
-                    {"check": check, "output": index, **where, "different": different, "of": x.numel()}
-                )
+                self.mismatches.append({"check": check, "output": index, **where, "different": different, "of": x.numel()})
 
     def near(self, check: str, got: object, want: object, eps: float = 0.0, **where: object) -> None:
         """An accuracy check, so that a kernel that is constantly wrong is not taken for an invariant one."""

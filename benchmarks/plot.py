@@ -72,7 +72,7 @@ def _gemm(result: Result):
         axes.set_ylabel("time / cuBLAS time")
         others = ", ".join(_peers(points))
         axes.set_title(f"x @ w.t(), {dtype}; dashed: bound of the worst" + (f"; dotted: {others}" if others else ""))
-        axes.legend(fontsize=7, loc="upper right")
+        axes.legend(fontsize=7, loc="upper left")
     return figure
 
 
@@ -116,13 +116,18 @@ def _attention(result: Result):
     figure, panels = _panels(1, len(works), width=6.5, height=4.2)
     for axes, work in zip(panels, works, strict=True):
         points = [point for point in result.points if point.work == work]
-        labels = ["\n".join(f"{k}={v}" for k, v in point.sizes.items()) + f"\n{point.dtype}" for point in points]
+        labels = [_attention_label(point) for point in points]
         _bars(axes, points, labels, unit=1e3)
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.margins(y=0.15)
         axes.set_ylabel("ms a call")
         axes.set_title(f"{work}; above ours: over {'flash' if work == 'prefill' else 'the fastest'} (bound {bounds[work]})")
     return figure
+
+
+def _attention_label(point: Point) -> str:
+    (_, batch), (what, length) = point.sizes.items()
+    return f"batch {batch}\n{length} {what}\n{point.dtype}"
 
 
 def _forward(result: Result):
@@ -133,7 +138,7 @@ def _forward(result: Result):
         points = [point for point in result.points if point.sizes["kind"] == kind]
         labels = [f"{p.work}\n{p.sizes['batch']} x {p.sizes['tokens']}\npast {p.sizes['past']}" for p in points]
         _bars(axes, points, labels, unit=1e3, names={STOCK: "mode off", OURS: "mode on"})
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.margins(y=0.15)
         axes.set_ylabel("ms a forward")
         bound = " (bound 1.05)" if kind == "compiled" else ""
@@ -153,6 +158,12 @@ def _launch(result: Result):
         axes.set_ylabel("us a call")
         axes.set_title(f"{what}, M=1; above: on - off, us")
     return figure
+
+
+def _logarithmic(axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def _bars(axes, points: list[Point], labels: list[str], unit: float, names: dict | None = None, excess: bool = False) -> None:

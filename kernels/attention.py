@@ -192,7 +192,7 @@ def _block(
     else:
         v = tl.load(v_ptrs, mask=inside_k[:, None] & (dims_v < DV)[None, :], other=0.0)
     p = p.to(v.dtype)
-    ones = tl.full([BLOCK_N, 16], 1.0, v.dtype)
+    ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(v.dtype)  # the interpreter of Triton 3.6 has no bf16 constants but 0
     total = tl.dot(p, ones, input_precision="ieee", out_dtype=ACC)
     acc = tl.dot(p, v, input_precision="ieee", out_dtype=ACC)
     return largest, total, acc

@@ -16,7 +16,7 @@ from pytest_batchinv.patches.imports import is_imported, when_imported
 MODULE = "torch._inductor.compile_fx"
 
 _lock = threading.RLock()
-_makers: list[Callable[[], contextlib.AbstractContextManager]] = []
+_makers: dict[object, Callable[[], contextlib.AbstractContextManager]] = {}  # by block: two may have the same maker
 _stock: Callable | None = None
 _wrapper: Callable | None = None
 _stop_waiting: Callable[[], None] | None = None
@@ -26,8 +26,9 @@ _stop_waiting: Callable[[], None] | None = None
 def around_compilation(make: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
     """Inside, every compilation is done within a context made by ``make``; the one that was asked for last is innermost."""
     global _stop_waiting
+    block = object()
     with _lock:
-        _makers.append(make)
+        _makers[block] = make
         if len(_makers) == 1:
             _stop_waiting = when_imported(MODULE, _wrap)
     try:
@@ -36,7 +37,7 @@ def around_compilation(make: Callable[[], contextlib.AbstractContextManager]) ->
         yield
     finally:
         with _lock:
-            _makers.remove(make)
+            del _makers[block]
             if not _makers:
                 _stop_waiting()
                 _unwrap()
@@ -54,7 +55,7 @@ def _wrap(_: str = MODULE) -> None:
         def compile_fx(model_, example_inputs_, *args, **kwargs):
             with contextlib.ExitStack() as stack:
                 # None for a wrapper that was left standing: another library had put its own on top of it.
-                for make in tuple(_makers) if _wrapper is compile_fx else ():
+                for make in tuple(_makers.values()) if _wrapper is compile_fx else ():
                     stack.enter_context(make())
                 return stock(model_, example_inputs_, *args, **kwargs)
 

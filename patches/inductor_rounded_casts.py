@@ -16,6 +16,7 @@ from pytest_batchinv.patches.registry import patch
     "torch._inductor.codegen.cpp.CppKernel.cache_dtype_convert",
     torch="<2.13",
     group="inductor",
+    gives_effect_to="emulate_precision_casts",
     reason="emulate_precision_casts has no effect on the CPU: compiled bf16 and fp16 have other bits than in eager code",
     upstream="pytorch/pytorch#185337, in 2.13.0",
     fingerprints={"2.11.0": "878245bbd0a38bd2", "2.12.0": "878245bbd0a38bd2", "2.12.1": "878245bbd0a38bd2"},

@@ -77,6 +77,7 @@ class Patch:
     fingerprints: Mapping[str, str]
     numerics: bool = False
     harmless_with: str = ""
+    gives_effect_to: str = ""
     upstream: str = ""
     also: tuple[str, ...] = ()
     source: str = ""
@@ -234,6 +235,7 @@ def patch(
     upstream: str = "",
     numerics: bool = False,
     harmless_with: str = "",
+    gives_effect_to: str = "",
     also: Collection[str] = (),
     source: str = "",
 ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
@@ -243,7 +245,8 @@ def patch(
     patch. fingerprints: torch version -> fingerprint of the source text that was read, as ``status`` prints it. source:
     the dotted path of that text, where it is not the target's own. also: other places that bound the same object.
     numerics: the patch changes bits, and is applied only when asked for by name. harmless_with: the Inductor setting with
-    which it changes none. The factory's name is the patch's name; a second patch of that name raises ValueError.
+    which it changes none. gives_effect_to: an Inductor setting that does nothing on these versions without the patch.
+    The factory's name is the patch's name; a second patch of that name raises ValueError.
     """
 
     def register(factory: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -253,7 +256,7 @@ def patch(
                 raise ValueError(f"there is a patch named {name} already, of {_patches[name].target}")
             _patches[name] = Patch(
                 name, target, factory, SpecifierSet(torch), group, reason, dict(fingerprints), numerics, harmless_with,
-                upstream, tuple(also), source,
+                gives_effect_to, upstream, tuple(also), source,
             )  # fmt: skip
         return factory
 
@@ -305,18 +308,26 @@ def applied_tag() -> str:
 def bits_kept(settings: Collection[str]) -> Iterator[None]:
     """Inside, a patch that changes bits is refused, but for one that is harmless with one of these Inductor settings on.
 
-    Raises PatchRefused if such a patch is applied already.
+    Raises PatchRefused if such a patch is applied already. So does a compilation inside, if it turned out that the patch
+    which gives the setting its effect could not be put in place, or was taken.
     """
     with _lock:
-        for found in _patches.values():
-            if found.users and (why := _moves_bits(found, settings)):
-                raise PatchRefused(why)
+        _refuse_what_moves_bits(settings)
         _only_harmless_with.append(settings)
     try:
-        yield
+        with around_compilation(lambda: _refused_after(settings)):
+            yield
     finally:
         with _lock:
             _only_harmless_with.remove(settings)
+
+
+@contextlib.contextmanager
+def _refused_after(settings: Collection[str]) -> Iterator[None]:
+    """After the compilation, since it is what imports the modules in which the patches land."""
+    yield
+    with _lock:
+        _refuse_what_moves_bits(settings)
 
 
 @cache
@@ -370,11 +381,32 @@ def _choose(groups_or_names: tuple[str, ...]) -> tuple[list[Patch], list[str]]:
         return chosen, refused
 
 
+def _refuse_what_moves_bits(settings: Collection[str]) -> None:
+    for found in _patches.values():
+        if found.users and not found.failure and (why := _moves_bits(found, settings)):
+            raise PatchRefused(why)
+
+
 def _moves_bits(found: Patch, settings: Collection[str]) -> str:
-    if not found.numerics or found.harmless_with in settings:
+    """Why this patch would change bits beside these settings; empty where it would not."""
+    if not found.numerics:
         return ""
-    unless = f" unless {found.harmless_with} is set" if found.harmless_with else ""
-    return f"patch {found.name} changes bits{unless}, so it cannot be used together with batch-invariant mode"
+    setting = found.harmless_with
+    without_effect = _without_effect(setting) if setting in settings else ""
+    if setting in settings and not without_effect:
+        return ""
+    unless = f" unless {setting} is set" if setting else ""
+    because = f", which has no effect here: {without_effect}" if without_effect else ""
+    return f"patch {found.name} changes bits{unless}{because}, so it cannot be used together with batch-invariant mode"
+
+
+def _without_effect(setting: str) -> str:
+    """Why this Inductor setting does nothing on this torch: the patch that would give it its effect is not in force."""
+    for found in _patches.values():
+        if found.gives_effect_to == setting and found.is_needed():
+            if why := found.obstacle() or "; ".join(found.later_owners()):
+                return f"patch {found.name} is not in force ({why})"
+    return ""
 
 
 def _acquire(chosen: list[Patch]) -> list[Patch]:

@@ -1,5 +1,6 @@
 """What the mode promises: it covers every overload, says what it refuses, and puts everything back."""
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,8 @@ import pytest
 import torch
 from pytest_batchinv.kernels import doors, eager, inductor, table
 from pytest_batchinv.kernels.aten.common import Refused
-from pytest_batchinv.patches import registry
+from pytest_batchinv.patches import registry, sources
+from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import applied_names
 from torch.nn import functional as F
 
@@ -219,12 +221,56 @@ def test_the_patches_that_this_torch_needs_are_in_force_inside():
     assert applied_names() == before == []
 
 
+def test_a_patch_of_the_group_inductor_is_in_force_inside_on_every_torch(monkeypatch):
+    """Shown with a patch of this test's own, as the newest versions of torch need none of ours."""
+    from torch._inductor.ir import StorageBox
+
+    def of_this_test(original):
+        return lambda self: original(self)
+
+    target = "torch._inductor.ir.StorageBox.num_reads"
+    monkeypatch.setattr(registry, "_patches", dict(registry._patches))
+    registry.patch(
+        target, torch=">=2", group="inductor", reason="a test", fingerprints={"any": sources.definition(target).fingerprint}
+    )(of_this_test)
+    before = vars(StorageBox)["num_reads"]
+    with batch_invariant_mode() as mode:
+        assert vars(StorageBox)["num_reads"] is not before
+        assert "patch of_this_test: applied (a test)" in mode.status()
+    assert vars(StorageBox)["num_reads"] is before
+
+
 def test_the_applied_patches_are_part_of_the_fingerprint():
     with batch_invariant_mode():
         without = fingerprint()
         with registry.applied("realize_by_bytes"):
             assert fingerprint() != without
         assert fingerprint() == without
+
+
+def test_the_cache_key_of_a_compilation_holds_the_fingerprint_and_every_applied_patch():
+    tags = []
+
+    @contextlib.contextmanager
+    def looks_at_the_tag():
+        tags.append(torch.compiler.config.cache_key_tag)
+        yield
+
+    def compile_once() -> str:
+        torch._dynamo.reset()
+        with around_compilation(looks_at_the_tag):
+            torch.compile(lambda x: (x + 1).mean(-1))(torch.rand(3, 5))
+        return tags[-1]
+
+    with batch_invariant_mode():
+        for block in (contextlib.nullcontext(), registry.applied("realize_by_bytes"), contextlib.nullcontext()):
+            with block:
+                tag, names = compile_once(), applied_names()
+                assert f"batchinv-{fingerprint()}" in tag
+                assert all(f"{name}-" in tag for name in names)
+                assert ("realize_by_bytes" in tag) == ("realize_by_bytes" in names)
+    assert (tags[0], len(set(tags))) == (tags[2], 2)
+    assert compile_once() == ""
 
 
 def test_integers_keep_torchs_own_kernels():

@@ -1,5 +1,6 @@
 """What the registry promises, shown on a small package of its own: gates, landing, exact undo, neighbours, cache keys."""
 
+import contextlib
 import importlib
 import importlib.util
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest_batchinv.patches import registry, sources
+from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import PatchRefused, PatchWarning, applied, bits_kept, patch, status
 
 ENGINE = """
@@ -319,6 +321,34 @@ def test_a_patch_that_changes_bits_and_the_promise_to_keep_them_exclude_each_oth
         assert engine().function(1) == ("patched", "stock", 1)
 
 
+def test_a_setting_without_effect_makes_no_patch_harmless(engine):
+    """The patch that would give it its effect is refused, as on a build of torch that nobody has read."""
+    register(numerics=True, harmless_with="rounding")
+    register("engine_z.core.Engine.method", name="rounding_works", gives_effect_to="rounding", fingerprints={})
+    why = "rounding is set, which has no effect here: patch rounding_works is not in force .*unknown fingerprint"
+    with bits_kept(["rounding"]), pytest.raises(PatchRefused, match=why), applied("of_the_engine"):
+        pass
+    with applied("of_the_engine"), pytest.raises(PatchRefused, match=why), bits_kept(["rounding"]):
+        pass
+
+
+def test_a_setting_that_loses_its_effect_meanwhile_is_found_by_the_next_compilation(engine):
+    core = engine()
+    register(numerics=True, harmless_with="rounding")
+    register("engine_z.core.Engine.method", name="rounding_works", gives_effect_to="rounding", group="others")
+
+    def compiles():
+        torch._dynamo.reset()
+        return torch.compile(lambda x: x + 1)(torch.ones(2)).tolist() == [2, 2]
+
+    with bits_kept(["rounding"]), applied("others", "of_the_engine"):
+        assert compiles()
+        core.Engine.method = theirs
+        with pytest.raises(Exception, match="patch rounding_works is not in force .*has since been taken by .*theirs"):
+            compiles()
+    assert compiles()
+
+
 def test_a_target_that_is_not_there_is_refused(engine):
     register("engine_z.core.gone", fingerprints={})
     assert row().state == "refused"
@@ -468,6 +498,26 @@ def test_the_applied_patches_are_part_of_the_cache_key_in_every_thread(engine):
             assert [in_a_thread(compiles_cold), compiles_cold()] == [True, False]
         assert not compiles_cold()
     assert torch.compiler.config.cache_key_tag == ""
+
+
+def test_an_inner_block_leaves_the_order_of_the_outer_ones_as_it_was():
+    """The order of the tags is part of the cache key: another order finds a warm cache cold."""
+    entered = []
+
+    def maker(name):
+        return lambda: contextlib.nullcontext(entered.append(name))
+
+    def order():
+        entered.clear()
+        torch._dynamo.reset()
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+        return "".join(entered)
+
+    first, second = maker("1"), maker("2")
+    with around_compilation(first), around_compilation(second):
+        with around_compilation(first):
+            assert order() == "121"
+        assert order() == "12"
 
 
 def test_inductors_entry_is_torchs_own_again(engine):

@@ -4,8 +4,9 @@ import contextlib
 
 import pytest
 import torch
-from pytest_batchinv.patches import rules
-from pytest_batchinv.patches.registry import PatchRefused, applied, status
+from packaging.specifiers import SpecifierSet
+from pytest_batchinv.patches import registry, rules
+from pytest_batchinv.patches.registry import PatchRefused, PatchWarning, applied, status
 
 from pytest_batchinv import batch_invariant_mode
 
@@ -115,6 +116,19 @@ def test_the_mode_refuses_it_without_that_rule(monkeypatch):
             pass
     with batch_invariant_mode(), pytest.raises(PatchRefused, match="cannot be used together with batch-invariant mode"):
         with applied("realize_by_bytes"):
+            pass
+
+
+def test_the_mode_refuses_it_where_that_rule_has_no_effect(monkeypatch):
+    """As on a build of torch 2.11 or 2.12 whose source of the C++ backend is not known."""
+    rounded_casts = registry._patches["rounded_casts"]
+    monkeypatch.setattr(rounded_casts, "torch", SpecifierSet(">=2"))
+    monkeypatch.setattr(rounded_casts, "fingerprints", {})
+    why = "is set, which has no effect here: patch rounded_casts is not in force .*cannot be used together"
+    with applied("realize_by_bytes"), pytest.raises(PatchRefused, match=why), batch_invariant_mode():
+        pass
+    with pytest.warns(PatchWarning, match="rounded_casts is refused"), batch_invariant_mode():
+        with pytest.raises(PatchRefused, match=why), applied("realize_by_bytes"):
             pass
 
 
