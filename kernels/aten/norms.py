@@ -25,6 +25,8 @@ def native_group_norm(input, weight, bias, N, C, HxW, group, eps) -> tuple[Tenso
     """Rows of C // group * HxW values normalised by the layer norm's kernel, then one scale and shift a channel."""
     if group < 1 or C % group or input.numel() != N * C * HxW:
         raise RuntimeError(f"group_norm: {N} x {C} x {HxW} values in {group} groups do not fit an input of {shape_of(input)}")
+    if torch.__version__ >= "2.14" and (C < 1 or HxW < 1):  # as torch has it since; an empty batch stays allowed
+        raise RuntimeError(f"group_norm: expected at least one channel and one value in each, but got {C} x {HxW}")
     if any(x is not None and tuple(x.shape) != (C,) for x in (weight, bias)):
         raise RuntimeError(f"group_norm: expected weight and bias of {C} values, one for each channel")
     # Before torch 2.14 as torch has it; its composite made the input contiguous, which a later one leaves to the kernel.

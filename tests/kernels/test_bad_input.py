@@ -710,6 +710,9 @@ def is_torchs_accident(call: Call, expected: "Expected", actual: Any) -> bool:
         return mode_raises  # by whichever kernel it picks for nothing
     if name == "convolution" and call.arguments["bias"] is not None:  # adds a bias of any dtype
         return not torch_raises and mode_raises and call.arguments["bias"].dtype != call.arguments["input"].dtype
+    if name == "native_group_norm" and mode_raises and torch.__version__ >= "2.14":
+        # An empty batch of an input that is not empty: torch gives a result of the input's shape, and never writes to it.
+        return not torch_raises and call.arguments["N"] == 0 and 0 not in call.arguments["input"].shape
     if name == "native_group_norm":  # reads parameters as if they were contiguous
         parameters = (call.arguments[n] for n in ("weight", "bias"))
         return not mode_raises and any(p is not None and p.layout in ("strided", "expanded") for p in parameters)
