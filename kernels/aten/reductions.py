@@ -71,8 +71,8 @@ def logsumexp(self: Tensor, dim, keepdim: bool = False) -> Tensor:
 def vector_norm(self: Tensor, ord: float = 2, dim=None, keepdim: bool = False, *, dtype=None) -> Tensor:
     """p = 1 and p = 2 in one kernel; other p as a sum of powers; 0 counts; infinite p is a maximum, free of any order."""
     dtype = dtype or self.dtype
-    if not self.is_floating_point():
-        error = RuntimeError if torch.__version__ < "2.14" else NotImplementedError  # torch's types
+    if not self.is_floating_point():  # the errors are of torch's types
+        error = RuntimeError if self.is_complex() or torch.__version__ < "2.14" else NotImplementedError
         raise error(f"linalg.vector_norm is for floats, not for {self.dtype}: convert it to the dtype {dtype} first")
     if not dtype.is_floating_point or torch.promote_types(self.dtype, dtype) != dtype:
         raise RuntimeError(f"linalg.vector_norm: {self.dtype} cannot be converted without narrowing to the dtype {dtype}")
