@@ -29,8 +29,9 @@ _RANGE_QUERIES = tl.constexpr(16)
 _PROGRAMS_A_MULTIPROCESSOR = 2
 """As many as find room at once. With fewer the keys are divided among more programs."""
 _MERGE_DIMS = 32
+"""Dims of a program that merges parts: one for each thread of its warp."""
 _MERGE_FACTORS = 256
-_MERGE_UNROLL = 32
+"""Parts whose factors are computed side by side."""
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_queries", "query_offset", "n_blocks"])
@@ -270,7 +271,17 @@ def _store_result(
 
 
 @triton.jit(
-    do_not_specialize=["n_blocks", "Sq", "Skv", "n_packs", "pack", "heads_per_key_head", "n_rows", "page_size", "window"]
+    do_not_specialize=[
+        "n_blocks",
+        "Sq",
+        "Skv",
+        "n_packs",
+        "pack",
+        "heads_per_key_head",
+        "n_queries_in_all",
+        "page_size",
+        "window",
+    ]
     + ["causal_offset", "stride_mb", "stride_mh", "stride_mq", "stride_mk", "stride_ib", "stride_ih", "stride_iq"]
     + ["stride_rb", "stride_rh", "n_ranges"]
     + ["stride_lb", "stride_lh", "stride_pages", "n_parts", "parts_a_program"],
@@ -297,7 +308,7 @@ def _attention_kernel(
     n_packs,
     pack,
     heads_per_key_head,
-    n_rows,
+    n_queries_in_all,
     page_size,
     window,
     causal_offset,
@@ -368,8 +379,8 @@ def _attention_kernel(
     # With a causal mask the last blocks are the longest, so they go first.
     block = n_blocks - 1 - tl.program_id(0) % n_blocks
     pack_index = tl.program_id(0) // n_blocks % n_packs
-    # Behind the parts' products [n_parts, n_rows, DV]: their maxima and sums.
-    part_stats_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_rows * DV
+    # Behind the parts' products [n_parts, n_queries_in_all, DV]: their maxima and sums.
+    part_stats_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_queries_in_all * DV
     batch = (tl.program_id(0) // n_blocks // n_packs).to(tl.int64)
     if KEYS == "packed":
         q_start = tl.load(q_starts_ptr + batch).to(tl.int64)
@@ -458,7 +469,7 @@ def _attention_kernel(
             # What nobody computes is merged as nothing.
             begin = first + part * BLOCK_N
             if (begin < start) | (begin >= end):
-                stats_ptrs = part_stats_ptr + (out_rows + tl.cast(part, tl.int64) * n_rows) * 2
+                stats_ptrs = part_stats_ptr + (out_rows + tl.cast(part, tl.int64) * n_queries_in_all) * 2
                 tl.store(stats_ptrs, tl.full([BLOCK_M], -float("inf"), ACC), mask=inside_q)
                 tl.store(stats_ptrs + 1, tl.zeros([BLOCK_M], ACC), mask=inside_q)
         start = tl.maximum(start, first + part_begin * BLOCK_N)
@@ -479,10 +490,10 @@ def _attention_kernel(
     largest = tl.full([BLOCK_M], -float("inf"), ACC)
     total = tl.zeros([BLOCK_M, 16], ACC)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-    for SEES in tl.static_range(3):
-        if SEES == 0:
+    for phase in tl.static_range(3):
+        if phase == 0:
             phase_begin, phase_end = start, whole_end
-        elif SEES == 1:
+        elif phase == 1:
             phase_begin, phase_end = whole_end, interval_end
         else:
             phase_begin, phase_end = interval_end, end
@@ -518,14 +529,14 @@ def _attention_kernel(
                 CAUSAL,
                 WINDOW,
                 SOFT_CAP,
-                "all" if SEES == 0 else "interval" if SEES == 1 else "some",
+                "all" if phase == 0 else "interval" if phase == 1 else "some",
                 ACC,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
             )
             if PARTS:
-                part_rows = out_rows + tl.cast((begin - first) // BLOCK_N, tl.int64) * n_rows
+                part_rows = out_rows + tl.cast((begin - first) // BLOCK_N, tl.int64) * n_queries_in_all
                 part_ptrs = part_ptr + part_rows[:, None] * DV + dims_v.to(tl.int64)[None, :]
                 tl.store(part_ptrs, part_acc, mask=inside_q[:, None] & (dims_v < DV)[None, :])
                 tl.store(part_stats_ptr + part_rows * 2, part_largest, mask=inside_q)
@@ -552,7 +563,7 @@ def _attention_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "n_parts", "n_heads", "stride_lh", "stride_ob", "stride_oh", "stride_om"],
+    do_not_specialize=["n_queries_in_all", "n_parts", "n_heads", "stride_lh", "stride_ob", "stride_oh", "stride_om"],
     do_not_specialize_on_alignment=["part_ptr", "sinks_ptr", "out_ptr", "lse_ptr"],
 )
 def _merge_parts_kernel(
@@ -560,7 +571,7 @@ def _merge_parts_kernel(
     sinks_ptr,
     out_ptr,
     lse_ptr,
-    n_rows,
+    n_queries_in_all,
     n_parts,
     n_heads,
     stride_lh,
@@ -574,32 +585,33 @@ def _merge_parts_kernel(
     BLOCK_PARTS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """The parts of ``_attention_kernel`` merged as ``_merge`` does, ascending, for one row and BLOCK_DV of its dims.
+    """The parts of ``_attention_kernel`` merged as ``_merge`` does, ascending, for one query and BLOCK_DV of its dims.
 
     First the factors of all parts, side by side, as they need the running maxima alone, which are exact in any order. Then
     the sums, one after the other. An empty part has a maximum of -inf, has stored no product, and changes nothing.
     """
-    row = tl.program_id(0).to(tl.int64)
+    query = tl.program_id(0).to(tl.int64)
     dims_v = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     inside = dims_v < DV
-    part_stats_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_rows * DV + row * 2
-    # Programs of one row write the same values.
-    factors_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_rows * (DV + 2) + row * n_parts * 3
-    part_ptr += row * DV
+    part_stats_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_queries_in_all * DV + query * 2
+    # Programs of one query write the same values.
+    factors_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_queries_in_all * (DV + 2) + query * n_parts * 3
+    part_ptr += query * DV
     largest = tl.full([1], -float("inf"), ACC)
     for start in range(0, n_parts, BLOCK_PARTS):
         parts = start + tl.arange(0, BLOCK_PARTS)
         there = parts < n_parts  # n_parts is a multiple of UNROLL, not of BLOCK_PARTS
-        stats_ptrs = part_stats_ptr + parts.to(tl.int64) * n_rows * 2
+        stats_ptrs = part_stats_ptr + parts.to(tl.int64) * n_queries_in_all * 2
         part_largest = tl.load(stats_ptrs, mask=there, other=-float("inf"))
         part_total = tl.load(stats_ptrs + 1, mask=there, other=0.0)
-        before = tl.load(stats_ptrs - n_rows * 2, mask=(parts > start) & there, other=-float("inf"))
+        before = tl.load(stats_ptrs - n_queries_in_all * 2, mask=(parts > start) & there, other=-float("inf"))
         before = tl.maximum(tl.associative_scan(before, 0, _max), largest)
         after = tl.maximum(before, part_largest)
         centre = tl.where(after == -float("inf"), 0.0, after)
         part_r = _rescaling(part_largest, centre, ACC)
         tl.store(factors_ptr + parts * 3, _rescaling(before, centre, ACC), mask=there)
-        tl.store(factors_ptr + parts * 3 + 1, part_r, mask=there)
+        # -1 marks a part that is empty. One whose factor underflows to 0 is not: 0 times an infinity is NaN.
+        tl.store(factors_ptr + parts * 3 + 1, tl.where(part_largest == -float("inf"), -1.0, part_r), mask=there)
         tl.store(factors_ptr + parts * 3 + 2, part_total * part_r, mask=there)
         largest = tl.maximum(largest, tl.max(part_largest, 0))
     tl.debug_barrier()  # the factors are read by other threads than wrote them
@@ -607,7 +619,7 @@ def _merge_parts_kernel(
     total = tl.zeros([1], ACC)
     acc = tl.zeros([BLOCK_DV], ACC)
     part_ptrs = part_ptr + dims_v
-    part_size = n_rows * DV
+    part_size = n_queries_in_all * DV
     for start in range(0, n_parts, UNROLL):
         # All loads before the first sum, so that they are under way at once: the compiler does not bring them forward.
         # One warp does all of this alone, so each instruction counts: no bounds, and nothing but steps from these pointers.
@@ -626,11 +638,10 @@ def _merge_parts_kernel(
         for i in tl.static_range(UNROLL):
             r, part_r, part_total, part_acc = loaded[i]
             total = tl.fma(total, r, part_total)
-            part_acc = tl.where(part_r == 0.0, 0.0, part_acc) * part_r
-            acc = tl.fma(acc, tl.broadcast_to(r, acc.shape), part_acc)
-    batch = row // (n_heads * stride_lh)
-    head = row // stride_lh % n_heads
-    out_ptr += batch * stride_ob + head * stride_oh + row % stride_lh * stride_om
+            acc = tl.fma(acc, tl.broadcast_to(r, acc.shape), tl.where(part_r == -1.0, 0.0, part_acc * part_r))
+    batch = query // (n_heads * stride_lh)
+    head = query // stride_lh % n_heads
+    out_ptr += batch * stride_ob + head * stride_oh + query % stride_lh * stride_om
     _store_result(
         largest,
         total,
@@ -638,7 +649,7 @@ def _merge_parts_kernel(
         sinks_ptr,
         head + tl.zeros([1], tl.int64),
         out_ptr + dims_v.to(tl.int64)[None, :],
-        lse_ptr + row + tl.zeros([1], tl.int64),
+        lse_ptr + query + tl.zeros([1], tl.int64),
         inside[None, :],
         tl.zeros([1], tl.int32) == tl.program_id(1),
         SINKS,
@@ -753,13 +764,13 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     if options.keys == "dense":
         T = H * options.Sq
         strides = (*strides_q, *strides_k, *strides_v, T * DV, options.Sq * DV, DV, T, options.Sq)
-        n_rows = options.n_rows * T
+        n_queries_in_all = options.n_rows * T
     else:
         T = shape_q[0]
         page_k, page_v = (strides_k[0], strides_v[0]) if options.keys == "paged" else (0, 0)
         strides = (0, strides_q[1], strides_q[0], strides_q[2], page_k, strides_k[-2], strides_k[-3], strides_k[-1])
         strides += (page_v, strides_v[-2], strides_v[-3], strides_v[-1], 0, DV, H * DV, 0, T)
-        n_rows = H * T
+        n_queries_in_all = H * T
     ranges = None if mask is None else _Ranges(*mask, options)
     kind = "none" if ranges is None else "bool" if ranges.is_bool else "additive"
     # Heads that share keys go through one tile, so that few queries still fill it; unless each has a mask of its own.
@@ -772,8 +783,7 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     if n_parts == 1 or n_blocks > 1 or programs >= room:
         n_parts = 0
     # A multiple of what is merged at once; the parts too many are empty.
-    unroll = min(_MERGE_UNROLL, next_power_of_2(n_parts))
-    n_parts = ceil_div(n_parts, unroll) * unroll
+    n_parts = ceil_div(n_parts, _merged_at_once(n_parts)) * _merged_at_once(n_parts)
     parts_a_program = ceil_div(programs * n_parts, room) if n_parts else 1
     if n_parts and parts_a_program == 1:
         tile = tile._replace(num_stages=1)  # one block a program: nothing to load ahead, and room for more programs
@@ -781,7 +791,7 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     constants += (dtypes[0] is not None, n_parts > 0, accumulator(dtype), tile.block_m, tile.block_n)
     constants += (max(16, next_power_of_2(D)), max(16, next_power_of_2(DV)))
     numbers = (
-        *(n_blocks, options.Sq, options.Skv, H // pack, pack, group, n_rows),
+        *(n_blocks, options.Sq, options.Skv, H // pack, pack, group, n_queries_in_all),
         *(options.page_size, options.window or 0, options.causal_offset),
         *strides,
         *((0,) * 10 if ranges is None else ranges.strides),
@@ -795,7 +805,7 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     launch = Launch(_attention_kernel, grid, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False)
     merge = None
     if n_parts:
-        merge = _Merge(n_parts, n_rows, H, DV, strides, dtypes[0] is not None, accumulator(dtype))
+        merge = _Merge(n_parts, n_queries_in_all, H, DV, strides, dtypes[0] is not None, accumulator(dtype))
     return _Attention(ranges, launch, numbers + constants, merge)
 
 
@@ -866,18 +876,29 @@ def _strides_of(shape: tuple[int, ...]) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
 
 
+def _merged_at_once(n_parts: int) -> int:
+    return min(32, next_power_of_2(n_parts))
+
+
 class _Merge:
     """``_merge_parts_kernel`` for results of given sizes."""
 
     def __init__(
-        self, n_parts: int, n_rows: int, n_heads: int, DV: int, strides: tuple[int, ...], has_sinks: bool, acc: tl.dtype
+        self,
+        n_parts: int,
+        n_queries_in_all: int,
+        n_heads: int,
+        DV: int,
+        strides: tuple[int, ...],
+        has_sinks: bool,
+        acc: tl.dtype,
     ) -> None:
-        self._room = n_parts * n_rows * (DV + 2 + 3)
+        self._room = n_parts * n_queries_in_all * (DV + 2 + 3)
         dims = min(_MERGE_DIMS, max(16, next_power_of_2(DV)))
-        numbers = (n_rows, n_parts, n_heads, strides[-1], *strides[-5:-2])
-        most = next_power_of_2(n_parts)
-        self._arguments = (*numbers, DV, has_sinks, acc, dims, min(_MERGE_FACTORS, most), min(_MERGE_UNROLL, most))
-        grid = (n_rows, ceil_div(DV, dims), 1)
+        numbers = (n_queries_in_all, n_parts, n_heads, strides[-1], *strides[-5:-2])
+        factors_at_once = min(_MERGE_FACTORS, next_power_of_2(n_parts))
+        self._arguments = (*numbers, DV, has_sinks, acc, dims, factors_at_once, _merged_at_once(n_parts))
+        grid = (n_queries_in_all, ceil_div(DV, dims), 1)
         self._launch = Launch(_merge_parts_kernel, grid, num_warps=1, enable_fp_fusion=False)
 
     def room(self, lse: Tensor) -> Tensor:

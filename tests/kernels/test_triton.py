@@ -498,6 +498,16 @@ def check_attention_in_chunks_and_step_by_step_is_attention_as_a_whole(options, 
         assert_same_bits(chunk, (out[:, :, start:stop], lse[:, :, start:stop]))
 
 
+def check_attention_of_few_queries_spreads_infinities_as_that_of_many_does():
+    """A block of keys whose weights underflow to 0 still takes part: 0 * inf is NaN, whether it is merged at once or later."""
+    q, k, v = qkv(1, 4, 2, 200, 200, 16, 16, torch.float32)
+    q, v[:, :, 70] = q.abs(), torch.inf
+    k[:, :, 64:96] = -100.0
+    (out, _), (last, _) = (cuda.attention(q[:, :, -n:], k, v, None, False, 0.25) for n in (200, 1))
+    assert out.isnan().all()
+    assert last.isnan().all()
+
+
 def check_attention_merges_the_parts_of_few_queries(monkeypatch):
     """The grid over the keys is there, and gives what one program a row gives."""
     launched = []
