@@ -11,7 +11,11 @@ mean nothing then: the interpreter leaves products to numpy, which has no one or
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
+import multiprocessing
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -67,17 +71,21 @@ class Report:
                 self.mismatches.append({"check": check, **where, "error": error})
                 return
 
+    def add(self, other: "Report") -> None:
+        for check, (compared, mismatches) in other.counts.items():
+            count = self.counts.setdefault(check, [0, 0])
+            count[0] += compared
+            count[1] += mismatches
+        self.mismatches += other.mismatches
+        self.cut_short += other.cut_short
+        self.notes += other.notes
+
 
 class Clock:
-    """The time that each section may take; a section that runs out says so instead of running on."""
+    """The time that a section may take; one that runs out says so instead of running on."""
 
-    def __init__(self, report: Report, seconds: float) -> None:
-        self.report, self.seconds = report, seconds
-        self.end = 0.0
-        self.section = ""
-
-    def start(self, section: str, share: float) -> None:
-        self.section, self.end = section, time.monotonic() + share * self.seconds
+    def __init__(self, report: Report, section: str, seconds: float) -> None:
+        self.report, self.section, self.end = report, section, time.monotonic() + seconds
 
     def over(self) -> bool:
         if time.monotonic() < self.end:
@@ -92,37 +100,24 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that the interpreter can bear")
-    parser.add_argument("--seconds", type=float, default=150.0, help="how long the checks may take, in all")
+    parser.add_argument("--seconds", type=float, default=150.0, help="how long each section may take")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="sections at a time, each a process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--ptx-of", type=int, metavar="80", help="run the PTX that Triton generates for this older compute capability"
     )
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    report = Report()
-    clock = Clock(report, args.seconds)
+    report, seconds = Report(), {}
     started = time.monotonic()
-    seconds = {}
-    for section, share in (
-        (check_order, 0.16),
-        (check_gemm, 0.26),
-        (check_grouped_gemm, 0.04),
-        (check_rows, 0.16),
-        (check_padding, 0.05),
-        (check_attention, 0.22),
-        (check_packed_attention, 0.06),
-        (check_index_add, 0.02),
-        (check_graphs, 0.03),
-    ):
-        begin = time.monotonic()
-        clock.start(section.__name__, share)
-        with torch.device(device), offline.running_ptx_of(args.ptx_of) if args.ptx_of else nullcontext():
-            section(report, clock, args.tiny)
-        seconds[section.__name__] = round(time.monotonic() - begin, 1)
+    # Most of the time goes into compiling, one kernel after the other, so the sections share the GPU.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(args.jobs, len(SECTIONS)), mp_context=context) as pool:
+        results = {name: pool.submit(run_section, name, args) for name in SECTIONS}
+        for name, result in results.items():
+            mine, seconds[name] = result.result()
+            report.add(mine)
 
     record = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -155,19 +150,31 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def run_section(name: str, args: argparse.Namespace) -> tuple[Report, float]:
+    """What it found, and the seconds it took."""
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    report, begin = Report(), time.monotonic()
+    clock = Clock(report, name, args.seconds)
+    with torch.device(device), offline.running_ptx_of(args.ptx_of) if args.ptx_of else nullcontext():
+        SECTIONS[name](report, clock, args.tiny)
+    return report, round(time.monotonic() - begin, 1)
+
+
 # --- orders ----------------------------------------------------------------------------------------------------------
 
 
-def check_order(report: Report, clock: Clock, tiny: bool) -> None:
+def check_order(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) -> None:
     """The order of additions itself, for every tile, number of rows and alignment; and how far it is from a chain."""
     count = 64 if tiny else 2048
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        # The product carries the planted value, as float16 itself ends below it.
-        scale = 2.0**12 if dtype == torch.float16 else 1.0
-        for K in (40,) if tiny else (40, 65, 256, 1000, 4096):
-            places = order.probes(K, count, seed=K)
-            b = order.planted(places, K, order.LARGE / scale, 1 / scale).to(dtype).to(torch.zeros(()).device)
-            _check_product_order(report, clock, b, scale, order.survives_in_a_chain(places), {"dtype": dtype, "K": K})
+    # The product carries the planted value, as float16 itself ends below it.
+    scale = 2.0**12 if dtype == torch.float16 else 1.0
+    for K in (40,) if tiny else (40, 65, 256, 1000, 4096):
+        places = order.probes(K, count, seed=K)
+        b = order.planted(places, K, order.LARGE / scale, 1 / scale).to(dtype).to(torch.zeros(()).device)
+        _check_product_order(report, clock, b, scale, order.survives_in_a_chain(places), {"dtype": dtype, "K": K})
 
 
 def _check_product_order(report: Report, clock: Clock, b: Tensor, scale: float, chain: Tensor, where: dict) -> None:
@@ -195,21 +202,20 @@ def _check_product_order(report: Report, clock: Clock, b: Tensor, scale: float, 
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-def check_gemm(report: Report, clock: Clock, tiny: bool) -> None:
+def check_gemm(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) -> None:
     """All tiles of the table on one shape; then every M with the tile it gets, from any positions in the batch."""
     most = 40 if tiny else 300
     for _ in range(1 if tiny else 8):
         # A weight as linear layers have it, an odd one, one that is not transposed; other shapes at every turn.
         for aligned, transposed in ((True, True), (False, True), (True, False), (False, False)):
-            for dtype in DTYPES:
-                if clock.over():
-                    return
-                K, N = _gemm_sizes(dtype, aligned, tiny)
-                a = _shifted(_randn(1, most, K, dtype=dtype), 0 if aligned else 1)
-                b = _randn(1, N, K, dtype=dtype).mT if transposed else _randn(1, K, N, dtype=dtype)
-                bias = _randn(N, dtype=dtype)
-                where = {"dtype": dtype, "K": K, "N": N, "transposed": transposed, "aligned": aligned}
-                _check_gemm_shape(report, clock, a, b, bias, where)
+            if clock.over():
+                return
+            K, N = _gemm_sizes(dtype, aligned, tiny)
+            a = _shifted(_randn(1, most, K, dtype=dtype), 0 if aligned else 1)
+            b = _randn(1, N, K, dtype=dtype).mT if transposed else _randn(1, K, N, dtype=dtype)
+            bias = _randn(N, dtype=dtype)
+            where = {"dtype": dtype, "K": K, "N": N, "transposed": transposed, "aligned": aligned}
+            _check_gemm_shape(report, clock, a, b, bias, where)
 
 
 def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: Tensor, where: dict) -> None:
@@ -366,7 +372,7 @@ def check_attention(report: Report, clock: Clock, tiny: bool) -> None:
     for dtype, D, DV in shapes:
         if clock.over():
             return
-        H, Hkv, length = (2, 1, 40) if tiny else (8, 2, 700)
+        H, Hkv, length = (2, 1, 40) if tiny else (8, 2, 1300)
         q, k = _randn(1, H, length, D, dtype=dtype), _randn(1, Hkv, length, D, dtype=dtype)
         v, scale = _randn(1, Hkv, length, DV, dtype=dtype), D**-0.5
         where: dict[str, object] = {"dtype": dtype, "D": D}
@@ -389,22 +395,38 @@ def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
     for block_m in heights:
         warps = 8 if block_m * chosen.block_k >= 128 * 128 else 4
         tile = chosen._replace(block_m=block_m, num_warps=warps, num_stages=2)
-        with _patched(attention_module, "attention_tile", lambda *args, tile=tile: tile):
+        with _patched(attention_module, "attention_tile", lambda *args, tile=tile, **_: tile):
             report.same("attention: tiles", cuda.attention(q, k, v, None, True, scale), want, block_m=block_m, **where)
     size = q.shape[2]
     mask = torch.ones(1, q.shape[1], size, size, dtype=torch.bool).tril()
     report.same("attention: a mask for each head", cuda.attention(q, k, v, mask, False, scale), want, **where)
 
 
+DIVISIONS = ((0, 1), (1, 1), (1, 3), (8, 1), (8, 2))
+"""How keys are divided among programs: blocks of a part (0: not at all), and parts of a program."""
+
+
+def _divided(part_blocks: int, parts_a_program: int) -> Callable[..., attention_module._Division]:
+    def division(programs: int, n_key_blocks: int, multiprocessors: int) -> attention_module._Division:
+        n_parts = tiles.ceil_div(n_key_blocks, part_blocks) if part_blocks else 1
+        return attention_module._Division(part_blocks, n_parts, parts_a_program)
+
+    return division
+
+
 def _check_decode(report, clock, q, k, v, scale, want, where) -> None:
     """One query at a time, from a cache that ends at it, and from a longer one; some queries at a time."""
     length = q.shape[2]
-    for i in sorted({0, 1, 15, 31, 32, 63, 64, 127, 200, 511, 512, 513, length - 1}):
+    for i in sorted({0, 1, 15, 31, 32, 63, 64, 127, 200, 511, 512, 513, 1023, 1024, length - 1}):
         if i >= length or clock.over():
             continue
         expected = tuple(out[:, :, i : i + 1] for out in want)
         step = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, scale)
         report.same("attention: decode == prefill", step, expected, position=i, **where)
+        for division in DIVISIONS if i % 100 > 20 else ():
+            with _patched(attention_module, "_division", _divided(*division)):
+                step = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, scale)
+            report.same("attention: divisions", step, expected, position=i, division=division, **where)
         visible = (torch.arange(length) <= i).expand(1, q.shape[1], 1, length)
         step = cuda.attention(q[:, :, i : i + 1], k, v, visible, False, scale)
         report.same("attention: decode, static cache", step, expected, position=i, **where)
@@ -581,6 +603,18 @@ def _patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
         yield
     launch.forget_plans()
 
+
+SECTIONS: dict[str, Callable[[Report, Clock, bool], None]] = {
+    **{f"order, {dtype}": functools.partial(check_order, dtype) for dtype in DTYPES[:3]},
+    **{f"gemm, {dtype}": functools.partial(check_gemm, dtype) for dtype in DTYPES},
+    "grouped gemm": check_grouped_gemm,
+    "rows": check_rows,
+    "padding": check_padding,
+    "attention": check_attention,
+    "packed attention": check_packed_attention,
+    "index_add": check_index_add,
+    "graphs": check_graphs,
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,14 +1,16 @@
 """``attention`` and ``packed_attention``: softmaxes of blocks of keys, merged in ascending order; any mask, grouped heads.
 
-The blocks count from the first key that any query of the same (batch, head) can see. So padding on either side changes no
-bit, nor does the number of queries: a block of keys that a query cannot see leaves its maximum, its sum and its accumulator
-as they are, bit for bit. It may as well be skipped, and blocks may be computed apart and merged later, by another kernel.
+Eight blocks are a split: its blocks are merged into one softmax, and the splits' softmaxes into that of the row. Both count
+from the first key that any query of the same (batch, head) can see. So padding on either side changes no bit, nor does the
+number of queries: a block of keys that a query cannot see leaves its maximum, its sum and its accumulator as they are, bit
+for bit. It may as well be skipped; and blocks or splits may be computed apart, as *parts*, and merged by another kernel.
 The values of hidden keys must be finite: 0 * NaN is NaN, as in torch.
 
 References: merging of softmaxes, Milakov and Gimelshein, arXiv 1805.02867; its use in attention, Dao et al., arXiv
 2205.14135; blocks apart, Dao et al., "Flash-Decoding" (2023); pages, Kwon et al., arXiv 2309.06180.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -26,12 +28,10 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST_SCORE = tl.constexpr(-(2.0**125))
 _RANGE_QUERIES = tl.constexpr(16)
 """Queries that share one entry of what a mask lets them see."""
-_PROGRAMS_A_MULTIPROCESSOR = 2
-"""As many as find room at once. With fewer the keys are divided among more programs."""
+_SPLIT_BLOCKS = tl.constexpr(8)
+"""Blocks of a split. It is part of the order of sums: other splits, other bits."""
 _MERGE_DIMS = 32
 """Dims of a program that merges parts: one for each thread of its warp."""
-_MERGE_FACTORS = 256
-"""Parts whose factors are computed side by side."""
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_queries", "query_offset", "n_blocks"])
@@ -213,11 +213,6 @@ def _merge(largest, total, acc, part_largest, part_total, part_acc, ACC: tl.cons
 
 
 @triton.jit
-def _max(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
 def _weights(s, centre, ACC: tl.constexpr):
     """exp(s - centre). In fp32 as 2 ** fma(s, log2(e), -(centre * log2(e))), one instruction less for each score."""
     if ACC == tl.float64:
@@ -239,6 +234,16 @@ def _rescaling(old, new, ACC: tl.constexpr):
 def _tanh(x, ACC: tl.constexpr):
     """1 - 2 / (exp(2 * x) + 1), which is exact at both ends."""
     return 1.0 - divide(tl.full(x.shape, 2.0, ACC), tl.exp(2.0 * x) + 1.0, ACC)
+
+
+@triton.jit
+def _store_part(part_ptr, part_stats_ptr, rows, largest, total, acc, inside_q, DV: tl.constexpr):
+    """One part of the keys for ``_merge_parts_kernel``: rows count the parts of each query."""
+    dims_v = tl.arange(0, acc.shape[1])
+    part_ptrs = part_ptr + rows[:, None] * DV + dims_v[None, :]
+    tl.store(part_ptrs, acc, mask=inside_q[:, None] & (dims_v < DV)[None, :])
+    tl.store(part_stats_ptr + rows * 2, largest, mask=inside_q)
+    tl.store(part_stats_ptr + (rows * 2 + 1), tl.max(total, 1), mask=inside_q)  # of sixteen equal columns
 
 
 @triton.jit
@@ -352,7 +357,8 @@ def _attention_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
-    PARTS: tl.constexpr,
+    PART_BLOCKS: tl.constexpr,
+    MANY_SPLITS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -366,20 +372,20 @@ def _attention_kernel(
         m = max(s); p = exp(s - m), rounded to v's dtype; [t, a] = p @ [1, v], the product over the keys ascending
     and they are merged, ascending (``_merge``):
         M' = max(M, m); [T, A] = fma([T, A], exp(M - M'), [t, a] * exp(m - M')); M = M'
-    At the end out = A * (1 / T), lse = M + log(T). A block with no visible key has m = -inf, t = a = 0 and changes nothing. So
-    the order is a function of a key's distance from the start of its row: neither the number of queries nor what is in front
-    of or behind the row takes part.
+    first the eight of a split, then, in the same way, the splits of the row. At the end out = A * (1 / T), lse = M + log(T). A
+    block with no visible key has m = -inf, t = a = 0 and changes nothing. So the order is a function of a key's distance from
+    the start of its row: neither the number of queries nor what is in front of or behind the row takes part.
 
-    With PARTS a program computes ``parts_a_program`` blocks, for ``_merge_parts_kernel`` to merge: the same sums in the same
-    order.
+    With PART_BLOCKS (1, or those of a split) a program computes ``parts_a_program`` parts, for ``_merge_parts_kernel`` to
+    merge: the same sums in the same order. MANY_SPLITS: whether a row may have more than one.
 
     An additive mask may hide keys by its dtype's lowest value instead of -inf, and such keys do count for a query that
-    sees no others. So with it the blocks start at or before key 0, still in step with the first visible key.
+    sees no others. So with it the splits start at or before key 0, still in step with the first visible key.
     """
     # With a causal mask the last blocks are the longest, so they go first.
     block = n_blocks - 1 - tl.program_id(0) % n_blocks
     pack_index = tl.program_id(0) // n_blocks % n_packs
-    # Behind the parts' products [n_parts, n_queries_in_all, DV]: their maxima and sums.
+    # Behind the parts' products [n_queries_in_all, n_parts, DV]: their maxima and sums.
     part_stats_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_queries_in_all * DV
     batch = (tl.program_id(0) // n_blocks // n_packs).to(tl.int64)
     if KEYS == "packed":
@@ -391,8 +397,8 @@ def _attention_kernel(
         q_ptr += q_start * stride_qm
         out_ptr += q_start * stride_om
         lse_ptr += q_start
-        part_ptr += q_start * DV
-        part_stats_ptr += q_start * 2
+        part_ptr += q_start * n_parts * DV
+        part_stats_ptr += q_start * n_parts * 2
         k_ptr += k_start * stride_kn
         v_ptr += k_start * stride_vn
     elif KEYS == "paged":
@@ -403,8 +409,8 @@ def _attention_kernel(
         q_ptr += q_start * stride_qm
         out_ptr += q_start * stride_om
         lse_ptr += q_start
-        part_ptr += q_start * DV
-        part_stats_ptr += q_start * 2
+        part_ptr += q_start * n_parts * DV
+        part_stats_ptr += q_start * n_parts * 2
         pages_ptr += batch * stride_pages
     else:
         q_ptr += batch * stride_qb
@@ -428,9 +434,9 @@ def _attention_kernel(
             offs = i + tl.arange(0, 128)
             first = tl.minimum(first, tl.min(tl.load(ranges_ptr + offs * 5, mask=offs < n_ranges, other=Skv), 0))
         if MASK == "additive":
-            first = first - tl.cdiv(first, BLOCK_N) * BLOCK_N
+            first = first - tl.cdiv(first, _SPLIT_BLOCKS * BLOCK_N) * (_SPLIT_BLOCKS * BLOCK_N)
     # The blocks from start to end: whole ones, those that intervals describe, and those for which the mask is read.
-    start = first
+    start = first + tl.maximum(-first, 0) // BLOCK_N * BLOCK_N
     end = Skv
     whole_end = Skv
     has_holes = True
@@ -462,18 +468,23 @@ def _attention_kernel(
     out_rows = heads * stride_lh + queries
     if KEYS == "dense":
         out_rows += batch * stride_lb
-    if PARTS:
+    part_rows = out_rows * n_parts
+    PART_N: tl.constexpr = PART_BLOCKS * BLOCK_N
+    SPLIT_N: tl.constexpr = _SPLIT_BLOCKS * BLOCK_N
+    if PART_BLOCKS:
         part_begin = tl.program_id(1) * parts_a_program
-        part_end = tl.minimum(part_begin + parts_a_program, n_parts)
+        # The last one also sees to the parts that are there to make their number even.
+        is_last = tl.program_id(1) == tl.num_programs(1) - 1
+        part_end = tl.where(is_last, n_parts, part_begin + parts_a_program)
         for part in range(part_begin, part_end):
             # What nobody computes is merged as nothing.
-            begin = first + part * BLOCK_N
-            if (begin < start) | (begin >= end):
-                stats_ptrs = part_stats_ptr + (out_rows + tl.cast(part, tl.int64) * n_queries_in_all) * 2
+            begin = first + part * PART_N
+            if (begin + PART_N <= start) | (begin >= end):
+                stats_ptrs = part_stats_ptr + (part_rows + part) * 2
                 tl.store(stats_ptrs, tl.full([BLOCK_M], -float("inf"), ACC), mask=inside_q)
                 tl.store(stats_ptrs + 1, tl.zeros([BLOCK_M], ACC), mask=inside_q)
-        start = tl.maximum(start, first + part_begin * BLOCK_N)
-        end = tl.minimum(end, first + part_end * BLOCK_N)
+        start = tl.maximum(start, first + part_begin * PART_N)
+        end = tl.minimum(end, first + part_end * PART_N)
         whole_end = tl.minimum(whole_end, end)
     whole_end = start + tl.maximum(whole_end - start, 0) // BLOCK_N * BLOCK_N
     interval_end = whole_end
@@ -490,6 +501,7 @@ def _attention_kernel(
     largest = tl.full([BLOCK_M], -float("inf"), ACC)
     total = tl.zeros([BLOCK_M, 16], ACC)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+    row_largest, row_total, row_acc = largest, total, acc
     for phase in tl.static_range(3):
         if phase == 0:
             phase_begin, phase_end = start, whole_end
@@ -498,7 +510,16 @@ def _attention_kernel(
         else:
             phase_begin, phase_end = interval_end, end
         for begin in range(phase_begin, phase_end, BLOCK_N):
-            part_largest, part_total, part_acc = _block(
+            if MANY_SPLITS and (begin > start) & ((begin - first) % SPLIT_N == 0):  # the first block of the next split
+                if PART_BLOCKS:
+                    done = part_rows + (begin - first) // PART_N - 1
+                    _store_part(part_ptr, part_stats_ptr, done, largest, total, acc, inside_q, DV)
+                else:
+                    row_largest, row_total, row_acc = _merge(row_largest, row_total, row_acc, largest, total, acc, ACC)
+                largest = tl.full([BLOCK_M], -float("inf"), ACC)
+                total = tl.zeros([BLOCK_M, 16], ACC)
+                acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+            block_largest, block_total, block_acc = _block(
                 q,
                 k_ptr,
                 v_ptr,
@@ -535,17 +556,17 @@ def _attention_kernel(
                 BLOCK_D,
                 BLOCK_DV,
             )
-            if PARTS:
-                part_rows = out_rows + tl.cast((begin - first) // BLOCK_N, tl.int64) * n_queries_in_all
-                part_ptrs = part_ptr + part_rows[:, None] * DV + dims_v.to(tl.int64)[None, :]
-                tl.store(part_ptrs, part_acc, mask=inside_q[:, None] & (dims_v < DV)[None, :])
-                tl.store(part_stats_ptr + part_rows * 2, part_largest, mask=inside_q)
-                # Sixteen equal columns.
-                tl.store(part_stats_ptr + part_rows * 2 + 1, tl.max(part_total, 1), mask=inside_q)
+            if PART_BLOCKS == 1:
+                block_rows = part_rows + (begin - first) // BLOCK_N
+                _store_part(part_ptr, part_stats_ptr, block_rows, block_largest, block_total, block_acc, inside_q, DV)
             else:
-                largest, total, acc = _merge(largest, total, acc, part_largest, part_total, part_acc, ACC)
+                largest, total, acc = _merge(largest, total, acc, block_largest, block_total, block_acc, ACC)
 
-    if not PARTS:
+    if PART_BLOCKS == _SPLIT_BLOCKS and start < end:
+        _store_part(part_ptr, part_stats_ptr, part_rows + (end - 1 - first) // PART_N, largest, total, acc, inside_q, DV)
+    if not PART_BLOCKS:
+        if MANY_SPLITS:
+            largest, total, acc = _merge(row_largest, row_total, row_acc, largest, total, acc, ACC)
         out_ptrs = out_ptr + heads[:, None] * stride_oh + queries.to(tl.int64)[:, None] * stride_om
         _store_result(
             largest,
@@ -582,70 +603,53 @@ def _merge_parts_kernel(
     SINKS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    PARTS_A_SPLIT: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """The parts of ``_attention_kernel`` merged as ``_merge`` does, ascending, for one query and BLOCK_DV of its dims.
+    """The parts of ``_attention_kernel`` merged as there, for one query and BLOCK_DV of its dims.
 
-    First the factors of all parts, side by side, as they need the running maxima alone, which are exact in any order. Then
-    the sums, one after the other. An empty part has a maximum of -inf, has stored no product, and changes nothing.
+    PARTS_A_SPLIT parts are a split. An empty part has a maximum of -inf, has stored no product, and changes nothing.
     """
     query = tl.program_id(0).to(tl.int64)
     dims_v = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     inside = dims_v < DV
-    part_stats_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_queries_in_all * DV + query * 2
-    # Programs of one query write the same values.
-    factors_ptr = part_ptr + tl.cast(n_parts, tl.int64) * n_queries_in_all * (DV + 2) + query * n_parts * 3
-    part_ptr += query * DV
+    stats_ptrs = part_ptr + (tl.cast(n_parts, tl.int64) * n_queries_in_all * DV + query * n_parts * 2) + tl.zeros([1], tl.int32)
+    part_ptrs = part_ptr + query * n_parts * DV + dims_v[None, :]
     largest = tl.full([1], -float("inf"), ACC)
-    for start in range(0, n_parts, BLOCK_PARTS):
-        parts = start + tl.arange(0, BLOCK_PARTS)
-        there = parts < n_parts  # n_parts is a multiple of UNROLL, not of BLOCK_PARTS
-        stats_ptrs = part_stats_ptr + parts.to(tl.int64) * n_queries_in_all * 2
-        part_largest = tl.load(stats_ptrs, mask=there, other=-float("inf"))
-        part_total = tl.load(stats_ptrs + 1, mask=there, other=0.0)
-        before = tl.load(stats_ptrs - n_queries_in_all * 2, mask=(parts > start) & there, other=-float("inf"))
-        before = tl.maximum(tl.associative_scan(before, 0, _max), largest)
-        after = tl.maximum(before, part_largest)
-        centre = tl.where(after == -float("inf"), 0.0, after)
-        part_r = _rescaling(part_largest, centre, ACC)
-        tl.store(factors_ptr + parts * 3, _rescaling(before, centre, ACC), mask=there)
-        # -1 marks a part that is empty. One whose factor underflows to 0 is not: 0 times an infinity is NaN.
-        tl.store(factors_ptr + parts * 3 + 1, tl.where(part_largest == -float("inf"), -1.0, part_r), mask=there)
-        tl.store(factors_ptr + parts * 3 + 2, part_total * part_r, mask=there)
-        largest = tl.maximum(largest, tl.max(part_largest, 0))
-    tl.debug_barrier()  # the factors are read by other threads than wrote them
-
-    total = tl.zeros([1], ACC)
-    acc = tl.zeros([BLOCK_DV], ACC)
-    part_ptrs = part_ptr + dims_v
-    part_size = n_queries_in_all * DV
-    for start in range(0, n_parts, UNROLL):
+    total = tl.zeros([1, 1], ACC)
+    acc = tl.zeros([1, BLOCK_DV], ACC)
+    split_largest, split_total, split_acc = largest, total, acc
+    for _ in range(0, n_parts, UNROLL):
         # All loads before the first sum, so that they are under way at once: the compiler does not bring them forward.
-        # One warp does all of this alone, so each instruction counts: no bounds, and nothing but steps from these pointers.
-        batch_ptrs = part_ptrs + tl.cast(start, tl.int64) * part_size
-        batch_factors_ptr = factors_ptr + start * 3 + tl.zeros([1], tl.int32)
         loaded = ()
         for i in tl.static_range(UNROLL):
-            r = tl.load(batch_factors_ptr + i * 3)
-            part_r = tl.load(batch_factors_ptr + (i * 3 + 1))
-            part_total = tl.load(batch_factors_ptr + (i * 3 + 2))
+            part_largest = tl.load(stats_ptrs + i * 2)
+            part_total = tl.load(stats_ptrs + (i * 2 + 1))
             if DV % BLOCK_DV == 0:
-                part_acc = tl.load(batch_ptrs + i * part_size)
+                part_acc = tl.load(part_ptrs + i * DV)
             else:
-                part_acc = tl.load(batch_ptrs + i * part_size, mask=inside, other=0.0)
-            loaded = loaded + ((r, part_r, part_total, part_acc),)
+                part_acc = tl.load(part_ptrs + i * DV, mask=inside[None, :], other=0.0)
+            loaded = loaded + ((part_largest, part_total[:, None], part_acc),)
         for i in tl.static_range(UNROLL):
-            r, part_r, part_total, part_acc = loaded[i]
-            total = tl.fma(total, r, part_total)
-            acc = tl.fma(acc, tl.broadcast_to(r, acc.shape), tl.where(part_r == -1.0, 0.0, part_acc * part_r))
+            part_largest, part_total, part_acc = loaded[i]
+            part_acc = tl.where((part_largest == -float("inf"))[:, None], 0.0, part_acc)
+            if i % PARTS_A_SPLIT == 0:
+                split_largest, split_total, split_acc = part_largest, part_total, part_acc
+            else:
+                split_largest, split_total, split_acc = _merge(
+                    split_largest, split_total, split_acc, part_largest, part_total, part_acc, ACC
+                )
+            if i % PARTS_A_SPLIT == PARTS_A_SPLIT - 1:
+                largest, total, acc = _merge(largest, total, acc, split_largest, split_total, split_acc, ACC)
+        stats_ptrs += UNROLL * 2
+        part_ptrs += UNROLL * DV
     batch = query // (n_heads * stride_lh)
     head = query // stride_lh % n_heads
     out_ptr += batch * stride_ob + head * stride_oh + query % stride_lh * stride_om
     _store_result(
         largest,
-        total,
-        acc[None, :],
+        tl.reshape(total, [1]),
+        acc,
         sinks_ptr,
         head + tl.zeros([1], tl.int64),
         out_ptr + dims_v.to(tl.int64)[None, :],
@@ -775,20 +779,21 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     kind = "none" if ranges is None else "bool" if ranges.is_bool else "additive"
     # Heads that share keys go through one tile, so that few queries still fill it; unless each has a mask of its own.
     pack = group if ranges is None or ranges.stride_h == 0 else 1
-    tile = attention_tile(dtype, max(D, DV), options.Sq * pack, device)
+    size = (dtype, max(D, DV), options.Sq * pack, device)
+    tile = attention_tile(*size)
     n_blocks = ceil_div(options.Sq * pack, tile.block_m)
     programs = n_blocks * (H // pack) * options.n_rows
-    n_parts = ceil_div(options.Skv, tile.block_n) + (kind == "additive")
-    room = _PROGRAMS_A_MULTIPROCESSOR * device_of(device).multiprocessors
-    if n_parts == 1 or n_blocks > 1 or programs >= room:
-        n_parts = 0
-    # A multiple of what is merged at once; the parts too many are empty.
-    n_parts = ceil_div(n_parts, _merged_at_once(n_parts)) * _merged_at_once(n_parts)
-    parts_a_program = ceil_div(programs * n_parts, room) if n_parts else 1
-    if n_parts and parts_a_program == 1:
-        tile = tile._replace(num_stages=1)  # one block a program: nothing to load ahead, and room for more programs
+    # With an additive mask the first split may begin before the first key.
+    n_key_blocks = ceil_div(options.Skv, tile.block_n) + (_SPLIT_BLOCKS.value if kind == "additive" else 0)
+    division = _Division(0, 1, 1)
+    if n_blocks == 1:
+        division = _division(programs, n_key_blocks, device_of(device).multiprocessors)
+    if division.part_blocks:
+        tile = attention_tile(*size, stages=1 if division.is_finest else 3)
+    n_parts = ceil_div(division.n_parts, division.merged_at_once) * division.merged_at_once
+    many_splits = division.part_blocks != 1 and n_key_blocks > _SPLIT_BLOCKS.value
     constants = (D, DV, options.keys, kind, options.is_causal, options.window is not None, options.soft_cap is not None)
-    constants += (dtypes[0] is not None, n_parts > 0, accumulator(dtype), tile.block_m, tile.block_n)
+    constants += (dtypes[0] is not None, division.part_blocks, many_splits, accumulator(dtype), tile.block_m, tile.block_n)
     constants += (max(16, next_power_of_2(D)), max(16, next_power_of_2(DV)))
     numbers = (
         *(n_blocks, options.Sq, options.Skv, H // pack, pack, group, n_queries_in_all),
@@ -797,15 +802,15 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
         *((0,) * 10 if ranges is None else ranges.strides),
         stride_pages or 0,
         n_parts,
-        parts_a_program,
+        division.parts_a_program,
         float(options.scale),
         options.soft_cap or 0.0,
     )
-    grid = (programs, max(1, ceil_div(n_parts, parts_a_program)), 1)
+    grid = (programs, ceil_div(division.n_parts, division.parts_a_program), 1)
     launch = Launch(_attention_kernel, grid, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False)
     merge = None
-    if n_parts:
-        merge = _Merge(n_parts, n_queries_in_all, H, DV, strides, dtypes[0] is not None, accumulator(dtype))
+    if division.part_blocks:
+        merge = _Merge(division, n_parts, n_queries_in_all, H, DV, strides, dtypes[0] is not None, accumulator(dtype))
     return _Attention(ranges, launch, numbers + constants, merge)
 
 
@@ -876,8 +881,43 @@ def _strides_of(shape: tuple[int, ...]) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
 
 
-def _merged_at_once(n_parts: int) -> int:
-    return min(32, next_power_of_2(n_parts))
+class _Division(NamedTuple):
+    """How the keys of a row are divided among programs."""
+
+    part_blocks: int
+    """Blocks of a part: 1, or those of a split; or 0: one program computes the row."""
+    n_parts: int
+    parts_a_program: int
+
+    @property
+    def is_finest(self) -> bool:
+        """One block a program: nothing to load ahead, and room for two on each multiprocessor."""
+        return self.part_blocks * self.parts_a_program == 1
+
+    @property
+    def merged_at_once(self) -> int:
+        """A multiple of the parts of a split."""
+        return max(_SPLIT_BLOCKS.value, min(16, next_power_of_2(self.n_parts)))
+
+
+@functools.cache
+def _division(programs: int, n_key_blocks: int, multiprocessors: int) -> _Division:
+    """The fastest one, where ``programs`` of them would compute the rows.
+
+    Estimated in the time that a multiprocessor needs for one block, as measured on an H200: half of it to begin a program,
+    a sixteenth to store a part, one to launch the merge, which merges 48 parts in that time.
+    """
+    best = (ceil_div(programs, multiprocessors) * (0.5 + n_key_blocks), _Division(0, 1, 1))
+    for part_blocks in (1, _SPLIT_BLOCKS.value) if n_key_blocks > 1 else ():
+        n_parts = ceil_div(n_key_blocks, part_blocks)
+        for parts_a_program in range(1, n_parts + 1):
+            division = _Division(part_blocks, n_parts, parts_a_program)
+            waves = ceil_div(programs * ceil_div(n_parts, parts_a_program), multiprocessors)
+            time = waves * (0.5 + parts_a_program * (part_blocks + 1 / 16))
+            if division.is_finest and waves <= 2:
+                time = 1.5
+            best = min(best, (time + 1 + n_parts / 48, division))
+    return best[1]
 
 
 class _Merge:
@@ -885,6 +925,7 @@ class _Merge:
 
     def __init__(
         self,
+        division: _Division,
         n_parts: int,
         n_queries_in_all: int,
         n_heads: int,
@@ -893,11 +934,18 @@ class _Merge:
         has_sinks: bool,
         acc: tl.dtype,
     ) -> None:
-        self._room = n_parts * n_queries_in_all * (DV + 2 + 3)
+        self._room = n_parts * n_queries_in_all * (DV + 2)
         dims = min(_MERGE_DIMS, max(16, next_power_of_2(DV)))
         numbers = (n_queries_in_all, n_parts, n_heads, strides[-1], *strides[-5:-2])
-        factors_at_once = min(_MERGE_FACTORS, next_power_of_2(n_parts))
-        self._arguments = (*numbers, DV, has_sinks, acc, dims, factors_at_once, _merged_at_once(n_parts))
+        self._arguments = (
+            *numbers,
+            DV,
+            has_sinks,
+            acc,
+            dims,
+            _SPLIT_BLOCKS.value // division.part_blocks,
+            division.merged_at_once,
+        )
         grid = (n_queries_in_all, ceil_div(DV, dims), 1)
         self._launch = Launch(_merge_parts_kernel, grid, num_warps=1, enable_fp_fusion=False)
 

@@ -126,7 +126,7 @@ def gemm_class(dtype: torch.dtype, device: torch.device) -> list[Tile]:
     return [*GEMM_TILES[dtype], *sorted(chosen)]
 
 
-def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.device) -> Tile:
+def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.device, stages: int = 2) -> Tile:
     """block_m queries by block_n keys; block_k is the padded head dim. block_n follows the dtype and head dim alone."""
     block_d = max(16, next_power_of_2(head_dim))
     if dtype.itemsize == 2:
@@ -136,7 +136,7 @@ def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.d
         block_n = 32 if block_d * dtype.itemsize <= 512 else 16
         block_m = 16 if rows <= 16 or block_d * dtype.itemsize > 512 else 32
     size = block_d * dtype.itemsize
-    stages = _stages(2, 2 * block_n * size, block_m * size, device)
+    stages = _stages(stages, 2 * block_n * size, block_m * size, device)
     # Two accumulators of block_m x block_d, and no more registers than there are.
     return Tile(block_m, block_n, block_d, 8 if block_m * block_d >= 128 * 128 else 4, stages)
 

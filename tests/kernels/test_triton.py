@@ -403,7 +403,7 @@ def check_attention_tiles_are_one_class(dtype, monkeypatch):
     want = cuda.attention(q, k, v, mask, False, 0.25)
     for block_m in (16, 32, 64, 128):
         tile = chosen._replace(block_m=block_m)
-        replace(monkeypatch, attention_module, "attention_tile", lambda *args, tile=tile: tile)
+        replace(monkeypatch, attention_module, "attention_tile", lambda *args, tile=tile, **_: tile)
         assert_same_bits(cuda.attention(q, k, v, mask, False, 0.25), want)
         each_head = mask.contiguous()  # a mask of its own for each head: heads are not packed into one tile
         assert_same_bits(cuda.attention(q, k, v, each_head, False, 0.25), want)
@@ -488,28 +488,57 @@ def check_attention_options_are_near_the_reference(dtype, options, monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def check_attention_in_chunks_and_step_by_step_is_attention_as_a_whole(options, monkeypatch):
-    """Few queries get a grid over the keys, many do not: the same order, so the same bits."""
+    """Few queries get a grid over the keys, many do not: the same order, so the same bits. 256 keys are a split."""
     options = with_sinks(options, 4, torch.float32)
-    q, k, v = qkv(1, 4, 2, 200, 200, 16, 16, torch.float32)
+    q, k, v = qkv(1, 4, 2, 300, 300, 16, 16, torch.float32)
     out, lse = cuda.attention(q, k, v, None, True, 0.25, **options)
-    for start, stop in ((0, 1), (31, 32), (32, 33), (127, 129), (150, 157), (199, 200), (100, 200)):
+    for start, stop in ((0, 1), (31, 32), (32, 33), (150, 157), (255, 257), (256, 257), (299, 300), (200, 300)):
         seen = tuple(x[:, :, :stop] for x in (k, v))
         chunk = cuda.attention(q[:, :, start:stop], *seen, None, True, 0.25, causal_offset=start, **options)
         assert_same_bits(chunk, (out[:, :, start:stop], lse[:, :, start:stop]))
 
 
-def check_attention_of_few_queries_spreads_infinities_as_that_of_many_does():
+DIVISIONS = [(1, 1), (1, 3), (8, 1), (8, 2)]
+"""Blocks of a part, and parts of a program."""
+
+
+def divided(part_blocks, parts_a_program):
+    def division(programs, n_key_blocks, multiprocessors):
+        return attention_module._Division(part_blocks, -(-n_key_blocks // max(1, part_blocks)), parts_a_program)
+
+    return division
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("mask", ["none", "holes", "left padding", "additive"])
+def check_attention_does_not_depend_on_how_its_keys_are_divided(mask, options, monkeypatch):
+    options = with_sinks(options, 4, torch.float32)
+    q, k, v = qkv(2, 4, 2, 3, 330, 16, 16, torch.float32)
+    masks = None if mask == "none" else torch.rand(2, 1, 3, 330) < 0.7
+    if mask == "left padding":
+        masks = (torch.arange(330) >= 37).expand(2, 1, 3, 330)
+    elif mask == "additive":
+        masks = torch.where(masks, 0.5, torch.finfo(torch.float32).min)
+    masks = None if masks is None else masks.expand(2, 4, 3, 330)
+    replace(monkeypatch, attention_module, "_division", lambda *_: attention_module._Division(0, 1, 1))
+    want = cuda.attention(q, k, v, masks, False, 0.25, causal_offset=327, **options)
+    for division in DIVISIONS:
+        replace(monkeypatch, attention_module, "_division", divided(*division))
+        assert_same_bits(cuda.attention(q, k, v, masks, False, 0.25, causal_offset=327, **options), want)
+
+
+@pytest.mark.parametrize("division", [(0, 1), *DIVISIONS])
+def check_attention_spreads_infinities_alike_however_its_keys_are_divided(division, monkeypatch):
     """A block of keys whose weights underflow to 0 still takes part: 0 * inf is NaN, whether it is merged at once or later."""
-    q, k, v = qkv(1, 4, 2, 200, 200, 16, 16, torch.float32)
-    q, v[:, :, 70] = q.abs(), torch.inf
-    k[:, :, 64:96] = -100.0
-    (out, _), (last, _) = (cuda.attention(q[:, :, -n:], k, v, None, False, 0.25) for n in (200, 1))
+    replace(monkeypatch, attention_module, "_division", divided(*division))
+    q, k, v = qkv(1, 4, 2, 1, 400, 16, 16, torch.float32)
+    q, v[:, :, 270] = q.abs(), torch.inf
+    k[:, :, 256:288] = -100.0
+    out, _ = cuda.attention(q, k, v, None, False, 0.25)
     assert out.isnan().all()
-    assert last.isnan().all()
 
 
-def check_attention_merges_the_parts_of_few_queries(monkeypatch):
-    """The grid over the keys is there, and gives what one program a row gives."""
+def check_attention_of_few_queries_gets_a_grid_over_the_keys(monkeypatch):
     launched = []
     kernel = attention_module._merge_parts_kernel
 
@@ -519,12 +548,20 @@ def check_attention_merges_the_parts_of_few_queries(monkeypatch):
             return kernel[grid]
 
     replace(monkeypatch, attention_module, "_merge_parts_kernel", Counted())
-    q, k, v = qkv(2, 4, 2, 1, 150, 16, 16, torch.float32)
-    split = cuda.attention(q, k, v, None, False, 0.25)
-    assert len(launched) == 1
-    replace(monkeypatch, attention_module, "device_of", lambda device: tiles.Device(0, tiles.SHARED_MEMORY_SM80))
-    assert_same_bits(cuda.attention(q, k, v, None, False, 0.25), split)
-    assert len(launched) == 1
+    for rows, merges in ((2, 1), (100, 1)):  # a hundred rows are programs enough
+        cuda.attention(*qkv(rows, 4, 2, 1, 150, 16, 16, torch.float32), None, False, 0.25)
+        assert len(launched) == merges
+
+
+@pytest.mark.parametrize("programs", [1, 7, 100, 131, 132, 133, 1000])
+@pytest.mark.parametrize("n_key_blocks", [1, 2, 7, 8, 9, 64, 100, 257])
+def check_attention_divides_all_of_the_keys_and_nothing_else(programs, n_key_blocks):
+    division = attention_module._division(programs, n_key_blocks, 132)
+    if division.part_blocks:
+        assert (division.n_parts - 1) * division.part_blocks < n_key_blocks <= division.n_parts * division.part_blocks
+        assert 1 <= division.parts_a_program <= division.n_parts
+    assert division.part_blocks in ((0,) if n_key_blocks == 1 or programs == 132 else (0, 1, 8))
+    assert (programs, division.part_blocks) != (1, 0) or n_key_blocks <= 2
 
 
 def packed(rows, lengths):
