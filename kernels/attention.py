@@ -436,7 +436,9 @@ def _attention_kernel(
         if MASK == "additive":
             first = first - tl.cdiv(first, _SPLIT_BLOCKS * BLOCK_N) * (_SPLIT_BLOCKS * BLOCK_N)
     # The blocks from start to end: whole ones, those that intervals describe, and those for which the mask is read.
-    start = first + tl.maximum(-first, 0) // BLOCK_N * BLOCK_N
+    start = first
+    if MASK == "additive":
+        start += -first // BLOCK_N * BLOCK_N  # nothing is in front of key 0
     end = Skv
     whole_end = Skv
     has_holes = True
@@ -750,7 +752,7 @@ def _run(
         (q.stride(), k.stride(), v.stride()),
         None if mask is None else (mask.dtype, mask.shape, mask.stride()),
         None if pages is None else pages.stride(0),
-        tuple(None if x is None else x.dtype for x in (sinks, q_starts, k_starts, pages)),
+        tuple([None if x is None else x.dtype for x in (sinks, q_starts, k_starts, pages)]),
         alignment(q, k, v, k if mask is None else mask),
         q.dtype,
         q.device,
@@ -787,9 +789,10 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     n_key_blocks = ceil_div(options.Skv, tile.block_n) + (_SPLIT_BLOCKS.value if kind == "additive" else 0)
     division = _Division(0, 1, 1)
     if n_blocks == 1:
-        division = _division(programs, n_key_blocks, device_of(device).multiprocessors)
-    if division.part_blocks:
-        tile = attention_tile(*size, stages=1 if division.is_finest else 3)
+        multiprocessors = device_of(device).multiprocessors
+        division = _division(programs, n_key_blocks, multiprocessors)
+        if division.part_blocks or programs <= multiprocessors:
+            tile = attention_tile(*size, stages=1 if division.is_finest else 3)
     n_parts = ceil_div(division.n_parts, division.merged_at_once) * division.merged_at_once
     many_splits = division.part_blocks != 1 and n_key_blocks > _SPLIT_BLOCKS.value
     constants = (D, DV, options.keys, kind, options.is_causal, options.window is not None, options.soft_cap is not None)
@@ -828,7 +831,7 @@ class _Attention:
             parts = self._merge.room(lse)
         # What is absent is not read; lse stands in its place.
         pointers = (q, k, v, mask, intervals, ranges, out, lse, parts, q_starts, k_starts, pages, sinks)
-        self._launch(*(lse if x is None else x for x in pointers), *self._arguments)
+        self._launch(*[lse if x is None else x for x in pointers], *self._arguments)
         if self._merge is not None:
             self._merge(parts, lse if sinks is None else sinks, out, lse)
 
@@ -891,7 +894,7 @@ class _Division(NamedTuple):
 
     @property
     def is_finest(self) -> bool:
-        """One block a program: nothing to load ahead, and room for two on each multiprocessor."""
+        """One block a program: there is nothing to load ahead."""
         return self.part_blocks * self.parts_a_program == 1
 
     @property
@@ -905,9 +908,11 @@ def _division(programs: int, n_key_blocks: int, multiprocessors: int) -> _Divisi
     """The fastest one, where ``programs`` of them would compute the rows.
 
     Estimated in the time that a multiprocessor needs for one block, as measured on an H200: half of it to begin a program,
-    a sixteenth to store a part, one to launch the merge, which merges 48 parts in that time.
+    a sixteenth to store a part, one to launch the merge, which merges 48 parts in that time. Of programs that compute a
+    whole row, or one block, two find room at once.
     """
-    best = (ceil_div(programs, multiprocessors) * (0.5 + n_key_blocks), _Division(0, 1, 1))
+    shared = programs / multiprocessors
+    best = (0.5 + n_key_blocks * (1.0 if shared <= 1 else max(1.5, shared)), _Division(0, 1, 1))
     for part_blocks in (1, _SPLIT_BLOCKS.value) if n_key_blocks > 1 else ():
         n_parts = ceil_div(n_key_blocks, part_blocks)
         for parts_a_program in range(1, n_parts + 1):
@@ -937,20 +942,13 @@ class _Merge:
         self._room = n_parts * n_queries_in_all * (DV + 2)
         dims = min(_MERGE_DIMS, max(16, next_power_of_2(DV)))
         numbers = (n_queries_in_all, n_parts, n_heads, strides[-1], *strides[-5:-2])
-        self._arguments = (
-            *numbers,
-            DV,
-            has_sinks,
-            acc,
-            dims,
-            _SPLIT_BLOCKS.value // division.part_blocks,
-            division.merged_at_once,
-        )
+        parts_a_split = _SPLIT_BLOCKS.value // division.part_blocks
+        self._arguments = (*numbers, DV, has_sinks, acc, dims, parts_a_split, division.merged_at_once)
         grid = (n_queries_in_all, ceil_div(DV, dims), 1)
         self._launch = Launch(_merge_parts_kernel, grid, num_warps=1, enable_fp_fusion=False)
 
     def room(self, lse: Tensor) -> Tensor:
-        """For the parts' products, their maxima and sums, and their factors."""
+        """For the parts' products, and for their maxima and sums."""
         return lse.new_empty(self._room)
 
     def __call__(self, parts: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -158,11 +158,11 @@ def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     return y, mean, rstd
 
 
-def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float, with_rstd: bool = True) -> tuple[Tensor, Tensor | None]:
     """``x * rstd * weight``, each step rounded in float64; ``x * x`` is summed as in :func:`row_sum`."""
     y, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[0], dtype=accumulator_dtype(x.dtype))
     _call("row_rms_norm", _arg(x), _arg(weight), eps, _arg(y), _arg(rstd))
-    return y, rstd
+    return y, rstd if with_rstd else None
 
 
 def attention(

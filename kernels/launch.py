@@ -42,20 +42,19 @@ class Launch:
         binary = self._kernel[self._grid](*args, **self._options)
         if isinstance(binary, CompiledKernel):  # Triton's interpreter has none
             self._tensors = [place for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-            self._run = _runner(binary, self._grid)
+            self._run = _runner(binary, self._grid, args[self._tensors[0]].get_device())
 
 
-def _runner(binary: CompiledKernel, grid: tuple[int, int, int]) -> Callable[..., None]:
+def _runner(binary: CompiledKernel, grid: tuple[int, int, int], device: int) -> Callable[..., None]:
     """``binary[grid]``, without what that prepares for a profiler's hooks at every launch while there are none."""
-    with_hooks, hooks, driver = binary[grid], knobs.runtime, runtime.driver.active
+    with_hooks, hooks, stream_of = binary[grid], knobs.runtime, runtime.driver.active.get_current_stream
     run, function, metadata = binary.run, binary.function, binary.packed_metadata
 
     def launch(*args: Any) -> None:
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             with_hooks(*args)
         else:
-            stream = driver.get_current_stream(driver.get_current_device())
-            run(*grid, stream, function, metadata, None, None, None, *args)
+            run(*grid, stream_of(device), function, metadata, None, None, None, *args)
 
     return launch
 

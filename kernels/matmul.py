@@ -166,6 +166,7 @@ def _gemm_tma_kernel(
     STORES: tl.constexpr,
     B_IS_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """out = alpha * (a @ b) + beta * bias on a persistent grid: a program takes every num_programs-th tile.
 
@@ -174,7 +175,7 @@ def _gemm_tma_kernel(
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_n = _tile_of(tile, tiles_m, tiles_n, GROUP_M)
         row = pid_m * BLOCK_M
         col = pid_n * BLOCK_N
@@ -302,9 +303,11 @@ class _TmaProduct:
         self._b = ([N, K] if transposed else [K, N], [max(strides_b[1:]), 1], block_b)
         self._out = ([M, N], [N, 1], [tile.block_m, tile.block_n // stores])
         self._sizes = (M, N, K, *(strides_bias or (0, 0, 0))[1:])
-        self._constants = (*tile[:3], GROUP_M, stores, transposed, strides_bias is not None)
         tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
         programs = min(tiles, device_of(device).multiprocessors * tile.programs)
+        # Where each program has but one tile, there is no next one whose loads could begin early.
+        flatten = tiles > programs
+        self._constants = (*tile[:3], GROUP_M, stores, transposed, strides_bias is not None, flatten)
         self._launch = _launch(_gemm_tma_kernel, programs, tile)
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor, out: Tensor, alpha: float, beta: float) -> None:

@@ -50,6 +50,7 @@ def _row_norm_kernel(
     eps: tl.float64,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RSTD: tl.constexpr,
     STATISTICS: tl.constexpr,
     WAY: tl.constexpr,
     ACC: tl.constexpr,
@@ -70,7 +71,8 @@ def _row_norm_kernel(
     else:
         total, squares = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
     rstd = _reciprocal_root(squares, n_cols, eps, ACC)
-    tl.store(rstd_ptr + rows, rstd, mask=is_row)  # split, each chunk's program writes the same
+    if HAS_RSTD:
+        tl.store(rstd_ptr + rows, rstd, mask=is_row)  # split, each chunk's program writes the same
     if STATISTICS == "moments":
         mean = divide(total, tl.full([], n_cols, ACC), ACC)
         tl.store(mean_ptr + rows, mean, mask=is_row)
@@ -94,22 +96,19 @@ _norm_rows = RowKernel(_row_norm_kernel, writes_rows=True)
 
 def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.row_layer_norm`` on the GPU. weight and bias may have any of the dtypes, x's or not."""
-    y, rstd = _empty_results(x)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd = x.new_empty(x.shape[0], dtype=accumulator_dtype(x.dtype))
     mean = torch.empty_like(rstd)
     _launch_norm(x, weight, bias, y, mean, rstd, eps, "moments")
     return y, mean, rstd
 
 
-def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float, with_rstd: bool = True) -> tuple[Tensor, Tensor | None]:
     """``reference.row_rms_norm`` on the GPU. weight may have any of the dtypes, x's or not."""
-    y, rstd = _empty_results(x)
-    _launch_norm(x, weight, None, y, rstd, rstd, eps, "square")
-    return y, rstd
-
-
-def _empty_results(x: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(x.shape[0], dtype=accumulator_dtype(x.dtype))
+    rstd = x.new_empty(x.shape[0], dtype=accumulator_dtype(x.dtype)) if with_rstd else None
+    _launch_norm(x, weight, None, y, None, rstd, eps, "square")
+    return y, rstd
 
 
 def _launch_norm(
@@ -117,12 +116,13 @@ def _launch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     eps: float,
     statistics: str,
 ) -> None:
-    has_weight, has_bias = weight is not None, bias is not None
-    tensors = (weight if has_weight else y, bias if has_bias else y, y, mean, rstd)
+    has_weight, has_bias, has_rstd = weight is not None, bias is not None, rstd is not None
+    # What is absent is neither read nor written; y stands in its place.
+    tensors = (weight if has_weight else y, bias if has_bias else y, y, y if mean is None else mean, rstd if has_rstd else y)
     numbers = (weight.stride(0) if has_weight else 0, bias.stride(0) if has_bias else 0, float(eps))
-    _norm_rows(x, tensors, numbers, (has_weight, has_bias), statistics, x.dtype)
+    _norm_rows(x, tensors, numbers, (has_weight, has_bias, has_rstd), statistics, x.dtype)

@@ -111,7 +111,7 @@ def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     return y.to(x.dtype).contiguous(), mean.to(acc_dtype), rstd.to(acc_dtype)
 
 
-def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float, with_rstd: bool = True) -> tuple[Tensor, Tensor | None]:
     """``x * rstd * weight``, ``rstd = rsqrt(mean(x ** 2) + eps)``. x: [rows, n_cols]; weight: [n_cols] -> y, rstd [rows]."""
     wide = x.double()
     rstd = (wide.square().mean(-1) + eps).rsqrt()

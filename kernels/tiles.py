@@ -151,7 +151,7 @@ def next_power_of_2(n: int) -> int:
 
 def on_device(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's: this guard makes it so."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+    if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():  # as torch.cuda.current_device(), at half its cost
         return _HERE
     return torch.cuda.device(x.device)
 

@@ -19,7 +19,7 @@ from cases import DTYPES, Bench, peers
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
 PREFILL = ((1, 8192), (16, 512))
 """(batch, tokens), causal."""
-DECODE = tuple((batch, keys) for batch in (1, 64) for keys in (1024, 4096, 16384, 32768))
+DECODE = tuple((batch, keys) for batch in (1, 64) for keys in (1024, 4096, 8192, 16384, 32768))
 """(batch, keys), one query a sequence."""
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

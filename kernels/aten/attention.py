@@ -19,9 +19,10 @@ def attention(query, key, value, mask, is_causal, scale, soft_cap=None, sinks=No
 
     Raises Refused for head dims above 256.
     """
-    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
-        raise Refused(f"batch-invariant attention covers head dims up to {MAX_HEAD_DIM}, not {query.shape[-1]}.")
-    if query.dtype == torch.float64 and query.is_cuda and max(query.shape[-1], value.shape[-1]) > 128:
+    head_dim = max(query.shape[-1], value.shape[-1])
+    if head_dim > MAX_HEAD_DIM:
+        raise Refused(f"batch-invariant attention covers head dims up to {MAX_HEAD_DIM}, not {head_dim}.")
+    if head_dim > 128 and query.dtype == torch.float64 and query.is_cuda:
         raise Refused("batch-invariant attention in float64 covers head dims up to 128 on CUDA: Triton compiles no larger.")
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
@@ -115,14 +116,15 @@ def _check_four_dims(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
     """Dtypes, devices and the last two dims: what torch itself asks for."""
+    q, k, v = query.shape, key.shape, value.shape
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         raise RuntimeError(
             "attention: expected query, key and value of one dtype on one device, but got "
             f"{query.dtype} on {query.device}, {key.dtype} on {key.device}, {value.dtype} on {value.device}"
         )
-    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+    if min(len(q), len(k), len(v)) < 2:
         raise RuntimeError(f"attention: expected 2 dims or more, but got {shape_of(query)}, {shape_of(key)}, {shape_of(value)}")
-    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+    if q[-1] != k[-1] or k[-2] != v[-2]:
         raise RuntimeError(f"attention: sizes do not fit together: {shape_of(query)}, {shape_of(key)}, {shape_of(value)}")
     if mask is not None and (mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.device != query.device):
         raise RuntimeError(
@@ -149,7 +151,8 @@ def scaled_dot_product_attention(
     if attn_mask is not None and attn_mask.dim() > query.dim():
         raise RuntimeError(f"attention: a mask of {shape_of(attn_mask)} has more dims than the query, {shape_of(query)}")
     leading = query.shape[:-2]
-    query, key, value = (_four_dims(x) for x in (query, key, value))
+    if len(leading) != 2:
+        query, key, value = (_four_dims(x) for x in (query, key, value))
     if attn_mask is not None:
         if len(leading) > 2:  # several dims become the batch: the mask is broadcast over each of them first
             attn_mask = _four_dims(attn_mask.expand(*leading, query.shape[2], key.shape[2]))
@@ -179,7 +182,7 @@ def _four_dims(x: Tensor) -> Tensor:
     """[B, H, S, D] from any rank: a missing batch is 1, and further leading dims go into the batch."""
     if x.dim() < 4:
         return x[(None,) * (4 - x.dim())]
-    return x if x.dim() == 4 else x.flatten(0, x.dim() - 4)
+    return x.flatten(0, x.dim() - 4)
 
 
 def _expanded_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

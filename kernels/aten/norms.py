@@ -48,7 +48,7 @@ def native_group_norm(input, weight, bias, N, C, HxW, group, eps) -> tuple[Tenso
 
 
 def fused_rms_norm(input, normalized_shape, weight, eps) -> tuple[Tensor, Tensor]:
-    y, rstd = _rms_norm(input, normalized_shape, weight, eps)
+    y, rstd = _rms_norm(input, normalized_shape, weight, eps, with_rstd=True)
     n_dims = len(normalized_shape)
     return y, rstd.view(*input.shape[: input.dim() - n_dims], *[1] * n_dims)
 
@@ -62,15 +62,18 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, straight: bool =
         raise (Refused if input.is_complex() else NotImplementedError)(f"rms_norm is for floats, not for {input.dtype}.")
     if weight is not None and not weight.is_floating_point():
         weight = weight.to(accumulator_dtype(input.dtype))
-    norm = _rms_norm if straight else torch.ops.batchinv._fused_rms_norm.default
-    return norm(input, normalized_shape, weight, eps)[0]
+    if straight:
+        return _rms_norm(input, normalized_shape, weight, eps, with_rstd=False)[0]
+    return torch.ops.batchinv._fused_rms_norm.default(input, normalized_shape, weight, eps)[0]
 
 
-def _rms_norm(input: Tensor, normalized_shape, weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+def _rms_norm(
+    input: Tensor, normalized_shape, weight: Tensor | None, eps: float | None, with_rstd: bool
+) -> tuple[Tensor, Tensor | None]:
     """The result and one rstd a row."""
     n_dims = _check_normalized("_fused_rms_norm", input, normalized_shape, weight)
     eps = torch.finfo(accumulator_dtype(input.dtype)).eps if eps is None else eps
-    y, rstd = kernel_set(input).row_rms_norm(_rows(input, n_dims), _flat(weight), eps)
+    y, rstd = kernel_set(input).row_rms_norm(_rows(input, n_dims), _flat(weight), eps, with_rstd)
     return _unflattened(y, input), rstd
 
 

@@ -220,6 +220,9 @@ def check_order_of_every_statistic_is_the_documented_one(n_cols, dtype, split_be
     check(mean, lambda row: row_sum_and_squares(row)[0] / count)
     check(var, lambda row: row_sum_and_squares(row)[1] / count)
     y, rstd = cuda.row_rms_norm(x, None, 0.5)
+    alone, nothing = cuda.row_rms_norm(x, None, 0.5, with_rstd=False)
+    assert nothing is None
+    assert_same_bits(alone, y)
     check(rstd, lambda row: scalar(1) / np.sqrt(row_sum(row * row) / count + scalar(0.5)))
     check(y, lambda row: row * (scalar(1) / np.sqrt(row_sum(row * row) / count + scalar(0.5))))
 
