@@ -8,6 +8,8 @@ Each example is a list of calls. An overload with a disagreement is listed with 
 import argparse
 import importlib.util
 import json
+import multiprocessing
+import os
 import platform
 import sys
 import time
@@ -27,32 +29,57 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--examples", type=int, default=100, help="for each entry of the table, see the test file")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="entries at a time, each in a process")
+    parser.add_argument("--seconds", type=float, help="what has not ended by then is named as not run (default: no limit)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
 
-    fuzzer, started, disagreements = _fuzzer(), time.perf_counter(), {}
-    with batch_invariant_mode():
-        for name in fuzzer.NAMES:
-            try:
-                fuzzer.search(name, options.device, options.examples)
-            except AssertionError as error:
-                disagreements[name] = str(error)
-            print(f"{name}: {sum(fuzzer.ran.values())} calls so far, {len(disagreements)} disagreements", flush=True)
+    started = time.perf_counter()
+    ran, outcomes, disagreements, not_run = Counter(), Counter(), {}, []
+    pool = multiprocessing.get_context("spawn").Pool(options.jobs)
+    searches = {name: pool.apply_async(search, (name, options.device, options.examples)) for name in _fuzzer().NAMES}
+    for name, result in searches.items():
+        left = None if options.seconds is None else max(0.0, started + options.seconds - time.perf_counter())
+        try:
+            mine, of_mine, disagreement = result.get(left)
+        except multiprocessing.TimeoutError:
+            not_run.append(name)
+            continue
+        ran, outcomes = ran + mine, outcomes + of_mine
+        if disagreement:
+            disagreements[name] = disagreement
+        print(f"{name}: {sum(ran.values())} calls so far, {len(disagreements)} disagreements", flush=True)
+    pool.terminate()
     record = {
         "command": " ".join(["python", "-P", "benchmarks/bad_input.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else _cpu(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "hypothesis": hypothesis.__version__},
         "seconds": round(time.perf_counter() - started),
-        "calls": sum(fuzzer.ran.values()),
-        "outcomes": dict(sorted(fuzzer.outcomes.items())),
-        "calls_by_overload": dict(sorted(fuzzer.ran.items())),
+        "calls": sum(ran.values()),
+        "outcomes": dict(sorted(outcomes.items())),
+        "calls_by_overload": dict(sorted(ran.items())),
         "disagreements": disagreements,
+        "not_run": not_run,
     }
     if options.out:
         options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({key: record[key] for key in ("device", "seconds", "calls", "outcomes", "disagreements")}, indent=1))
+    shown = ("device", "seconds", "calls", "outcomes", "disagreements", "not_run")
+    print(json.dumps({key: record[key] for key in shown}, indent=1))
     return 1 if disagreements else 0
+
+
+def search(name: str, device: str, examples: int) -> tuple[Counter, Counter, str | None]:
+    """Calls by overload, their outcomes, and what disagreed."""
+    torch.set_num_threads(1)
+    fuzzer, disagreement = _fuzzer(), None
+    with batch_invariant_mode():
+        try:
+            fuzzer.search(name, device, examples)
+        except AssertionError as error:
+            disagreement = str(error)
+        except fuzzer.DeviceEnded as error:  # no Exception, and a pool would wait for its process for ever
+            disagreement = f"the device ended: {error}"
+    return fuzzer.ran, fuzzer.outcomes, disagreement
 
 
 def _fuzzer() -> ModuleType:

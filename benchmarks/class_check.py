@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import functools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -100,7 +101,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that the interpreter can bear")
-    parser.add_argument("--seconds", type=float, default=150.0, help="how long each section may take")
+    parser.add_argument("--seconds", type=float, default=150.0, help="how long all may take; sections share it")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="sections at a time, each a process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -113,7 +114,9 @@ def main() -> int:
     started = time.monotonic()
     # Most of the time goes into compiling, one kernel after the other, so the sections share the GPU.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(args.jobs, len(SECTIONS)), mp_context=context) as pool:
+    jobs = min(args.jobs, len(SECTIONS))
+    args.seconds /= math.ceil(len(SECTIONS) / jobs)  # of one section
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         results = {name: pool.submit(run_section, name, args) for name in SECTIONS}
         for name, result in results.items():
             mine, seconds[name] = result.result()

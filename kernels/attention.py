@@ -258,6 +258,7 @@ def _store_result(
     stored,
     stored_lse,
     SINKS: tl.constexpr,
+    LSE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """out = acc * (1 / total), lse = largest + log(total), with a head's sink as one more key whose value is 0."""
@@ -272,7 +273,8 @@ def _store_result(
     # A hidden block turns -0 (an underflow) into 0; here all of them are turned.
     out = tl.where(out == 0.0, 0.0, out)
     tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=stored)
-    tl.store(lse_ptrs, tl.where(seen, largest + tl.log(divisor), -float("inf")), mask=stored_lse)
+    if LSE:
+        tl.store(lse_ptrs, tl.where(seen, largest + tl.log(divisor), -float("inf")), mask=stored_lse)
 
 
 @triton.jit(
@@ -357,6 +359,7 @@ def _attention_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    LSE: tl.constexpr,
     PART_BLOCKS: tl.constexpr,
     MANY_SPLITS: tl.constexpr,
     ACC: tl.constexpr,
@@ -581,6 +584,7 @@ def _attention_kernel(
             inside_q[:, None] & (dims_v < DV)[None, :],
             inside_q,
             SINKS,
+            LSE,
             ACC,
         )
 
@@ -603,6 +607,7 @@ def _merge_parts_kernel(
     stride_om,
     DV: tl.constexpr,
     SINKS: tl.constexpr,
+    LSE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PARTS_A_SPLIT: tl.constexpr,
@@ -659,6 +664,7 @@ def _merge_parts_kernel(
         inside[None, :],
         tl.zeros([1], tl.int32) == tl.program_id(1),
         SINKS,
+        LSE,
         ACC,
     )
 
@@ -690,12 +696,13 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """``reference.attention`` on the GPU. What the mask hides is found there: nothing waits for it."""
     B, H, Sq, _ = q.shape
     out = q.new_empty((B, H, Sq, v.shape[3]))
-    lse = q.new_empty((B, H, Sq), dtype=accumulator_dtype(q.dtype))
-    if lse.numel() == 0:
+    lse = q.new_empty((B, H, Sq), dtype=accumulator_dtype(q.dtype)) if with_lse else None
+    if B * H * Sq == 0:
         return out, lse
     options = _Options("dense", B, Sq, k.shape[2], is_causal, scale, causal_offset, window, soft_cap)
     with on_device(q):
@@ -738,7 +745,7 @@ def _run(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     *,
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -752,7 +759,7 @@ def _run(
         (q.stride(), k.stride(), v.stride()),
         None if mask is None else (mask.dtype, mask.shape, mask.stride()),
         None if pages is None else pages.stride(0),
-        tuple([None if x is None else x.dtype for x in (sinks, q_starts, k_starts, pages)]),
+        tuple([None if x is None else x.dtype for x in (sinks, q_starts, k_starts, pages, lse)]),
         alignment(q, k, v, k if mask is None else mask),
         q.dtype,
         q.device,
@@ -796,7 +803,8 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     n_parts = ceil_div(division.n_parts, division.merged_at_once) * division.merged_at_once
     many_splits = division.part_blocks != 1 and n_key_blocks > _SPLIT_BLOCKS.value
     constants = (D, DV, options.keys, kind, options.is_causal, options.window is not None, options.soft_cap is not None)
-    constants += (dtypes[0] is not None, division.part_blocks, many_splits, accumulator(dtype), tile.block_m, tile.block_n)
+    has_sinks, has_lse = dtypes[0] is not None, dtypes[-1] is not None
+    constants += (has_sinks, has_lse, division.part_blocks, many_splits, accumulator(dtype), tile.block_m, tile.block_n)
     constants += (max(16, next_power_of_2(D)), max(16, next_power_of_2(DV)))
     numbers = (
         *(n_blocks, options.Sq, options.Skv, H // pack, pack, group, n_queries_in_all),
@@ -813,7 +821,7 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     launch = Launch(_attention_kernel, grid, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False)
     merge = None
     if division.part_blocks:
-        merge = _Merge(division, n_parts, n_queries_in_all, H, DV, strides, dtypes[0] is not None, accumulator(dtype))
+        merge = _Merge(division, n_parts, n_queries_in_all, H, DV, strides, has_sinks, has_lse, accumulator(dtype))
     return _Attention(ranges, launch, numbers + constants, merge)
 
 
@@ -828,12 +836,12 @@ class _Attention:
         if self._ranges is not None:
             mask, intervals, ranges = self._ranges(mask)
         if self._merge is not None:
-            parts = self._merge.room(lse)
-        # What is absent is not read; lse stands in its place.
+            parts = self._merge.room(q)
+        # What is absent is neither read nor written; out stands in its place.
         pointers = (q, k, v, mask, intervals, ranges, out, lse, parts, q_starts, k_starts, pages, sinks)
-        self._launch(*[lse if x is None else x for x in pointers], *self._arguments)
+        self._launch(*[out if x is None else x for x in pointers], *self._arguments)
         if self._merge is not None:
-            self._merge(parts, lse if sinks is None else sinks, out, lse)
+            self._merge(parts, *[out if x is None else x for x in (sinks, out, lse)])
 
 
 class _Ranges:
@@ -937,19 +945,21 @@ class _Merge:
         DV: int,
         strides: tuple[int, ...],
         has_sinks: bool,
+        has_lse: bool,
         acc: tl.dtype,
     ) -> None:
+        self._dtype = torch.float64 if acc == tl.float64 else torch.float32
         self._room = n_parts * n_queries_in_all * (DV + 2)
         dims = min(_MERGE_DIMS, max(16, next_power_of_2(DV)))
         numbers = (n_queries_in_all, n_parts, n_heads, strides[-1], *strides[-5:-2])
         parts_a_split = _SPLIT_BLOCKS.value // division.part_blocks
-        self._arguments = (*numbers, DV, has_sinks, acc, dims, parts_a_split, division.merged_at_once)
+        self._arguments = (*numbers, DV, has_sinks, has_lse, acc, dims, parts_a_split, division.merged_at_once)
         grid = (n_queries_in_all, ceil_div(DV, dims), 1)
         self._launch = Launch(_merge_parts_kernel, grid, num_warps=1, enable_fp_fusion=False)
 
-    def room(self, lse: Tensor) -> Tensor:
+    def room(self, q: Tensor) -> Tensor:
         """For the parts' products, and for their maxima and sums."""
-        return lse.new_empty(self._room)
+        return torch.empty(self._room, dtype=self._dtype, device=q.device)
 
     def __call__(self, parts: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> None:
         self._launch(parts, sinks, out, lse, *self._arguments)

@@ -177,13 +177,14 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Chains over d and over the keys, divided by the sum of the weights at the end (see above)."""
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
     options = (is_causal, scale, causal_offset, window or 0, soft_cap or 0.0, _arg(sinks))
     _call("attention", _arg(q), _arg(k), _arg(v), _arg(mask, _WITH_BOOL), *options, _arg(out), _arg(lse))
-    return out, lse
+    return out, lse if with_lse else None
 
 
 def packed_attention(

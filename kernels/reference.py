@@ -112,12 +112,15 @@ def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
 
 
 def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float, with_rstd: bool = True) -> tuple[Tensor, Tensor | None]:
-    """``x * rstd * weight``, ``rstd = rsqrt(mean(x ** 2) + eps)``. x: [rows, n_cols]; weight: [n_cols] -> y, rstd [rows]."""
+    """``x * rstd * weight``, ``rstd = rsqrt(mean(x ** 2) + eps)``. x: [rows, n_cols]; weight: [n_cols] -> y, rstd [rows].
+
+    Without ``with_rstd``, None in its place.
+    """
     wide = x.double()
     rstd = (wide.square().mean(-1) + eps).rsqrt()
     y = wide * rstd[:, None]
     y = y if weight is None else y * weight.double()
-    return y.to(x.dtype).contiguous(), rstd.to(accumulator_dtype(x.dtype))
+    return y.to(x.dtype).contiguous(), rstd.to(accumulator_dtype(x.dtype)) if with_rstd else None
 
 
 def attention(
@@ -132,7 +135,8 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """``softmax(scale * q @ k.T + mask) @ v`` -> out [B, H, Sq, Dv], logsumexp [B, H, Sq] in the accumulator's dtype.
 
     q: [B, H, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv], H a multiple of Hkv: query head h reads key head
@@ -141,7 +145,7 @@ def attention(
     left). window: and if ``j > i + causal_offset - window``. soft_cap: scores s become ``soft_cap * tanh(s / soft_cap)``
     before the mask. sinks: [H], a score for each head that takes part in the softmax and has no value.
     A query that sees no key gives 0 and a logsumexp of -inf. Where all that it sees is hidden by the lowest value of the
-    mask's dtype, the keys weigh the same, and the logsumexp is some very low number.
+    mask's dtype, the keys weigh the same, and the logsumexp is some very low number. Without ``with_lse``, None in its place.
 
     The order over the keys counts from the first key that any query of the same (batch, head) can see, so padding on
     either side changes no bit.
@@ -165,7 +169,8 @@ def attention(
         v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     lse = torch.logsumexp(scores, -1)
     weights = torch.softmax(scores, -1).masked_fill((lse == -torch.inf)[..., None], 0.0)
-    return (weights @ v.double()).to(q.dtype).contiguous(), lse.to(accumulator_dtype(q.dtype))
+    out = (weights @ v.double()).to(q.dtype).contiguous()
+    return out, lse.to(accumulator_dtype(q.dtype)) if with_lse else None
 
 
 def packed_attention(

@@ -296,11 +296,14 @@ class RowKernel:
     The kernel's parameters: x_ptr, partials_ptr, n_rows, n_cols, x_row_stride, x_col_stride, then ``tensors``, ``numbers``
     and ``constants``, and STATISTICS, WAY, ACC, ROWS, BLOCK. Sums have the accumulator of the wider of x's dtype and
     out_dtype. writes_rows: its results are rows, so split, each chunk has a program; else each row has one.
-    asserts: the kernel's device-side assertions are compiled; Triton leaves them out otherwise.
+    asserts: the kernel's device-side assertions are compiled; Triton leaves them out otherwise. n_keys: the binary follows
+    from the dtypes and the alignment of the first n_keys tensors, and from all that is no tensor.
     """
 
-    def __init__(self, kernel: JITFunction, writes_rows: bool = False, asserts: bool = False) -> None:
-        self._kernel, self._writes_rows, self._asserts = kernel, writes_rows, asserts
+    def __init__(
+        self, kernel: JITFunction, writes_rows: bool = False, asserts: bool = False, n_keys: int | None = None
+    ) -> None:
+        self._kernel, self._writes_rows, self._asserts, self._n_keys = kernel, writes_rows, asserts, n_keys
         self._plan = plan(self._planned)
 
     def __call__(
@@ -312,11 +315,13 @@ class RowKernel:
         statistics: str,
         out_dtype: torch.dtype,
     ) -> None:
-        if x.shape[0] == 0:
+        shape = x.shape
+        if shape[0] == 0:
             return
-        dtypes, aligned = tuple([t.dtype for t in tensors]), alignment(x, *tensors)
+        keys = tensors[: self._n_keys]
+        dtypes, aligned = tuple([t.dtype for t in keys]), alignment(x, *keys)
         what = (numbers, constants, statistics, out_dtype)
-        rows = self._plan(x.shape, x.stride(), x.device, x.dtype, dtypes, aligned, *what)
+        rows = self._plan(shape, x.stride(), x.device, x.dtype, dtypes, aligned, *what)
         with on_device(x):
             rows(x, tensors)
 

@@ -14,7 +14,9 @@ ATTENTION_SCHEMA = (
 MAX_HEAD_DIM = 256
 
 
-def attention(query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None) -> tuple[Tensor, Tensor]:
+def attention(
+    query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None, with_lse=True
+) -> tuple[Tensor, Tensor | None]:
     """``reference.attention`` on the tensors' device; the mask may be one that only broadcasts to [B, H, Sq, Skv].
 
     Raises Refused for head dims above 256.
@@ -26,7 +28,8 @@ def attention(query, key, value, mask, is_causal, scale, soft_cap=None, sinks=No
         raise Refused("batch-invariant attention in float64 covers head dims up to 128 on CUDA: Triton compiles no larger.")
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    return kernel_set(query).attention(query, key, value, mask, is_causal, scale, soft_cap=soft_cap, sinks=sinks)
+    attend = kernel_set(query).attention
+    return attend(query, key, value, mask, is_causal, scale, soft_cap=soft_cap, sinks=sinks, with_lse=with_lse)
 
 
 def attention_fake(query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None) -> tuple[Tensor, Tensor]:
@@ -157,8 +160,11 @@ def scaled_dot_product_attention(
         if len(leading) > 2:  # several dims become the batch: the mask is broadcast over each of them first
             attn_mask = _four_dims(attn_mask.expand(*leading, query.shape[2], key.shape[2]))
         attn_mask = _expanded_mask(attn_mask, query, key)
-    attend = attention if straight else torch.ops.batchinv.attention.default
-    out, _ = attend(query, key, value, attn_mask, is_causal, _scale(query, scale))
+    scale = _scale(query, scale)
+    if straight:
+        out, _ = attention(query, key, value, attn_mask, is_causal, scale, with_lse=False)
+    else:
+        out, _ = torch.ops.batchinv.attention.default(query, key, value, attn_mask, is_causal, scale)
     return out if len(leading) == 2 else out.view(*leading, *out.shape[-2:])
 
 

@@ -71,10 +71,10 @@ def _rms_norm(
     input: Tensor, normalized_shape, weight: Tensor | None, eps: float | None, with_rstd: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The result and one rstd a row."""
-    n_dims = _check_normalized("_fused_rms_norm", input, normalized_shape, weight)
+    rows = _rows(input, _check_normalized("_fused_rms_norm", input, normalized_shape, weight))
     eps = torch.finfo(accumulator_dtype(input.dtype)).eps if eps is None else eps
-    y, rstd = kernel_set(input).row_rms_norm(_rows(input, n_dims), _flat(weight), eps, with_rstd)
-    return _unflattened(y, input), rstd
+    y, rstd = kernel_set(input).row_rms_norm(rows, _flat(weight), eps, with_rstd)
+    return y if rows is input else y.view(input.shape), rstd
 
 
 def rms_norm_setup_context(ctx, inputs, output) -> None:
@@ -124,7 +124,8 @@ def _check_normalized(name: str, input: Tensor, normalized_shape: Sequence[int],
             raise RuntimeError(f"{name}: expected weight and bias of shape {list(shape)}, but got {list(parameter.shape)}")
         if parameter is not None and parameter.device != input.device:
             raise RuntimeError(f"{name}: expected weight and bias on {input.device}, but got one on {parameter.device}")
-    if n_dims == 0 or n_dims > input.dim() or input.shape[-n_dims:] != shape:
+    sizes = input.shape
+    if n_dims == 0 or n_dims > len(sizes) or sizes[-1] != shape[-1] or n_dims > 1 and sizes[-n_dims:] != shape:
         error = ValueError if name == "rms_norm" and n_dims > input.dim() else RuntimeError  # torch's types
         raise error(
             f"{name}: normalized_shape={list(shape)} must hold the last sizes of the input, at least one, "

@@ -676,6 +676,8 @@ def is_torchs_accident(call: Call, expected: "Expected", actual: Any) -> bool:
             return torch_raises and not mode_raises
         if not torch_raises:  # of any dtype where, by ranks and strides, product and bias are not fused
             return mode_raises and call.arguments["bias"].dtype != call.arguments["input"].dtype
+    if call.overload.name() == "aten::bmm.dtype_out" and call.outs[0].dtype != call.arguments["out_dtype"]:
+        return mode_raises and not torch_raises  # looks at the dtype of out alone
     if call.overload.name() in ("aten::mm.dtype_out", "aten::bmm.dtype_out", "aten::baddbmm.dtype_out"):
         if not call.outs[0].fits:  # is not resized: the products of matrices refuse it, bmm leaves it as it was
             return torch_raises and not mode_raises if name != "bmm" else not torch_raises
