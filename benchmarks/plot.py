@@ -113,7 +113,8 @@ def _attention(result: Result):
     """Time of each contender, and ours over the baseline above its bar."""
     bounds = {"prefill": 1.25, "decode": 1.15}
     works = [work for work in bounds if any(point.work == work for point in result.points)]
-    figure, panels = _panels(1, len(works), width=6.5, height=4.2)
+    most = max(sum(point.work == work for point in result.points) for work in works)
+    figure, panels = _panels(1, len(works), width=max(6.5, 0.9 * most), height=4.2)
     for axes, work in zip(panels, works, strict=True):
         points = [point for point in result.points if point.work == work]
         labels = [_attention_label(point) for point in points]
