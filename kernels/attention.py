@@ -478,7 +478,7 @@ def _attention_kernel(
     SPLIT_N: tl.constexpr = _SPLIT_BLOCKS * BLOCK_N
     if PART_BLOCKS:
         part_begin = tl.program_id(1) * parts_a_program
-        # The last one also sees to the parts that are there to make their number even.
+        # The last one also sees to the parts that only round their number up.
         is_last = tl.program_id(1) == tl.num_programs(1) - 1
         part_end = tl.where(is_last, n_parts, part_begin + parts_a_program)
         for part in range(part_begin, part_end):

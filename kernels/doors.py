@@ -97,7 +97,7 @@ def _signature(overload: OpOverload) -> list[tuple[str, str]]:
 
 
 def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
-    """Whether this call sums integers or booleans, which no order can change: torch's own kernel serves it.
+    """Whether this call computes with integers or booleans alone, which no order can change: torch's own kernel serves it.
 
     Raises Refused for complex numbers.
     """
@@ -106,7 +106,12 @@ def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
         return False
     if dtype.is_complex or dtype.is_floating_point:
         raise Refused(f"batch-invariant mode has no kernel for {overload.name()} in {dtype}.")
-    return True
+    return not _makes_floats(overload, args)
+
+
+def _makes_floats(overload: OpOverload, args: tuple) -> bool:
+    name = overload.overloadpacket.__name__.removesuffix("_")
+    return name in table.FLOATS_OF_INTEGERS and (name != "pow" or len(args) > 1 and isinstance(args[1], float))
 
 
 def _first_dtype(args: tuple) -> torch.dtype | None:

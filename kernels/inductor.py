@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pytest_batchinv.kernels import fusion, table
+from pytest_batchinv.kernels.aten.common import as_floats
 from pytest_batchinv.kernels.doors import is_exact, operators, overload_of, refusal, siblings
 from pytest_batchinv.patches import rules
 from pytest_batchinv.patches.compilation import around_compilation
@@ -106,8 +107,8 @@ def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Callable | No
         stock = _pow
 
     def decompose(self, *args, **kwargs):
-        if self.device.type == "cpu" and not is_exact(overload, (self,), kwargs):
-            return operator(self, *args, **kwargs)
+        if self.device.type == "cpu" and not is_exact(overload, (self, *args), kwargs):
+            return operator(as_floats(self), *args, **kwargs)
         return NotImplemented if stock is None else stock(self, *args, **kwargs)
 
     return decompose

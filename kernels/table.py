@@ -67,6 +67,12 @@ POINTWISE = {
     "pow.Tensor_Scalar": pointwise.pow,
 }
 
+FLOATS_OF_INTEGERS = {
+    *("sigmoid", "rsqrt", "exp", "tanh", "erf", "expm1", "log", "log1p", "sin", "cos"),
+    *("pow", "logsumexp"),
+}  # fmt: skip
+"""Entries that make floats of integers, and then compute as for those. ``pow`` does where its exponent is a float."""
+
 # torch's rules for ``out=``. Elsewhere it must have the result's dtype.
 OUT_GIVES_DTYPE = {"sum.IntList_out", "mean.out", "mean.dtype_out", "cumsum.out"}
 """Without ``dtype=`` these compute in the dtype of ``out``."""

@@ -55,7 +55,7 @@ def fused_rms_norm(input, normalized_shape, weight, eps) -> tuple[Tensor, Tensor
 
 def rms_norm(input, normalized_shape, weight=None, eps=None, *, straight: bool = False) -> Tensor:
     """The same kernel in eager and in compiled code, with a gradient and without."""
-    if len(normalized_shape) > input.dim():  # an error of another type here than in the leaf, as torch has it
+    if not 0 < len(normalized_shape) <= input.dim():  # an error of another type here than in the leaf, as torch has it
         _check_normalized("rms_norm", input, normalized_shape, weight)
     if not input.is_floating_point():
         _check_normalized("rms_norm", input, normalized_shape, weight)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+from pytest_batchinv.kernels.aten.common import as_floats
 from torch import Tensor
 
 
 def _pointwise(x: Tensor, kind: str, *params: float) -> Tensor:
     from pytest_batchinv.kernels import cpu
 
-    return cpu.pointwise(x, kind, params)
+    return cpu.pointwise(as_floats(x), kind, params)
 
 
 def unary(kind: str) -> Callable[[Tensor], Tensor]:

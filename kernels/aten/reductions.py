@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pytest_batchinv.kernels.aten.common import kernel_set, real_factor, shape_of, wrap_dim
+from pytest_batchinv.kernels.aten.common import as_floats, kernel_set, real_factor, shape_of, wrap_dim
 from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
 
@@ -64,6 +64,7 @@ def std_mean(self: Tensor, dim=None, *, correction: float | None = None, keepdim
 
 
 def logsumexp(self: Tensor, dim, keepdim: bool = False) -> Tensor:
+    self = as_floats(self)
     rows = _Rows(self, dim, keepdim)
     return rows.restore(kernel_set(self).row_logsumexp(rows.matrix, self.dtype))
 

@@ -109,6 +109,27 @@ def test_the_entry_gives_torchs_values_and_is_counted(name):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
+FLOATS_OF_INTEGERS = {
+    **{
+        name: getattr(torch, name) for name in ("sigmoid", "rsqrt", "exp", "tanh", "erf", "expm1", "log", "log1p", "sin", "cos")
+    },
+    "pow": lambda x: torch.pow(x, 0.3),
+    "logsumexp": lambda x: torch.logsumexp(x, -1),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", FLOATS_OF_INTEGERS)
+def test_integers_that_become_floats_have_the_bits_of_those_floats(name, compiled):
+    """torch's own kernels take the tail of a vector another way than its body, integers too."""
+    function = torch.compile(FLOATS_OF_INTEGERS[name], dynamic=False) if compiled else FLOATS_OF_INTEGERS[name]
+    for x in (torch.arange(1, 38).expand(3, 37), torch.tensor([[True, False, True]])):
+        with batch_invariant_mode():
+            got, of_floats = function(x), FLOATS_OF_INTEGERS[name](x.float())
+        assert got.dtype == torch.float32
+        assert first_difference(got, of_floats) is None
+
+
 @pytest.mark.parametrize("name", [n for n in CALLS if n in table.LEAVES or n in table.POINTWISE])
 def test_out_and_in_place_forms_are_the_same_entry(name):
     overload = doors.overload_of(name)
