@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, alignment, plan
-from .tiles import GROUP_M, Tile, accumulator, ceil_div, device_of, gemm_tile, on_device
+from .tiles import GROUP_M, Tile, accumulator, ceil_div, device_of, gemm_tile, next_power_of_2, on_device
 
 
 @triton.jit
@@ -388,38 +388,34 @@ def _grouped_gemm_kernel(
 
 def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """``reference.grouped_gemm`` on the GPU. ``offs`` stays there: nothing waits for it."""
-    T, K = a.shape
-    G, _, N = b.shape
-    out = torch.zeros((T, N), dtype=a.dtype, device=a.device)
-    if out.numel() == 0 or G == 0:
+    shape_a, shape_b = a.shape, b.shape
+    out = torch.zeros((shape_a[0], shape_b[2]), dtype=a.dtype, device=a.device)
+    if out.numel() == 0 or shape_b[0] == 0:
         return out
-    tile = gemm_tile(a.dtype, ceil_div(T, G), N, K, G, a.device)
-    grid = ((ceil_div(T, tile.block_m) + G) * ceil_div(N, tile.block_n),)
+    aligned = alignment(a, b, out)
+    product = _grouped_plan(shape_a, a.stride(), shape_b, b.stride(), aligned, a.dtype, offs.dtype, a.device)
     with on_device(a):
-        _grouped_gemm_kernel[grid](
-            a,
-            b,
-            offs.contiguous(),
-            out,
-            T,
-            G,
-            N,
-            K,
-            *_strides(a),
-            *_strides(b),
-            ACC=accumulator(a.dtype),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_G=triton.next_power_of_2(G),
-            EVEN_K=K % tile.block_k == 0,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=False,
-        )
+        product(a, b, offs.contiguous(), out)
     return out
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """The strides, 0 where the size is 1: torch leaves anything there, and it would only make Triton compile again."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+@plan
+def _grouped_plan(shape_a, strides_a, shape_b, strides_b, aligned, dtype, dtype_offs, device) -> "_GroupedProduct":
+    """How this product is computed. aligned: ``alignment`` of a, b and the result."""
+    return _GroupedProduct(shape_a, strides_a, shape_b, strides_b, dtype, device)
+
+
+class _GroupedProduct:
+    """``_grouped_gemm_kernel`` for operands of these sizes."""
+
+    def __init__(self, shape_a, strides_a, shape_b, strides_b, dtype: torch.dtype, device: torch.device) -> None:
+        (T, K), (G, _, N) = shape_a, shape_b
+        tile = gemm_tile(dtype, ceil_div(T, G), N, K, G, device)
+        # 0 where the size is 1: torch leaves anything there, and it would only make Triton compile again.
+        strides = [0 if n == 1 else stride for n, stride in zip((*shape_a, *shape_b), (*strides_a, *strides_b), strict=True)]
+        constants = (accumulator(dtype), *tile[:3], next_power_of_2(G), K % tile.block_k == 0)
+        self._arguments = (T, G, N, K, *strides, *constants)
+        self._launch = _launch(_grouped_gemm_kernel, (ceil_div(T, tile.block_m) + G) * ceil_div(N, tile.block_n), tile)
+
+    def __call__(self, a: Tensor, b: Tensor, offs: Tensor, out: Tensor) -> None:
+        self._launch(a, b, offs, out, *self._arguments)

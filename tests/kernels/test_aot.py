@@ -440,14 +440,23 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
             for rows in (1, 3):
                 for name in ("sum", "softmax", "rms_norm", "cumsum"):
                     ROW_LAUNCHES[name](x[:rows, :n_cols])
+                for weight in (None, x[0, :n_cols], x[0, :n_cols].float()):
+                    for with_rstd in (False, True):
+                        cuda.row_rms_norm(x[:rows, :n_cols], weight, 1e-6, with_rstd)
         ROW_LAUNCHES["sum"](x[:3, 1:241])
+        for T, G, K, N in ((1, 2, 64, 64), (9, 2, 64, 64), (9, 3, 72, 64), (32, 2, 64, 72), (32, 1, 65, 63)):
+            a, b, offs = x[:T, :K], tensor(G, N, K, dtype=x.dtype), torch.arange(1, G + 1)
+            for dtype in (torch.int32, torch.int64):
+                cuda.grouped_gemm(a, b.mT, offs.to(dtype))
+                cuda.grouped_gemm(a, b.mT.contiguous(), offs.to(dtype))
+                cuda.grouped_gemm(x[:T, 1 : K + 1], b.mT, offs.to(dtype))
         for M, K, N in ((1, 64, 64), (3, 64, 64), (16, 64, 64), (32, 65, 64), (32, 64, 72)):
             a, b = x[None, :M, :K], tensor(N, K, dtype=x.dtype)
             cuda.gemm(a, b.T[None])
             cuda.gemm(a, b.T.contiguous()[None], tensor(N, dtype=x.dtype).expand(1, M, N))
         for Sq, Skv in ((1, 64), (1, 600), (3, 600), (40, 40)):
             q, k = tensor(1, 4, Sq, 64, dtype=x.dtype), tensor(1, 2, Skv, 64, dtype=x.dtype)
-            for options in ({}, {"window": 3}):
+            for options in ({}, {"window": 3}, {"with_lse": False}):
                 cuda.attention(q, k, k, None, True, 0.1, **options)
     assert len(binaries_of) > 30
     assert {len(binaries) for binaries in binaries_of.values()} == {1}
