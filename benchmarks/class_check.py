@@ -428,11 +428,13 @@ def _check_decode(report, clock, q, k, v, scale, want, where) -> None:
         expected = tuple(out[:, :, i : i + 1] for out in want)
         step = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, scale)
         report.same("attention: decode == prefill", step, expected, position=i, **where)
-        for division in DIVISIONS if i % 100 > 20 else ():
-            with _patched(attention_module, "_division", _divided(*division)):
-                step = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, scale)
-            report.same("attention: divisions", step, expected, position=i, division=division, **where)
         visible = (torch.arange(length) <= i).expand(1, q.shape[1], 1, length)
+        for division in DIVISIONS:
+            with _patched(attention_module, "_division", _divided(*division)):
+                alone = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, scale)
+                masked = cuda.attention(q[:, :, i : i + 1], k, v, visible, False, scale)
+            report.same("attention: divisions", alone, expected, position=i, division=division, **where)
+            report.same("attention: divisions, static cache", masked, expected, position=i, division=division, **where)
         step = cuda.attention(q[:, :, i : i + 1], k, v, visible, False, scale)
         report.same("attention: decode, static cache", step, expected, position=i, **where)
         chunk = min(7, length - i)

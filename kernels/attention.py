@@ -30,6 +30,8 @@ _RANGE_QUERIES = tl.constexpr(16)
 """Queries that share one entry of what a mask lets them see."""
 _SPLIT_BLOCKS = tl.constexpr(8)
 """Blocks of a split. It is part of the order of sums: other splits, other bits."""
+_ABSENT = tl.constexpr(-1.0)
+"""In place of the sum of a part that nobody computes. No softmax has it."""
 _MERGE_DIMS = 32
 """Dims of a program that merges parts: one for each thread of its warp."""
 
@@ -482,12 +484,11 @@ def _attention_kernel(
         is_last = tl.program_id(1) == tl.num_programs(1) - 1
         part_end = tl.where(is_last, n_parts, part_begin + parts_a_program)
         for part in range(part_begin, part_end):
-            # What nobody computes is merged as nothing.
             begin = first + part * PART_N
-            if (begin + PART_N <= start) | (begin >= end):
+            if (begin + PART_N <= start) | (begin >= end) | (start >= end):
                 stats_ptrs = part_stats_ptr + (part_rows + part) * 2
                 tl.store(stats_ptrs, tl.full([BLOCK_M], -float("inf"), ACC), mask=inside_q)
-                tl.store(stats_ptrs + 1, tl.zeros([BLOCK_M], ACC), mask=inside_q)
+                tl.store(stats_ptrs + 1, tl.full([BLOCK_M], _ABSENT, ACC), mask=inside_q)
         start = tl.maximum(start, first + part_begin * PART_N)
         end = tl.minimum(end, first + part_end * PART_N)
         whole_end = tl.minimum(whole_end, end)
@@ -615,7 +616,7 @@ def _merge_parts_kernel(
 ):
     """The parts of ``_attention_kernel`` merged as there, for one query and BLOCK_DV of its dims.
 
-    PARTS_A_SPLIT parts are a split. An empty part has a maximum of -inf, has stored no product, and changes nothing.
+    PARTS_A_SPLIT parts are a split. An absent part has a maximum of -inf, has stored no product, and changes nothing.
     """
     query = tl.program_id(0).to(tl.int64)
     dims_v = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
@@ -639,7 +640,8 @@ def _merge_parts_kernel(
             loaded = loaded + ((part_largest, part_total[:, None], part_acc),)
         for i in tl.static_range(UNROLL):
             part_largest, part_total, part_acc = loaded[i]
-            part_acc = tl.where((part_largest == -float("inf"))[:, None], 0.0, part_acc)
+            is_absent = part_total == _ABSENT
+            part_total, part_acc = tl.where(is_absent, 0.0, part_total), tl.where(is_absent, 0.0, part_acc)
             if i % PARTS_A_SPLIT == 0:
                 split_largest, split_total, split_acc = part_largest, part_total, part_acc
             else:

@@ -110,8 +110,9 @@ def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
 
 
 def _makes_floats(overload: OpOverload, args: tuple) -> bool:
+    """Whether torch gives floats for integers here. Of ``pow`` the last argument, its exponent, tells."""
     name = overload.overloadpacket.__name__.removesuffix("_")
-    return name in table.FLOATS_OF_INTEGERS and (name != "pow" or len(args) > 1 and isinstance(args[1], float))
+    return name in table.FLOATS_OF_INTEGERS and (name != "pow" or isinstance(args[-1], float))
 
 
 def _first_dtype(args: tuple) -> torch.dtype | None:

@@ -108,7 +108,7 @@ def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Callable | No
 
     def decompose(self, *args, **kwargs):
         if self.device.type == "cpu" and not is_exact(overload, (self, *args), kwargs):
-            return operator(as_floats(self), *args, **kwargs)
+            return operator(as_floats(self), *args, **kwargs)  # whose fake result has the dtype of its input
         return NotImplemented if stock is None else stock(self, *args, **kwargs)
 
     return decompose

@@ -91,7 +91,7 @@ def _row_norm_kernel(
         store_block(y_ptr, rows, is_row, cols, n_cols, y, WAY)
 
 
-_norm_rows = RowKernel(_row_norm_kernel, writes_rows=True, n_keys=3)
+_norm_rows = RowKernel(_row_norm_kernel, writes_rows=True, n_specialised=3)
 
 
 def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

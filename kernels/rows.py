@@ -296,14 +296,14 @@ class RowKernel:
     The kernel's parameters: x_ptr, partials_ptr, n_rows, n_cols, x_row_stride, x_col_stride, then ``tensors``, ``numbers``
     and ``constants``, and STATISTICS, WAY, ACC, ROWS, BLOCK. Sums have the accumulator of the wider of x's dtype and
     out_dtype. writes_rows: its results are rows, so split, each chunk has a program; else each row has one.
-    asserts: the kernel's device-side assertions are compiled; Triton leaves them out otherwise. n_keys: the binary follows
-    from the dtypes and the alignment of the first n_keys tensors, and from all that is no tensor.
+    asserts: the kernel's device-side assertions are compiled; Triton leaves them out otherwise. n_specialised: of so many of
+    the tensors, the first ones, dtype and alignment make the binary, with all that is no tensor (None: of all).
     """
 
     def __init__(
-        self, kernel: JITFunction, writes_rows: bool = False, asserts: bool = False, n_keys: int | None = None
+        self, kernel: JITFunction, writes_rows: bool = False, asserts: bool = False, n_specialised: int | None = None
     ) -> None:
-        self._kernel, self._writes_rows, self._asserts, self._n_keys = kernel, writes_rows, asserts, n_keys
+        self._kernel, self._writes_rows, self._asserts, self._n_specialised = kernel, writes_rows, asserts, n_specialised
         self._plan = plan(self._planned)
 
     def __call__(
@@ -318,7 +318,7 @@ class RowKernel:
         shape = x.shape
         if shape[0] == 0:
             return
-        keys = tensors[: self._n_keys]
+        keys = tensors[: self._n_specialised]
         dtypes, aligned = tuple([t.dtype for t in keys]), alignment(x, *keys)
         what = (numbers, constants, statistics, out_dtype)
         rows = self._plan(shape, x.stride(), x.device, x.dtype, dtypes, aligned, *what)

@@ -58,19 +58,17 @@ COMPOSITES = {
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
 }
 
+_OF_ANY_DTYPE = ("sigmoid", "rsqrt", "exp", "tanh", "erf", "expm1", "log", "log1p", "sin", "cos")
+
 POINTWISE = {
-    **{kind: pointwise.unary(kind) for kind in ("silu", "sigmoid", "mish", "rsqrt", "exp", "tanh", "erf")},
-    **{kind: pointwise.unary(kind) for kind in ("expm1", "log", "log1p", "sin", "cos")},
+    **{kind: pointwise.unary(kind) for kind in ("silu", "mish", *_OF_ANY_DTYPE)},
     "gelu": pointwise.gelu,
     "softplus": pointwise.softplus,
     "elu": pointwise.elu,
     "pow.Tensor_Scalar": pointwise.pow,
 }
 
-FLOATS_OF_INTEGERS = {
-    *("sigmoid", "rsqrt", "exp", "tanh", "erf", "expm1", "log", "log1p", "sin", "cos"),
-    *("pow", "logsumexp"),
-}  # fmt: skip
+FLOATS_OF_INTEGERS = {*_OF_ANY_DTYPE, "pow", "logsumexp"}
 """Entries that make floats of integers, and then compute as for those. ``pow`` does where its exponent is a float."""
 
 # torch's rules for ``out=``. Elsewhere it must have the result's dtype.
@@ -78,7 +76,7 @@ OUT_GIVES_DTYPE = {"sum.IntList_out", "mean.out", "mean.dtype_out", "cumsum.out"
 """Without ``dtype=`` these compute in the dtype of ``out``."""
 OUT_MAY_CAST = {
     "var.correction_out", "std.correction_out", "logsumexp.out",
-    *(f"{kind}.out" for kind in ("sigmoid", "rsqrt", "exp", "tanh", "erf", "expm1", "log", "log1p", "sin", "cos")),
+    *(f"{kind}.out" for kind in _OF_ANY_DTYPE),
     "pow.Tensor_Scalar_out",
 }  # fmt: skip
 """These write into any dtype that the result can be cast to."""

@@ -504,7 +504,8 @@ DIVISIONS = [(1, 1), (1, 3), (8, 1), (8, 2)]
 
 def divided(part_blocks, parts_a_program):
     def division(programs, n_key_blocks, multiprocessors):
-        return attention_module._Division(part_blocks, -(-n_key_blocks // max(1, part_blocks)), parts_a_program)
+        n_parts = -(-n_key_blocks // part_blocks) if part_blocks else 1
+        return attention_module._Division(part_blocks, n_parts, parts_a_program)
 
     return division
 
@@ -536,6 +537,24 @@ def check_attention_spreads_infinities_alike_however_its_keys_are_divided(divisi
     k[:, :, 256:288] = -100.0
     out, _ = cuda.attention(q, k, v, None, False, 0.25)
     assert out.isnan().all()
+    # So does one whose scores are all -inf, though they are not hidden.
+    q, k, v = qkv(1, 4, 2, 1, 400, 16, 16, torch.float32)
+    q, k[:, :, 32:64], v[:, :, 40] = q.abs(), -torch.inf, torch.inf
+    out, _ = cuda.attention(q, k, v, None, False, 0.25)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("mask", ["right padding", "none"])
+@pytest.mark.parametrize("division", [(0, 1), *DIVISIONS])
+def check_attention_of_queries_that_see_nothing_is_zero_however_its_keys_are_divided(division, mask, monkeypatch):
+    """The window begins behind the last key. Nobody computes a part then, and nobody reads what memory held before."""
+    replace(monkeypatch, attention_module, "_division", divided(*division))
+    monkeypatch.setattr(attention_module._Merge, "room", lambda self, q: torch.full((self._room,), 12345.0, dtype=q.dtype))
+    q, k, v = qkv(2, 4, 2, 1, 300, 16, 16, torch.float32)
+    masks = (torch.arange(300) < 40).expand(2, 4, 1, 300) if mask == "right padding" else None
+    out, lse = cuda.attention(q, k, v, masks, False, 0.25, causal_offset=350 if masks is None else 200, window=8)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 def check_attention_of_few_queries_gets_a_grid_over_the_keys(monkeypatch):
