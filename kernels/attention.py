@@ -285,8 +285,6 @@ def _store_result(
         "Sq",
         "Skv",
         "n_packs",
-        "pack",
-        "heads_per_key_head",
         "n_queries_in_all",
         "page_size",
         "window",
@@ -315,8 +313,6 @@ def _attention_kernel(
     Sq,
     Skv,
     n_packs,
-    pack,
-    heads_per_key_head,
     n_queries_in_all,
     page_size,
     window,
@@ -355,6 +351,10 @@ def _attention_kernel(
     soft_cap: tl.float64,
     D: tl.constexpr,
     DV: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
     KEYS: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -370,7 +370,7 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """out = softmax(scale * q @ k.T + mask) @ v for one block of queries of ``pack`` heads that share a key head.
+    """out = softmax(scale * q @ k.T + mask) @ v for one block of queries of PACK heads that share a key head.
 
     The keys of a row are counted from its first visible one, in blocks of BLOCK_N. Each has a softmax of its own (``_block``):
         s = scale * (q @ k.T), capped, + mask, the product over the head dim ascending; hidden keys are -inf
@@ -387,6 +387,11 @@ def _attention_kernel(
     An additive mask may hide keys by its dtype's lowest value instead of -inf, and such keys do count for a query that
     sees no others. So with it the splits start at or before key 0, still in step with the first visible key.
     """
+    # What the compiler knows it folds into the addresses: a quarter of the instructions of a loop with few queries.
+    if K_STRIDE:
+        stride_kn = K_STRIDE
+    if V_STRIDE:
+        stride_vn = V_STRIDE
     # With a causal mask the last blocks are the longest, so they go first.
     block = n_blocks - 1 - tl.program_id(0) % n_blocks
     pack_index = tl.program_id(0) // n_blocks % n_packs
@@ -423,17 +428,17 @@ def _attention_kernel(
         k_ptr += batch * stride_kb
         v_ptr += batch * stride_vb
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    queries = rows // pack
-    heads = (pack_index * pack + rows % pack).to(tl.int64)
+    queries = rows // PACK
+    heads = (pack_index * PACK + rows % PACK).to(tl.int64)
     inside_q = queries < Sq
-    key_head = (pack_index * pack // heads_per_key_head).to(tl.int64)
+    key_head = (pack_index * PACK // GROUP).to(tl.int64)
     last_keys = queries + causal_offset
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
 
     first = tl.minimum(Skv, 0)
     if MASK != "none":
-        ranges_ptr += batch * stride_rb + (pack_index * pack).to(tl.int64) * stride_rh
+        ranges_ptr += batch * stride_rb + (pack_index * PACK).to(tl.int64) * stride_rh
         first = Skv
         for i in range(0, n_ranges, 128):
             offs = i + tl.arange(0, 128)
@@ -449,8 +454,8 @@ def _attention_kernel(
     has_holes = True
     begin_keys = queries
     end_keys = queries
-    first_query = block * BLOCK_M // pack
-    last_query = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // pack, Sq - 1)
+    first_query = block * BLOCK_M // PACK
+    last_query = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // PACK, Sq - 1)
     if CAUSAL:
         end = tl.minimum(end, last_query + causal_offset + 1)
         whole_end = tl.minimum(whole_end, first_query + causal_offset + 1)
@@ -515,58 +520,59 @@ def _attention_kernel(
             phase_begin, phase_end = whole_end, interval_end
         else:
             phase_begin, phase_end = interval_end, end
-        for begin in range(phase_begin, phase_end, BLOCK_N):
-            if MANY_SPLITS and (begin > start) & ((begin - first) % SPLIT_N == 0):  # the first block of the next split
-                if PART_BLOCKS:
-                    done = part_rows + (begin - first) // PART_N - 1
-                    _store_part(part_ptr, part_stats_ptr, done, largest, total, acc, inside_q, DV)
+        if phase_begin < phase_end:  # without it, a loop of no block would still set up its loads
+            for begin in range(phase_begin, phase_end, BLOCK_N):
+                if MANY_SPLITS and (begin > start) & ((begin - first) % SPLIT_N == 0):  # the first block of the next split
+                    if PART_BLOCKS:
+                        done = part_rows + (begin - first) // PART_N - 1
+                        _store_part(part_ptr, part_stats_ptr, done, largest, total, acc, inside_q, DV)
+                    else:
+                        row_largest, row_total, row_acc = _merge(row_largest, row_total, row_acc, largest, total, acc, ACC)
+                    largest = tl.full([BLOCK_M], -float("inf"), ACC)
+                    total = tl.zeros([BLOCK_M, 16], ACC)
+                    acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+                block_largest, block_total, block_acc = _block(
+                    q,
+                    k_ptr,
+                    v_ptr,
+                    mask_ptrs,
+                    pages_ptr,
+                    begin,
+                    queries,
+                    last_keys,
+                    begin_keys,
+                    end_keys,
+                    inside_q,
+                    Skv,
+                    page_size,
+                    window,
+                    scale,
+                    soft_cap,
+                    stride_kb,
+                    stride_kn,
+                    stride_kd,
+                    stride_vb,
+                    stride_vn,
+                    stride_vd,
+                    stride_mk,
+                    D,
+                    DV,
+                    KEYS,
+                    MASK,
+                    CAUSAL,
+                    WINDOW,
+                    SOFT_CAP,
+                    "all" if phase == 0 else "interval" if phase == 1 else "some",
+                    ACC,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                )
+                if PART_BLOCKS == 1:
+                    block_rows = part_rows + (begin - first) // BLOCK_N
+                    _store_part(part_ptr, part_stats_ptr, block_rows, block_largest, block_total, block_acc, inside_q, DV)
                 else:
-                    row_largest, row_total, row_acc = _merge(row_largest, row_total, row_acc, largest, total, acc, ACC)
-                largest = tl.full([BLOCK_M], -float("inf"), ACC)
-                total = tl.zeros([BLOCK_M, 16], ACC)
-                acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-            block_largest, block_total, block_acc = _block(
-                q,
-                k_ptr,
-                v_ptr,
-                mask_ptrs,
-                pages_ptr,
-                begin,
-                queries,
-                last_keys,
-                begin_keys,
-                end_keys,
-                inside_q,
-                Skv,
-                page_size,
-                window,
-                scale,
-                soft_cap,
-                stride_kb,
-                stride_kn,
-                stride_kd,
-                stride_vb,
-                stride_vn,
-                stride_vd,
-                stride_mk,
-                D,
-                DV,
-                KEYS,
-                MASK,
-                CAUSAL,
-                WINDOW,
-                SOFT_CAP,
-                "all" if phase == 0 else "interval" if phase == 1 else "some",
-                ACC,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-            )
-            if PART_BLOCKS == 1:
-                block_rows = part_rows + (begin - first) // BLOCK_N
-                _store_part(part_ptr, part_stats_ptr, block_rows, block_largest, block_total, block_acc, inside_q, DV)
-            else:
-                largest, total, acc = _merge(largest, total, acc, block_largest, block_total, block_acc, ACC)
+                    largest, total, acc = _merge(largest, total, acc, block_largest, block_total, block_acc, ACC)
 
     if PART_BLOCKS == _SPLIT_BLOCKS and start < end:
         _store_part(part_ptr, part_stats_ptr, part_rows + (end - 1 - first) // PART_N, largest, total, acc, inside_q, DV)
@@ -618,6 +624,10 @@ def _merge_parts_kernel(
 
     PARTS_A_SPLIT parts are a split. An absent part has a maximum of -inf, has stored no product, and changes nothing.
     """
+    batch = tl.program_id(0) // (n_heads * stride_lh)
+    head = tl.program_id(0) // stride_lh % n_heads
+    out_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    out_ptr += (tl.program_id(0) % stride_lh).to(tl.int64) * stride_om
     query = tl.program_id(0).to(tl.int64)
     dims_v = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     inside = dims_v < DV
@@ -652,9 +662,6 @@ def _merge_parts_kernel(
                 largest, total, acc = _merge(largest, total, acc, split_largest, split_total, split_acc, ACC)
         stats_ptrs += UNROLL * 2
         part_ptrs += UNROLL * DV
-    batch = query // (n_heads * stride_lh)
-    head = query // stride_lh % n_heads
-    out_ptr += batch * stride_ob + head * stride_oh + query % stride_lh * stride_om
     _store_result(
         largest,
         tl.reshape(total, [1]),
@@ -774,8 +781,9 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     """How attention over tensors like these is computed. mask: its dtype, shape and strides; dtypes: of what else there is."""
     shape_q, shape_k, shape_v = shapes
     strides_q, strides_k, strides_v = strides
-    H, D, DV = shape_q[-3 if options.keys == "dense" else -2], shape_q[-1], shape_v[-1]
-    group = H // shape_k[1 if options.keys == "dense" else -2]
+    heads = 1 if options.keys == "dense" else -2
+    H, key_heads, D, DV = shape_q[heads], shape_k[heads], shape_q[-1], shape_v[-1]
+    group = H // key_heads
     if options.keys == "dense":
         T = H * options.Sq
         strides = (*strides_q, *strides_k, *strides_v, T * DV, options.Sq * DV, DV, T, options.Sq)
@@ -786,6 +794,7 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
         strides = (0, strides_q[1], strides_q[0], strides_q[2], page_k, strides_k[-2], strides_k[-3], strides_k[-1])
         strides += (page_v, strides_v[-2], strides_v[-3], strides_v[-1], 0, DV, H * DV, 0, T)
         n_queries_in_all = H * T
+    stride_kn, stride_vn = strides[6], strides[10]
     ranges = None if mask is None else _Ranges(*mask, options)
     kind = "none" if ranges is None else "bool" if ranges.is_bool else "additive"
     # Heads that share keys go through one tile, so that few queries still fill it; unless each has a mask of its own.
@@ -804,12 +813,27 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
             tile = attention_tile(*size, stages=1 if division.is_finest else 3)
     n_parts = ceil_div(division.n_parts, division.merged_at_once) * division.merged_at_once
     many_splits = division.part_blocks != 1 and n_key_blocks > _SPLIT_BLOCKS.value
-    constants = (D, DV, options.keys, kind, options.is_causal, options.window is not None, options.soft_cap is not None)
+    known_strides = [
+        stride if stride in (dim, key_heads * dim, (H + 2 * key_heads) * dim) else 0
+        for stride, dim in ((stride_kn, D), (stride_vn, DV))
+    ]
+    constants = (
+        D,
+        DV,
+        group,
+        pack,
+        *known_strides,
+        options.keys,
+        kind,
+        options.is_causal,
+        options.window is not None,
+        options.soft_cap is not None,
+    )
     has_sinks, has_lse = dtypes[0] is not None, dtypes[-1] is not None
     constants += (has_sinks, has_lse, division.part_blocks, many_splits, accumulator(dtype), tile.block_m, tile.block_n)
     constants += (max(16, next_power_of_2(D)), max(16, next_power_of_2(DV)))
     numbers = (
-        *(n_blocks, options.Sq, options.Skv, H // pack, pack, group, n_queries_in_all),
+        *(n_blocks, options.Sq, options.Skv, H // pack, n_queries_in_all),
         *(options.page_size, options.window or 0, options.causal_offset),
         *strides,
         *((0,) * 10 if ranges is None else ranges.strides),
@@ -820,18 +844,19 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
         options.soft_cap or 0.0,
     )
     grid = (programs, ceil_div(division.n_parts, division.parts_a_program), 1)
-    launch = Launch(_attention_kernel, grid, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
+    launch = Launch(_attention_kernel, grid, numbers + constants, **options)
     merge = None
     if division.part_blocks:
         merge = _Merge(division, n_parts, n_queries_in_all, H, DV, strides, has_sinks, has_lse, accumulator(dtype))
-    return _Attention(ranges, launch, numbers + constants, merge)
+    return _Attention(ranges, launch, merge)
 
 
 class _Attention:
     """``_attention_kernel`` for tensors of given sizes, with the kernels in front of it and behind it where it needs them."""
 
-    def __init__(self, ranges: "_Ranges | None", launch: Launch, arguments: tuple, merge: "_Merge | None") -> None:
-        self._ranges, self._launch, self._arguments, self._merge = ranges, launch, arguments, merge
+    def __init__(self, ranges: "_Ranges | None", launch: Launch, merge: "_Merge | None") -> None:
+        self._ranges, self._launch, self._merge = ranges, launch, merge
 
     def __call__(self, q, k, v, out, lse, mask, sinks, q_starts, k_starts, pages) -> None:
         intervals = ranges = parts = None
@@ -839,11 +864,9 @@ class _Attention:
             mask, intervals, ranges = self._ranges(mask)
         if self._merge is not None:
             parts = self._merge.room(q)
-        # What is absent is neither read nor written; out stands in its place.
-        pointers = (q, k, v, mask, intervals, ranges, out, lse, parts, q_starts, k_starts, pages, sinks)
-        self._launch(*[out if x is None else x for x in pointers], *self._arguments)
+        self._launch(q, k, v, mask, intervals, ranges, out, lse, parts, q_starts, k_starts, pages, sinks)
         if self._merge is not None:
-            self._merge(parts, *[out if x is None else x for x in (sinks, out, lse)])
+            self._merge(parts, sinks, out, lse)
 
 
 class _Ranges:
@@ -866,8 +889,8 @@ class _Ranges:
         lowest = 0.0 if self.is_bool else torch.finfo(dtype).min
         block = (_RANGE_QUERIES.value, 256) if n_queries > 1 else (1, 4096)
         numbers = (H, n_queries, n_keys, query_offset, n_blocks, *strides, lowest)
-        self._arguments = (*numbers, self.is_bool, options.is_causal, *block)
-        self._launch = Launch(_ranges_kernel, (B * H * n_blocks, 1, 1), num_warps=4, enable_fp_fusion=False)
+        arguments = (*numbers, self.is_bool, options.is_causal, *block)
+        self._launch = Launch(_ranges_kernel, (B * H * n_blocks, 1, 1), arguments, num_warps=4, enable_fp_fusion=False)
         strides = _strides_of(self._copy) if self.is_bool else strides
         strides = [0 if size == 1 else stride for size, stride in zip(self._copy, strides, strict=True)]
         intervals, ranges = (_strides_of(shape) for shape in (self._intervals, self._ranges))
@@ -884,7 +907,7 @@ class _Ranges:
         intervals, ranges = (
             torch.empty(shape, dtype=torch.int32, device=mask.device) for shape in (self._intervals, self._ranges)
         )
-        self._launch(mask, copy, intervals, ranges, *self._arguments)
+        self._launch(mask, copy, intervals, ranges)
         return copy, intervals, ranges
 
 
@@ -917,22 +940,28 @@ class _Division(NamedTuple):
 def _division(programs: int, n_key_blocks: int, multiprocessors: int) -> _Division:
     """The fastest one, where ``programs`` of them would compute the rows.
 
-    Estimated in the time that a multiprocessor needs for one block, as measured on an H200: half of it to begin a program,
-    a sixteenth to store a part, one to launch the merge, which merges 48 parts in that time. Of programs that compute a
-    whole row, or one block, two find room at once.
+    Estimated in the time that a program needs for one block while the others rest, as measured on an H200. When each
+    multiprocessor has a program, a block takes twice as long: they share what memory delivers. To store a part takes one,
+    to launch the merge two, and it merges 40 parts in that time. Programs of one block overlap, two on a multiprocessor.
     """
     shared = programs / multiprocessors
-    best = (0.5 + n_key_blocks * (1.0 if shared <= 1 else max(1.5, shared)), _Division(0, 1, 1))
+    best = (n_key_blocks * _pace(shared), _Division(0, 1, 1))
     for part_blocks in (1, _SPLIT_BLOCKS.value) if n_key_blocks > 1 else ():
         n_parts = ceil_div(n_key_blocks, part_blocks)
         for parts_a_program in range(1, n_parts + 1):
             division = _Division(part_blocks, n_parts, parts_a_program)
-            waves = ceil_div(programs * ceil_div(n_parts, parts_a_program), multiprocessors)
-            time = waves * (0.5 + parts_a_program * (part_blocks + 1 / 16))
-            if division.is_finest and waves <= 2:
-                time = 1.5
-            best = min(best, (time + 1 + n_parts / 48, division))
+            shared = programs * ceil_div(n_parts, parts_a_program) / multiprocessors
+            if division.is_finest:
+                time = 0.5 + 2.5 * shared + max(0.0, shared - 2.0)
+            else:
+                time = max(1, math.ceil(shared)) * parts_a_program * (part_blocks * _pace(min(1.0, shared)) + 1.0)
+            best = min(best, (time + 2.0 + n_parts / 40, division))
     return best[1]
+
+
+def _pace(shared: float) -> float:
+    """The time of one block where there are so many programs for each multiprocessor."""
+    return 1.0 + shared * shared if shared <= 1.0 else 2.0 * shared
 
 
 class _Merge:
@@ -955,13 +984,13 @@ class _Merge:
         dims = min(_MERGE_DIMS, max(16, next_power_of_2(DV)))
         numbers = (n_queries_in_all, n_parts, n_heads, strides[-1], *strides[-5:-2])
         parts_a_split = _SPLIT_BLOCKS.value // division.part_blocks
-        self._arguments = (*numbers, DV, has_sinks, has_lse, acc, dims, parts_a_split, division.merged_at_once)
+        arguments = (*numbers, DV, has_sinks, has_lse, acc, dims, parts_a_split, division.merged_at_once)
         grid = (n_queries_in_all, ceil_div(DV, dims), 1)
-        self._launch = Launch(_merge_parts_kernel, grid, num_warps=1, enable_fp_fusion=False)
+        self._launch = Launch(_merge_parts_kernel, grid, arguments, num_warps=1, enable_fp_fusion=False)
 
     def room(self, q: Tensor) -> Tensor:
         """For the parts' products, and for their maxima and sums."""
         return torch.empty(self._room, dtype=self._dtype, device=q.device)
 
-    def __call__(self, parts: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> None:
-        self._launch(parts, sinks, out, lse, *self._arguments)
+    def __call__(self, parts: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor | None) -> None:
+        self._launch(parts, sinks, out, lse)

@@ -1,8 +1,8 @@
 """Launches whose Python side costs little: what depends on shapes, strides and alignment alone is worked out once.
 
 Triton binds and specialises every argument anew at every launch, 10 µs and more for kernels of 25 arguments. So a
-launcher asks a *plan* for its ``Launch``: a function of all that the tile, the grid and the binary depend on, which
-remembers its results. Tensors are handed over as addresses, since Triton asks the driver about each tensor.
+launcher asks a *plan* for its ``Launch``: a function of all that the numbers, the tile, the grid and the binary depend on,
+which remembers its results. Tensors are handed over as addresses, since Triton asks the driver about each tensor.
 """
 
 import functools
@@ -20,41 +20,52 @@ _plans: list[Callable] = []
 
 
 class Launch:
-    """One kernel, its grid and options, and the binary once it is known.
+    """One kernel, its grid and options, all its arguments but the tensors, and the binary once it is known.
 
-    It must only be called with arguments of the same dtypes, alignment and sizes: one plan, one binary. All tensors must be
-    on one GPU; nothing else asks, and one that is not would be read at an address that means nothing there.
+    It must only be called with tensors of the same dtypes, alignment and sizes: one plan, one binary. All must be on one
+    GPU; nothing else asks, and one that is not would be read at an address that means nothing there.
     """
 
-    def __init__(self, kernel: JITFunction, grid: tuple[int, int, int], **options: Any) -> None:
-        self._kernel, self._grid, self._options = kernel, grid, options
-        self._run: Callable[..., Any] | None = None
-        self._tensors: list[int] = []
+    def __init__(self, kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple[Any, ...], **options: Any) -> None:
+        self._kernel, self._grid, self._arguments, self._options = kernel, grid, arguments, options
+        self._run: Callable[[tuple, tuple], None] | None = None
 
-    def __call__(self, *args: Any) -> None:
-        """args: every parameter of the kernel in its order, constexprs included."""
+    def __call__(self, *tensors: Any, numbers: tuple[float, ...] = ()) -> None:
+        """tensors: the kernel's first parameters, as tensors or as TMA descriptors; None for what it neither reads nor writes.
+
+        numbers: the next ones, if any change from call to call. Then come ``arguments``, constexprs included.
+        """
         if self._run is not None:
-            addressed = list(args)
-            for place in self._tensors:
-                addressed[place] = args[place].data_ptr()
-            self._run(*addressed)
+            self._run(tensors, numbers)
             return
-        binary = self._kernel[self._grid](*args, **self._options)
+        present = next(x for x in tensors if isinstance(x, torch.Tensor))
+        stood_in = [present if x is None else x for x in tensors]
+        binary = self._kernel[self._grid](*stood_in, *numbers, *self._arguments, **self._options)
         if isinstance(binary, CompiledKernel):  # Triton's interpreter has none
-            self._tensors = [place for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-            self._run = _runner(binary, self._grid, args[self._tensors[0]].get_device())
+            addresses = _addresses_beside_descriptors if any(hasattr(x, "block_shape") for x in tensors) else _addresses
+            self._run = _runner(binary, self._grid, addresses, self._arguments, present.get_device())
 
 
-def _runner(binary: CompiledKernel, grid: tuple[int, int, int], device: int) -> Callable[..., None]:
+def _addresses(tensors: tuple) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _addresses_beside_descriptors(tensors: tuple) -> list[Any]:
+    return [x if hasattr(x, "block_shape") else 0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _runner(
+    binary: CompiledKernel, grid: tuple[int, int, int], addresses: Callable[[tuple], list], arguments: tuple, device: int
+) -> Callable[[tuple, tuple], None]:
     """``binary[grid]``, without what that prepares for a profiler's hooks at every launch while there are none."""
     with_hooks, hooks, stream_of = binary[grid], knobs.runtime, runtime.driver.active.get_current_stream
     run, function, metadata = binary.run, binary.function, binary.packed_metadata
 
-    def launch(*args: Any) -> None:
+    def launch(tensors: tuple, numbers: tuple) -> None:
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            with_hooks(*args)
+            with_hooks(*addresses(tensors), *numbers, *arguments)
         else:
-            run(*grid, stream_of(device), function, metadata, None, None, None, *args)
+            run(*grid, stream_of(device), function, metadata, None, None, None, *addresses(tensors), *numbers, *arguments)
 
     return launch
 
@@ -71,9 +82,9 @@ def forget_plans() -> None:
         remembering.cache_clear()
 
 
-def alignment(*tensors: torch.Tensor) -> int:
+def alignment(*tensors: torch.Tensor | None) -> int:
     """One bit a tensor: whether it begins at a multiple of 16 bytes, which is what Triton specialises."""
     bits = 0
     for tensor in tensors:
-        bits = 2 * bits + (tensor.data_ptr() % 16 == 0)
+        bits = 2 * bits + (tensor is not None and tensor.data_ptr() % 16 == 0)
     return bits

@@ -8,7 +8,7 @@ Two kernels compute ``gemm``: one that loads through pointers, any strides, and 
 through TMA descriptors, where the operands allow it. They are of one class: which one serves a call changes no bit.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -88,6 +88,8 @@ def _gemm_kernel(
     b_ptr,
     bias_ptr,
     out_ptr,
+    alpha: tl.float64,
+    beta: tl.float64,
     M,
     N,
     K,
@@ -100,8 +102,6 @@ def _gemm_kernel(
     stride_biasb,
     stride_biasm,
     stride_biasn,
-    alpha: tl.float64,
-    beta: tl.float64,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -152,13 +152,13 @@ def _gemm_tma_kernel(
     b_desc,
     out_desc,
     bias_ptr,
+    alpha: tl.float64,
+    beta: tl.float64,
     M,
     N,
     K,
     stride_biasm,
     stride_biasn,
-    alpha: tl.float64,
-    beta: tl.float64,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -206,12 +206,11 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, b
         return out
     if bias is not None and beta == 0:
         bias = None
-    biased = out if bias is None else bias
     strides_bias = None if bias is None else bias.stride()
-    aligned = alignment(a, b, biased, out)
+    aligned = alignment(a, b, bias, out)
     product = _plan(shape_a, a.stride(), shape_b, b.stride(), strides_bias, aligned, a.dtype, a.device)
     with on_device(a):
-        product(a, b, biased, out, alpha, beta)
+        product(a, b, bias, out, alpha, beta)
     return out
 
 
@@ -226,7 +225,7 @@ def _plan(
     dtype: torch.dtype,
     device: torch.device,
 ) -> "_Product":
-    """How this product is computed. aligned: ``alignment`` of a, b, the bias (or the result) and the result."""
+    """How this product is computed. aligned: ``alignment`` of a, b, the bias and the result."""
     sizes = Sizes.of(shape_a, strides_a, shape_b, strides_b, strides_bias)
     fits = device_of(device).has_tma and dtype.itemsize == 2 and aligned & 0b1100 == 0b1100 and sizes.fit_tma()
     return product(sizes, dtype, device, gemm_tile(dtype, sizes.M, sizes.N, sizes.K, sizes.batch, device, fits))
@@ -280,14 +279,14 @@ class _Product:
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device, tile: Tile) -> None:
         batch, M, N, K, strides_a, strides_b, strides_bias = sizes
-        self._sizes = (M, N, K, *strides_a, *strides_b, *(strides_bias or (0, 0, 0)))
         even_m, even_k = M % tile.block_m == 0, K % tile.block_k == 0
-        self._constants = (accumulator(dtype), *tile[:3], GROUP_M, even_m, even_k, strides_bias is not None)
+        arguments = (M, N, K, *strides_a, *strides_b, *(strides_bias or (0, 0, 0)))
+        arguments += (accumulator(dtype), *tile[:3], GROUP_M, even_m, even_k, strides_bias is not None)
         programs = batch * ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
-        self._launch = _launch(_gemm_kernel, programs, tile)
+        self._launch = _launch(_gemm_kernel, programs, arguments, tile)
 
-    def __call__(self, a: Tensor, b: Tensor, bias: Tensor, out: Tensor, alpha: float, beta: float) -> None:
-        self._launch(a, b, bias, out, *self._sizes, alpha, beta, *self._constants)
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
+        self._launch(a, b, bias, out, numbers=(alpha, beta))
 
 
 class _TmaProduct:
@@ -302,22 +301,22 @@ class _TmaProduct:
         self._a = ([M, K], [strides_a[1], 1], [tile.block_m, tile.block_k])
         self._b = ([N, K] if transposed else [K, N], [max(strides_b[1:]), 1], block_b)
         self._out = ([M, N], [N, 1], [tile.block_m, tile.block_n // stores])
-        self._sizes = (M, N, K, *(strides_bias or (0, 0, 0))[1:])
         tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
         programs = min(tiles, device_of(device).multiprocessors * tile.programs)
         # Where each program has but one tile, there is no next one whose loads could begin early.
         flatten = tiles > programs
-        self._constants = (*tile[:3], GROUP_M, stores, transposed, strides_bias is not None, flatten)
-        self._launch = _launch(_gemm_tma_kernel, programs, tile)
+        arguments = (M, N, K, *(strides_bias or (0, 0, 0))[1:])
+        arguments += (*tile[:3], GROUP_M, stores, transposed, strides_bias is not None, flatten)
+        self._launch = _launch(_gemm_tma_kernel, programs, arguments, tile)
 
-    def __call__(self, a: Tensor, b: Tensor, bias: Tensor, out: Tensor, alpha: float, beta: float) -> None:
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
         descriptors = (TensorDescriptor(x, *how) for x, how in ((a, self._a), (b, self._b), (out, self._out)))
-        self._launch(*descriptors, bias, *self._sizes, alpha, beta, *self._constants)
+        self._launch(*descriptors, out if bias is None else bias, numbers=(alpha, beta))
 
 
-def _launch(kernel: JITFunction, programs: int, tile: Tile) -> Launch:
+def _launch(kernel: JITFunction, programs: int, arguments: tuple[Any, ...], tile: Tile) -> Launch:
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
-    return Launch(kernel, (programs, 1, 1), **options)
+    return Launch(kernel, (programs, 1, 1), arguments, **options)
 
 
 @triton.jit(do_not_specialize=["T", "G"], do_not_specialize_on_alignment=["offs_ptr"])
@@ -400,22 +399,11 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 
 
 @plan
-def _grouped_plan(shape_a, strides_a, shape_b, strides_b, aligned, dtype, dtype_offs, device) -> "_GroupedProduct":
-    """How this product is computed. aligned: ``alignment`` of a, b and the result."""
-    return _GroupedProduct(shape_a, strides_a, shape_b, strides_b, dtype, device)
-
-
-class _GroupedProduct:
-    """``_grouped_gemm_kernel`` for operands of these sizes."""
-
-    def __init__(self, shape_a, strides_a, shape_b, strides_b, dtype: torch.dtype, device: torch.device) -> None:
-        (T, K), (G, _, N) = shape_a, shape_b
-        tile = gemm_tile(dtype, ceil_div(T, G), N, K, G, device)
-        # 0 where the size is 1: torch leaves anything there, and it would only make Triton compile again.
-        strides = [0 if n == 1 else stride for n, stride in zip((*shape_a, *shape_b), (*strides_a, *strides_b), strict=True)]
-        constants = (accumulator(dtype), *tile[:3], next_power_of_2(G), K % tile.block_k == 0)
-        self._arguments = (T, G, N, K, *strides, *constants)
-        self._launch = _launch(_grouped_gemm_kernel, (ceil_div(T, tile.block_m) + G) * ceil_div(N, tile.block_n), tile)
-
-    def __call__(self, a: Tensor, b: Tensor, offs: Tensor, out: Tensor) -> None:
-        self._launch(a, b, offs, out, *self._arguments)
+def _grouped_plan(shape_a, strides_a, shape_b, strides_b, aligned, dtype, dtype_offs, device) -> Launch:
+    """How this product is computed: (a, b, offs, out). aligned: ``alignment`` of a, b and the result."""
+    (T, K), (G, _, N) = shape_a, shape_b
+    tile = gemm_tile(dtype, ceil_div(T, G), N, K, G, device)
+    # 0 where the size is 1: torch leaves anything there, and it would only make Triton compile again.
+    strides = [0 if n == 1 else stride for n, stride in zip((*shape_a, *shape_b), (*strides_a, *strides_b), strict=True)]
+    arguments = (T, G, N, K, *strides, accumulator(dtype), *tile[:3], next_power_of_2(G), K % tile.block_k == 0)
+    return _launch(_grouped_gemm_kernel, (ceil_div(T, tile.block_m) + G) * ceil_div(N, tile.block_n), arguments, tile)

@@ -36,15 +36,15 @@ def _load_parameter(ptr, cols, n_cols, stride, ACC: tl.constexpr):
 def _row_norm_kernel(
     x_ptr,
     partials_ptr,
-    n_rows,
-    n_cols,
-    x_row_stride,
-    x_col_stride,
     weight_ptr,
     bias_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
+    n_rows,
+    n_cols,
+    x_row_stride,
+    x_col_stride,
     weight_stride,
     bias_stride,
     eps: tl.float64,
@@ -122,7 +122,5 @@ def _launch_norm(
     statistics: str,
 ) -> None:
     has_weight, has_bias, has_rstd = weight is not None, bias is not None, rstd is not None
-    # What is absent is neither read nor written; y stands in its place.
-    tensors = (weight if has_weight else y, bias if has_bias else y, y, y if mean is None else mean, rstd if has_rstd else y)
     numbers = (weight.stride(0) if has_weight else 0, bias.stride(0) if has_bias else 0, float(eps))
-    _norm_rows(x, tensors, numbers, (has_weight, has_bias, has_rstd), statistics, x.dtype)
+    _norm_rows(x, (weight, bias, y, mean, rstd), numbers, (has_weight, has_bias, has_rstd), statistics, x.dtype)

@@ -32,12 +32,12 @@ _CUMSUM_BLOCK = 4096
 def _row_reduce_kernel(
     x_ptr,
     partials_ptr,
+    out_ptr,
+    mean_ptr,
     n_rows,
     n_cols,
     x_row_stride,
     x_col_stride,
-    out_ptr,
-    mean_ptr,
     correction: tl.float64,
     RESULT: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -110,8 +110,7 @@ def _reduce(
     x: Tensor, out_dtype: torch.dtype, statistics: str, result: str, mean: Tensor | None = None, correction: float = 0.0
 ) -> Tensor:
     out = x.new_empty(x.shape[0], dtype=out_dtype)
-    tensors = (out, out if mean is None else mean)
-    _reduce_rows(x, tensors, (float(correction),), (result,), statistics, out_dtype)
+    _reduce_rows(x, (out, mean), (float(correction),), (result,), statistics, out_dtype)
     return out
 
 
@@ -168,9 +167,9 @@ def row_cumsum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_cumsum`` on the GPU."""
     out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     if out.numel() != 0:
-        launch, block_args = _cumsum_plan(x.shape, x.stride(), x.device, x.dtype, out_dtype, alignment(x, out))
+        launch = _cumsum_plan(x.shape, x.stride(), x.device, x.dtype, out_dtype, alignment(x, out))
         with on_device(x):
-            launch(x, out, *block_args)
+            launch(x, out)
     return out
 
 
@@ -180,5 +179,5 @@ def _cumsum_plan(shape, strides, device, dtype, out_dtype, aligned):
     acc = accumulator(torch.promote_types(dtype, out_dtype))
     tile = covering_tile(n_rows, min(n_cols, _CUMSUM_BLOCK), acc)
     # Every column keeps its own sum: more registers than one sum a row takes, so twice the warps.
-    launch = unfused(_row_cumsum_kernel, ceil_div(n_rows, tile.rows), 2 * tile.num_warps)
-    return launch, (*shape, *strides, acc, tile.rows, min(tile.block, _CUMSUM_BLOCK))
+    arguments = (*shape, *strides, acc, tile.rows, min(tile.block, _CUMSUM_BLOCK))
+    return unfused(_row_cumsum_kernel, ceil_div(n_rows, tile.rows), arguments, 2 * tile.num_warps)

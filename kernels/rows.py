@@ -293,11 +293,12 @@ def _row_partials_kernel(
 class RowKernel:
     """A kernel on the rows of x [n_rows, n_cols], preceded by ``_row_partials_kernel`` where rows are split.
 
-    The kernel's parameters: x_ptr, partials_ptr, n_rows, n_cols, x_row_stride, x_col_stride, then ``tensors``, ``numbers``
+    The kernel's parameters: x_ptr, partials_ptr, ``tensors``, then n_rows, n_cols, x_row_stride, x_col_stride, ``numbers``
     and ``constants``, and STATISTICS, WAY, ACC, ROWS, BLOCK. Sums have the accumulator of the wider of x's dtype and
-    out_dtype. writes_rows: its results are rows, so split, each chunk has a program; else each row has one.
-    asserts: the kernel's device-side assertions are compiled; Triton leaves them out otherwise. n_specialised: of so many of
-    the tensors, the first ones, dtype and alignment make the binary, with all that is no tensor (None: of all).
+    out_dtype. A tensor may be None: the kernel neither reads nor writes it then. writes_rows: its results are rows, so
+    split, each chunk has a program; else each row has one. asserts: the kernel's device-side assertions are compiled;
+    Triton leaves them out otherwise. n_specialised: of so many of the tensors, the first ones, dtype and alignment make
+    the binary, with all that is no tensor (None: of all).
     """
 
     def __init__(
@@ -309,7 +310,7 @@ class RowKernel:
     def __call__(
         self,
         x: Tensor,
-        tensors: tuple[Tensor, ...],
+        tensors: tuple[Tensor | None, ...],
         numbers: tuple[float, ...],
         constants: tuple[Any, ...],
         statistics: str,
@@ -318,64 +319,52 @@ class RowKernel:
         shape = x.shape
         if shape[0] == 0:
             return
-        keys = tensors[: self._n_specialised]
-        dtypes, aligned = tuple([t.dtype for t in keys]), alignment(x, *keys)
+        specialised = tensors[: self._n_specialised]
+        dtypes, aligned = tuple([None if t is None else t.dtype for t in specialised]), alignment(x, *specialised)
         what = (numbers, constants, statistics, out_dtype)
         rows = self._plan(shape, x.stride(), x.device, x.dtype, dtypes, aligned, *what)
         with on_device(x):
-            rows(x, tensors)
+            rows(x, *tensors)
 
     def _planned(self, shape, strides, device, dtype, dtypes, aligned, numbers, constants, statistics, out_dtype):
         """How the kernel is launched on rows like these: all that the tile, the way, the grids and the binaries depend on."""
         acc = accumulator(torch.promote_types(dtype, out_dtype))
         n_rows, n_cols = shape
         tile, way = _tile_and_way(n_rows, n_cols, acc, self._writes_rows, device)
-        sizes, of_rows = (*shape, *strides), (*numbers, *constants, statistics, way, acc, tile.rows, tile.block)
+        arguments = (*shape, *strides, *numbers, *constants, statistics, way, acc, tile.rows, tile.block)
         if way != "split":
-            return _Rows(sizes, of_rows, self._launch(ceil_div(n_rows, tile.rows), tile))
+            launch = self._launch(ceil_div(n_rows, tile.rows), arguments, tile)
+            return lambda x, *tensors: launch(x, None, *tensors)
         chunks = ceil_div(n_cols, tile.block)
+        of_chunks = (*shape, *strides, statistics, acc, tile.block)
         return _SplitRows(
-            sizes,
-            of_rows,
-            self._launch(n_rows * chunks if self._writes_rows else n_rows, tile),
             ((n_rows, chunks, 2), torch.float64 if acc == tl.float64 else torch.float32),
-            (statistics, acc, tile.block),
-            unfused(_row_partials_kernel, n_rows * chunks, tile.num_warps),
+            unfused(_row_partials_kernel, n_rows * chunks, of_chunks, tile.num_warps),
+            self._launch(n_rows * chunks if self._writes_rows else n_rows, arguments, tile),
         )
 
-    def _launch(self, programs: int, tile: RowTile) -> Launch:
-        return unfused(self._kernel, programs, tile.num_warps, self._asserts)
-
-
-class _Rows:
-    """A row kernel for rows of one size, resident or looped."""
-
-    def __init__(self, sizes: tuple[int, ...], arguments: tuple[Any, ...], launch: Launch) -> None:
-        self._sizes, self._arguments, self._launch = sizes, arguments, launch
-
-    def __call__(self, x: Tensor, tensors: tuple[Tensor, ...]) -> None:
-        self._launch(x, x, *self._sizes, *tensors, *self._arguments)
+    def _launch(self, programs: int, arguments: tuple[Any, ...], tile: RowTile) -> Launch:
+        return unfused(self._kernel, programs, arguments, tile.num_warps, self._asserts)
 
 
 class _SplitRows:
     """A row kernel for split rows of one size, and the kernel of their chunks' statistics in front of it."""
 
-    def __init__(self, sizes, arguments, launch: Launch, partials, of_chunks: tuple[Any, ...], chunks: Launch) -> None:
-        self._sizes, self._arguments, self._launch = sizes, arguments, launch
-        self._partials, self._of_chunks, self._chunks = partials, of_chunks, chunks
+    def __init__(self, partials: tuple[tuple[int, ...], torch.dtype], chunks: Launch, rows: Launch) -> None:
+        self._partials, self._chunks, self._rows = partials, chunks, rows
 
-    def __call__(self, x: Tensor, tensors: tuple[Tensor, ...]) -> None:
+    def __call__(self, x: Tensor, *tensors: Tensor | None) -> None:
         shape, dtype = self._partials
         partials = torch.empty(shape, dtype=dtype, device=x.device)
-        self._chunks(x, partials, *self._sizes, *self._of_chunks)
-        self._launch(x, partials, *self._sizes, *tensors, *self._arguments)
+        self._chunks(x, partials)
+        self._rows(x, partials, *tensors)
 
 
-def unfused(kernel: JITFunction, programs: int, num_warps: int, asserts: bool = False) -> Launch:
+def unfused(kernel: JITFunction, programs: int, arguments: tuple[Any, ...], num_warps: int, asserts: bool = False) -> Launch:
     """A launch with each product and each sum rounded on its own."""
     # debug compiles assertions, and would add those of integer overflow.
     options = {"debug": True, "sanitize_overflow": False} if asserts else {}
-    return Launch(kernel, (programs, 1, 1), num_warps=num_warps, enable_fp_fusion=False, **options)
+    return Launch(kernel, (programs, 1, 1), arguments, num_warps=num_warps, enable_fp_fusion=False, **options)
 
 
 def _tile_and_way(n_rows: int, n_cols: int, acc: tl.dtype, writes_rows: bool, device: torch.device) -> tuple[RowTile, str]:

@@ -60,8 +60,6 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, straight: bool =
     if not input.is_floating_point():
         _check_normalized("rms_norm", input, normalized_shape, weight)
         raise (Refused if input.is_complex() else NotImplementedError)(f"rms_norm is for floats, not for {input.dtype}.")
-    if weight is not None and not weight.is_floating_point():
-        weight = weight.to(accumulator_dtype(input.dtype))
     if straight:
         return _rms_norm(input, normalized_shape, weight, eps, with_rstd=False)[0]
     return torch.ops.batchinv._fused_rms_norm.default(input, normalized_shape, weight, eps)[0]
@@ -72,6 +70,8 @@ def _rms_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """The result and one rstd a row."""
     rows = _rows(input, _check_normalized("_fused_rms_norm", input, normalized_shape, weight))
+    if weight is not None and not weight.is_floating_point():
+        weight = weight.to(accumulator_dtype(input.dtype))
     eps = torch.finfo(accumulator_dtype(input.dtype)).eps if eps is None else eps
     y, rstd = kernel_set(input).row_rms_norm(rows, _flat(weight), eps, with_rstd)
     return y if rows is input else y.view(input.shape), rstd

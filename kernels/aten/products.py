@@ -137,6 +137,8 @@ def _check_grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
             raise RuntimeError(
                 f"_grouped_mm: expected a stride of 1 and one of a multiple of 16 bytes, but got {x.stride()} for {shape_of(x)}"
             )
+        if x.is_cuda and x.data_ptr() % 16:
+            raise RuntimeError(f"_grouped_mm: expected operands that begin at multiples of 16 bytes; clone the {shape_of(x)}")
     if offs is None:
         return
     if offs.dim() != 1 or offs.dtype != torch.int32 or offs.device != a.device:

@@ -671,6 +671,8 @@ def is_torchs_accident(call: Call, expected: "Expected", actual: Any) -> bool:
         return call.arguments["dim"] == []  # torch trips over its own shapes, where other sums mean "all dims"
     if name == "_grouped_mm" and isinstance(call.arguments["offs"], Spec) and not torch_raises:
         return call.arguments["offs"].high is None or call.arguments["offs"].high > call.grouped_size()
+    if name == "linear" and torch_raises and mode_raises and not call.arguments["input"].dtype.is_floating_point:
+        return isinstance(expected.stock, NotImplementedError)  # by ranks and strides, it looks for integers or dtypes first
     if name == "linear" and call.arguments["bias"] is not None:
         if len(call.arguments["weight"].shape) == 1:  # raises or not by the input's rank and strides
             return torch_raises and not mode_raises
@@ -732,8 +734,16 @@ def is_cudas_accident(call: Call, expected: "Expected", actual: tuple[torch.Tens
         return call.arguments["input"].special in (math.inf, -math.inf) and bool((nan | same).all())
     if name in ("_softmax", "_log_softmax") and torch_raises:  # what torch's own fake implementation takes too
         return call.arguments["half_to_float"] and "Half type only" in str(expected.stock)
-    if name == "_addmm_activation" and not torch_raises:  # forgets the activation where there is nothing to multiply
-        return call.arguments["mat1"].shape[1:] == (0,)
+    if name == "_addmm_activation" and not torch_raises:
+        if call.arguments["mat1"].shape[1:] == (0,):  # forgets the activation where there is nothing to multiply
+            return True
+        nan = actual[0].isnan()  # cuBLASLt's relu makes 0 of NaN, torch's own keeps it
+        same = torch.isclose(actual[0].double(), expected.stock[0].double(), rtol=0.02, atol=0.02)
+        return not call.arguments["use_gelu"] and bool((same | nan & (expected.stock[0] == 0)).all() and nan.any())
+    if name == "_fused_rms_norm" and torch_raises:  # takes a weight of the input's dtype alone; on the CPU, of any
+        return "expected scalar type" in str(expected.stock)
+    if name in ("var", "std") and torch_raises:  # has no complex results, which the CPU has
+        return any(out.dtype is not None and out.dtype.is_complex for out in call.outs)
     if name == "native_group_norm" and torch_raises:  # launches a kernel for nothing
         return "invalid argument" in str(expected.stock) and any(0 in x.shape for x in call.tensors())
     return False
@@ -835,7 +845,7 @@ def _different_values(call: Call, a: Any, e: Any, wide: Any) -> str | None:
     if not _may_differ_beyond_infinity(call, a, e):
         if not torch.equal(a.isnan(), e.isnan()):
             return f"NaN at other places: {a.tolist()}, torch's {e.tolist()}"
-        if not torch.equal(a.isinf(), e.isinf()) or not torch.equal(a[a.isinf()], e[e.isinf()]):
+        if not torch.equal(a.isinf(), e.isinf()) or not _equal_with_nan(a[a.isinf()], e[e.isinf()]):
             return f"infinities at other places: {a.tolist()}, torch's {e.tolist()}"
     dtype = e.dtype
     known = a.isfinite() & e.isfinite() & wide.isfinite()
@@ -848,6 +858,12 @@ def _different_values(call: Call, a: Any, e: Any, wide: Any) -> str | None:
         bound *= 2**10  # a norm's variance and a negative eps may cancel
     error = (a - wide).abs().max()
     return None if error <= bound else f"error {float(error):.3g} beyond {float(bound):.3g}"
+
+
+def _equal_with_nan(a: torch.Tensor, e: torch.Tensor) -> bool:
+    """Of complex numbers, an infinite part may stand beside NaN."""
+    a, e = (torch.view_as_real(x) if x.is_complex() else x for x in (a, e))
+    return torch.allclose(a, e, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _may_differ_beyond_infinity(call: Call, a: torch.Tensor, e: torch.Tensor) -> bool:
