@@ -37,7 +37,8 @@ def main() -> int:
     started = time.perf_counter()
     ran, outcomes, disagreements, not_run = Counter(), Counter(), {}, []
     pool = multiprocessing.get_context("spawn").Pool(options.jobs)
-    searches = {name: pool.apply_async(search, (name, options.device, options.examples)) for name in _fuzzer().NAMES}
+    slowest_first = sorted(_fuzzer().NAMES, key=lambda name: "attention" not in name)
+    searches = {name: pool.apply_async(search, (name, options.device, options.examples)) for name in slowest_first}
     for name, result in searches.items():
         left = None if options.seconds is None else max(0.0, started + options.seconds - time.perf_counter())
         try:

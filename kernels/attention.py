@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, alignment, plan
+from .launch import Launch, alignment, alignment_bits, plan
 from .reference import accumulator_dtype
 from .rows import divide
 from .tiles import accumulator, attention_tile, ceil_div, device_of, next_power_of_2, on_device
@@ -776,6 +776,13 @@ def _run(
     kernel(q, k, v, out, lse, mask, sinks, q_starts, k_starts, pages)
 
 
+def plan_attention(B, Sq, Skv, is_causal, scale, shapes, strides, aligned, dtype, device) -> "_Attention":
+    """``attention`` over tensors like these, without a mask or a logsumexp. aligned: of q, k and v."""
+    options = _Options("dense", B, Sq, Skv, is_causal, scale)
+    bits = alignment_bits(*aligned, aligned[1])
+    return _plan(options, shapes, strides, None, None, (None,) * 5, bits, dtype, device)
+
+
 @plan
 def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, device):
     """How attention over tensors like these is computed. mask: its dtype, shape and strides; dtypes: of what else there is."""
@@ -940,28 +947,27 @@ class _Division(NamedTuple):
 def _division(programs: int, n_key_blocks: int, multiprocessors: int) -> _Division:
     """The fastest one, where ``programs`` of them would compute the rows.
 
-    Estimated in the time that a program needs for one block while the others rest, as measured on an H200. When each
-    multiprocessor has a program, a block takes twice as long: they share what memory delivers. To store a part takes one,
-    to launch the merge two, and it merges 40 parts in that time. Programs of one block overlap, two on a multiprocessor.
+    Estimated in the time that a program needs for one block while the others rest, as measured on an H200. To store a part
+    takes a quarter of it, to launch the merge two, and it merges 32 parts in one. Programs of one block overlap, two on a
+    multiprocessor.
     """
-    shared = programs / multiprocessors
-    best = (n_key_blocks * _pace(shared), _Division(0, 1, 1))
+    best = (n_key_blocks * _pace(programs / multiprocessors), _Division(0, 1, 1))
     for part_blocks in (1, _SPLIT_BLOCKS.value) if n_key_blocks > 1 else ():
         n_parts = ceil_div(n_key_blocks, part_blocks)
         for parts_a_program in range(1, n_parts + 1):
             division = _Division(part_blocks, n_parts, parts_a_program)
             shared = programs * ceil_div(n_parts, parts_a_program) / multiprocessors
             if division.is_finest:
-                time = 0.5 + 2.5 * shared + max(0.0, shared - 2.0)
+                time = 2.1 * shared + (1.75 if shared > 2.0 else 0.0)
             else:
-                time = max(1, math.ceil(shared)) * parts_a_program * (part_blocks * _pace(min(1.0, shared)) + 1.0)
-            best = min(best, (time + 2.0 + n_parts / 40, division))
+                time = math.ceil(shared) * parts_a_program * (part_blocks * _pace(min(1.0, shared)) + 0.25)
+            best = min(best, (time + 2.0 + n_parts / 32, division))
     return best[1]
 
 
 def _pace(shared: float) -> float:
-    """The time of one block where there are so many programs for each multiprocessor."""
-    return 1.0 + shared * shared if shared <= 1.0 else 2.0 * shared
+    """The time of one block where so many programs share a multiprocessor: memory delivers no more than it can."""
+    return 1.0 + 0.75 * shared * shared if shared <= 1.0 else 1.75 * shared
 
 
 class _Merge:

@@ -84,7 +84,11 @@ def forget_plans() -> None:
 
 def alignment(*tensors: torch.Tensor | None) -> int:
     """One bit a tensor: whether it begins at a multiple of 16 bytes, which is what Triton specialises."""
+    return alignment_bits(*[tensor is not None and tensor.data_ptr() % 16 == 0 for tensor in tensors])
+
+
+def alignment_bits(*aligned: bool) -> int:
     bits = 0
-    for tensor in tensors:
-        bits = 2 * bits + (tensor is not None and tensor.data_ptr() % 16 == 0)
+    for is_aligned in aligned:
+        bits = 2 * bits + is_aligned
     return bits

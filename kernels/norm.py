@@ -91,7 +91,7 @@ def _row_norm_kernel(
         store_block(y_ptr, rows, is_row, cols, n_cols, y, WAY)
 
 
-_norm_rows = RowKernel(_row_norm_kernel, writes_rows=True, n_specialised=3)
+norm_rows = RowKernel(_row_norm_kernel, writes_rows=True, n_specialised=3)
 
 
 def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,4 +123,4 @@ def _launch_norm(
 ) -> None:
     has_weight, has_bias, has_rstd = weight is not None, bias is not None, rstd is not None
     numbers = (weight.stride(0) if has_weight else 0, bias.stride(0) if has_bias else 0, float(eps))
-    _norm_rows(x, (weight, bias, y, mean, rstd), numbers, (has_weight, has_bias, has_rstd), statistics, x.dtype)
+    norm_rows(x, (weight, bias, y, mean, rstd), numbers, (has_weight, has_bias, has_rstd), statistics, x.dtype)

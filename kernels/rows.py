@@ -305,7 +305,7 @@ class RowKernel:
         self, kernel: JITFunction, writes_rows: bool = False, asserts: bool = False, n_specialised: int | None = None
     ) -> None:
         self._kernel, self._writes_rows, self._asserts, self._n_specialised = kernel, writes_rows, asserts, n_specialised
-        self._plan = plan(self._planned)
+        self.plan = plan(self._planned)
 
     def __call__(
         self,
@@ -322,7 +322,7 @@ class RowKernel:
         specialised = tensors[: self._n_specialised]
         dtypes, aligned = tuple([None if t is None else t.dtype for t in specialised]), alignment(x, *specialised)
         what = (numbers, constants, statistics, out_dtype)
-        rows = self._plan(shape, x.stride(), x.device, x.dtype, dtypes, aligned, *what)
+        rows = self.plan(shape, x.stride(), x.device, x.dtype, dtypes, aligned, *what)
         with on_device(x):
             rows(x, *tensors)
 

@@ -67,14 +67,14 @@ def _row_softmax_kernel(
         store_block(out_ptr, rows, is_row, cols, n_cols, _softmax(x, largest, total, LOG, ACC), WAY)
 
 
-_softmax_rows = RowKernel(_row_softmax_kernel, writes_rows=True)
+softmax_rows = RowKernel(_row_softmax_kernel, writes_rows=True)
 
 
 def row_softmax(x: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_softmax`` on the GPU."""
     out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     if out.numel() != 0:
-        _softmax_rows(x, (out,), (), (bool(log),), "exp", out_dtype)
+        softmax_rows(x, (out,), (), (bool(log),), "exp", out_dtype)
     return out
 
 

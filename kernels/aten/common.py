@@ -29,6 +29,18 @@ def _kernel_set(device: torch.device) -> ModuleType:
     raise Refused(f"batch-invariant mode has kernels for cpu and cuda, not for {device.type}.")
 
 
+def usual_calls(x: Tensor) -> ModuleType | None:
+    """``kernels/usual.py`` for tensors on CUDA, of which no call is made on other devices."""
+    return _usual_calls() if x.is_cuda else None
+
+
+@functools.cache
+def _usual_calls() -> ModuleType:
+    from pytest_batchinv.kernels import usual
+
+    return usual
+
+
 def as_floats(x: Tensor) -> Tensor:
     """Integers and booleans in torch's default dtype, as its own operators take them where they give floats."""
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pytest_batchinv.kernels.aten.common import as_floats, kernel_set, real_factor, shape_of, wrap_dim
+from pytest_batchinv.kernels.aten.common import as_floats, kernel_set, real_factor, shape_of, usual_calls, wrap_dim
 from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
 
@@ -116,13 +116,17 @@ def cumsum(self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tenso
 
 
 def softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    out_dtype = _softmax_dtype(self, half_to_float)
-    return _along(self, dim, lambda matrix: kernel_set(self).row_softmax(matrix, False, out_dtype))
+    return _softmax(self, dim, half_to_float, False)
 
 
 def log_softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    out_dtype = _softmax_dtype(self, half_to_float)
-    return _along(self, dim, lambda matrix: kernel_set(self).row_softmax(matrix, True, out_dtype))
+    return _softmax(self, dim, half_to_float, True)
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool, log: bool) -> Tensor:
+    out_dtype, usual = _softmax_dtype(x, half_to_float), usual_calls(x)
+    out = None if usual is None else usual.softmax(x, dim, log, out_dtype)
+    return _along(x, dim, lambda matrix: kernel_set(x).row_softmax(matrix, log, out_dtype)) if out is None else out
 
 
 def _softmax_dtype(x: Tensor, half_to_float: bool) -> torch.dtype:

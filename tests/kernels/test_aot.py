@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 from pytest_batchinv.kernels import attention as attention_module
-from pytest_batchinv.kernels import cuda, matmul, norm, offline, reduce, rows, scatter, softmax, tiles
+from pytest_batchinv.kernels import cuda, matmul, norm, offline, reduce, rows, scatter, softmax, tiles, usual
 from pytest_batchinv.kernels.launch import Launch
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -429,8 +429,8 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
     binaries_of = {}
     call = Launch.__call__
 
-    def noted(self, *args):
-        call(self, *args)
+    def noted(self, *tensors, **numbers):
+        call(self, *tensors, **numbers)
         binaries_of.setdefault(self, set()).add(binaries[-1])
 
     monkeypatch.setattr(Launch, "__call__", noted)
@@ -458,5 +458,11 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
             q, k = tensor(1, 4, Sq, 64, dtype=x.dtype), tensor(1, 2, Skv, 64, dtype=x.dtype)
             for options in ({}, {"window": 3}, {"with_lse": False}):
                 cuda.attention(q, k, k, None, True, 0.1, **options)
+            usual.attention(q, k, k, False, None, True)
+        for shape in ((112,), (1, 240), (2, 3, 240), (3, 1010)):
+            y = tensor(*shape, dtype=x.dtype)
+            usual.softmax(y, -1, False, torch.float32)
+            for weight in (None, x[0, : shape[-1]], x[0, 1 : shape[-1] + 1], x[0, : shape[-1]].float()):
+                usual.rms_norm(y, list(shape[-1:]), weight, None)
     assert len(binaries_of) > 30
     assert {len(binaries) for binaries in binaries_of.values()} == {1}

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from pytest_batchinv.kernels import attention as attention_module
-from pytest_batchinv.kernels import cuda, launch, matmul, reference, tiles
+from pytest_batchinv.kernels import cuda, launch, matmul, reference, tiles, usual
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Relative to the largest value: fp32 sums of some hundred terms, one rounding of the result. The interpreter cuts bf16
@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.parametrize("group", ["gemm", "row", "attention", "index_add"])
+@pytest.mark.parametrize("group", ["gemm", "row", "attention", "index_add", "usual"])
 def test_checks_pass_in_the_interpreter(group, pytestconfig):
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:batchinv", "-p", "no:cacheprovider"]
     command += ["-o", "python_functions=check_*", "-k", f"check_{group} or check_grouped_{group}", __file__]
@@ -652,3 +652,74 @@ def check_index_add_nan_stays_in_its_row():
     x, source, index = torch.zeros(5, 3), torch.ones(4, 3), torch.tensor([1, 2, 2, 4])
     source[1] = torch.nan
     assert cuda.index_add(x, index, source, 1.0).isnan().any(-1).tolist() == [False, False, True, False, False]
+
+
+# --- calls that are planned whole ------------------------------------------------------------------------------------
+
+CONTIGUOUS = [(5, 37), (1, 37), (2, 3, 37), (37,), (1, 1, 37)]
+"""Usual shapes; below, views that are not usual."""
+
+
+def unusual_views(x):
+    yield from (x.T, x[:, ::2], x[:, :3], x[:0], x[0, 0], x[:, None].expand(-1, 2, -1), x.long(), x.to(torch.complex64))
+    yield x[:1].as_strided((1, 37), (1000, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CONTIGUOUS)
+def check_usual_rows_are_those_of_the_kernels(shape, dtype):
+    x = randn(3, *shape, dtype=dtype)[1]
+    matrix = x.reshape(-1, 37)
+    for log in (False, True):
+        for out_dtype in (dtype, torch.float32):
+            got = usual.softmax(x, x.dim() - 1, log, out_dtype)
+            assert_same_bits(got.reshape(-1, 37), cuda.row_softmax(matrix, log, out_dtype))
+            assert got.shape == shape
+            assert got.is_contiguous()
+    for weight in (None, randn(37, dtype=dtype), randn(74, dtype=torch.float32)[::2]):
+        for eps in (None, 1e-3):
+            given = torch.finfo(reference.accumulator_dtype(dtype)).eps if eps is None else eps
+            got = usual.rms_norm(x, [37], weight, eps)
+            assert_same_bits(got.reshape(-1, 37), cuda.row_rms_norm(matrix, weight, given)[0])
+            assert got.shape == shape
+
+
+def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
+    x = randn(5, 37, dtype=torch.float32)
+    for view in unusual_views(x):
+        assert usual.softmax(view, -1, False, torch.float32) is None
+        assert usual.rms_norm(view, list(view.shape[-1:]), None, 1e-6) is None
+    assert usual.softmax(x, 0, False, torch.float32) is None
+    assert usual.softmax(x, 2, False, torch.float32) is None
+    assert usual.rms_norm(x, [5, 37], None, 1e-6) is None
+    assert usual.rms_norm(x, [36], None, 1e-6) is None
+    for weight in (torch.ones(36), torch.ones(1, 37), torch.ones(()), torch.ones(37).long(), torch.ones(37, device="meta")):
+        assert usual.rms_norm(x, [37], weight, 1e-6) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def check_usual_attention_is_that_of_the_kernel(dtype):
+    q, k, v = qkv(2, 4, 2, 3, 50, 16, 16, dtype)
+    for causal in (False, True):
+        for scale in (None, 0.5):
+            want = cuda.attention(q, k, v, None, causal, 0.25 if scale is None else scale)[0]
+            assert_same_bits(usual.attention(q, k, v, causal, scale, True), want)
+    wide = v.repeat_interleave(2, 3)[:, :, :, ::2]
+    assert_same_bits(usual.attention(q, k, wide, False, None, True), cuda.attention(q, k, v, None, False, 0.25)[0])
+    transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_same_bits(usual.attention(transposed, k, v, False, None, True), cuda.attention(q, k, v, None, False, 0.25)[0])
+
+
+def check_usual_attention_leaves_what_is_not_usual_to_the_general_way():
+    q, k, v = qkv(2, 4, 2, 3, 50, 16, 16, torch.float32)
+    assert usual.attention(q, k, v, False, None, False) is None
+    assert usual.attention(q[0], k[0], v[0], False, None, True) is None
+    assert usual.attention(q, k[:1], v[:1], False, None, True) is None
+    assert usual.attention(q, k, v[:, :, :9], False, None, True) is None
+    assert usual.attention(q, k[..., :8], v, False, None, True) is None
+    assert usual.attention(q, k[:, :, :0], v[:, :, :0], False, None, True) is None
+    assert usual.attention(q[:, :3], k, v, False, None, True) is None
+    assert usual.attention(q, k.double(), v, False, None, True) is None
+    assert usual.attention(q, k, v.to("meta"), False, None, True) is None
+    assert usual.attention(q.long(), k.long(), v.long(), False, None, True) is None
+    assert usual.attention(*(x.repeat(1, 1, 1, 9) for x in (q, k, v)), False, None, True) is None

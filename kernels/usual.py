@@ -1,0 +1,130 @@
+"""Calls as models make them, planned whole: softmax, log_softmax, rms_norm and attention on the GPU.
+
+With few rows a step of decoding waits for the Python of its calls. What the checks and the kernels ask of a tensor is its
+description, so here it is asked once for each description, and the answer remembered. A function returns None for a call
+that is not usual: then the general way serves it, or says what is wrong with it. The kernels are the same ones.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import plan_attention
+from .launch import alignment_bits, plan
+from .norm import norm_rows
+from .reference import accumulator_dtype
+from .softmax import softmax_rows
+from .tiles import on_device
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_MAX_HEAD_DIM = 128
+
+
+def _described(x: Tensor | None) -> tuple[Any, ...] | None:
+    """Shape, strides, dtype, device, and whether it begins at a multiple of 16 bytes."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+
+
+def _rows(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int] | None:
+    """[rows, n_cols] of floats, where these are one after the other in memory, and there is something in them."""
+    is_contiguous = strides == tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    if not shape or 0 in shape or not is_contiguous or dtype not in _DTYPES:
+        return None
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def softmax(x: Tensor, dim: int, log: bool, out_dtype: torch.dtype) -> Tensor | None:
+    """``row_softmax`` over the last dim of a contiguous x, which may have any rank."""
+    call = _plan_softmax(_described(x), dim, log, out_dtype)
+    return None if call is None else call(x)
+
+
+@plan
+def _plan_softmax(x, dim, log, out_dtype) -> Callable[[Tensor], Tensor] | None:
+    shape, strides, dtype, device, aligned = x
+    rows = _rows(shape, strides, dtype)
+    if rows is None or dim not in (-1, len(shape) - 1):
+        return None
+    bits = alignment_bits(aligned, True)
+    launch = softmax_rows.plan(rows, (rows[1], 1), device, dtype, (out_dtype,), bits, (), (log,), "exp", out_dtype)
+
+    def call(x: Tensor) -> Tensor:
+        out = torch.empty_like(x, dtype=out_dtype)
+        with on_device(x):
+            launch(x, out)
+        return out
+
+    return call
+
+
+def rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None) -> Tensor | None:
+    """``row_rms_norm`` over the last dim of a contiguous x, which may have any rank, with a weight of floats or without."""
+    call = _plan_rms_norm(_described(x), tuple(normalized_shape), _described(weight), eps)
+    return None if call is None else call(x, weight)
+
+
+@plan
+def _plan_rms_norm(x, normalized_shape, weight, eps) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    shape, strides, dtype, device, aligned = x
+    rows = _rows(shape, strides, dtype)
+    if rows is None or normalized_shape != (rows[1],):
+        return None
+    weight_strides, weight_dtype, weight_aligned = (0,), None, False
+    if weight is not None:
+        weight_shape, weight_strides, weight_dtype, weight_device, weight_aligned = weight
+        if weight_shape != normalized_shape or weight_device != device or weight_dtype not in _DTYPES:
+            return None
+    eps = torch.finfo(accumulator_dtype(dtype)).eps if eps is None else float(eps)
+    launch = norm_rows.plan(
+        rows,
+        (rows[1], 1),
+        device,
+        dtype,
+        (weight_dtype, None, dtype),
+        alignment_bits(aligned, weight_aligned, False, True),
+        (*weight_strides, 0, eps),
+        (weight is not None, False, False),
+        "square",
+        dtype,
+    )
+
+    def call(x: Tensor, weight: Tensor | None) -> Tensor:
+        y = torch.empty_like(x)
+        with on_device(x):
+            launch(x, weight, None, y, None, None)
+        return y
+
+    return call
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, grouped: bool) -> Tensor | None:
+    """``attention`` without a mask: q [B, H, Sq, D], k and v [B, Hkv, Skv, D], and Hkv = H unless ``grouped``."""
+    call = _plan_attention(_described(q), _described(k), _described(v), is_causal, scale, grouped)
+    return None if call is None else call(q, k, v)
+
+
+@plan
+def _plan_attention(q, k, v, is_causal, scale, grouped) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    (shape_q, shape_k, shape_v), strides, (dtype, *dtypes), (device, *devices), aligned = zip(q, k, v, strict=True)
+    if not len(shape_q) == len(shape_k) == len(shape_v) == 4 or 0 in (*shape_q, *shape_k, *shape_v):
+        return None
+    (B, H, Sq, D), (_, key_heads, Skv, _), DV = shape_q, shape_k, shape_v[3]
+    heads_fit = H % key_heads == 0 if grouped else H == key_heads
+    sizes_fit = heads_fit and shape_k == (B, key_heads, Skv, D) and shape_v == (B, key_heads, Skv, DV)
+    same = all(x == dtype for x in dtypes) and all(x == device for x in devices)
+    if not sizes_fit or not same or dtype not in _DTYPES or max(D, DV) > _MAX_HEAD_DIM:
+        return None
+    scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
+    kernel = plan_attention(B, Sq, Skv, is_causal, scale, (shape_q, shape_k, shape_v), strides, aligned, dtype, device)
+    out_shape = (B, H, Sq, DV)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(out_shape)
+        with on_device(q):
+            kernel(q, k, v, out, None, None, None, None, None, None)
+        return out
+
+    return call
