@@ -29,6 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--examples", type=int, default=100, help="for each entry of the table, see the test file")
+    parser.add_argument("--entries", help="of the table, by commas (default: all)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="entries at a time, each in a process")
     parser.add_argument("--seconds", type=float, help="what has not ended by then is named as not run (default: no limit)")
     parser.add_argument("--out", type=Path)
@@ -37,7 +38,11 @@ def main() -> int:
     started = time.perf_counter()
     ran, outcomes, disagreements, not_run = Counter(), Counter(), {}, []
     pool = multiprocessing.get_context("spawn").Pool(options.jobs)
-    slowest_first = sorted(_fuzzer().NAMES, key=lambda name: "attention" not in name)
+    names = _fuzzer().NAMES if options.entries is None else options.entries.split(",")
+    unknown = sorted(set(names) - set(_fuzzer().NAMES))
+    if unknown:
+        parser.error(f"the table has no entry {', '.join(unknown)}; it has {', '.join(_fuzzer().NAMES)}.")
+    slowest_first = sorted(names, key=lambda name: "attention" not in name)
     searches = {name: pool.apply_async(search, (name, options.device, options.examples)) for name in slowest_first}
     for name, result in searches.items():
         left = None if options.seconds is None else max(0.0, started + options.seconds - time.perf_counter())

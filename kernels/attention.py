@@ -624,11 +624,12 @@ def _merge_parts_kernel(
 
     PARTS_A_SPLIT parts are a split. An absent part has a maximum of -inf, has stored no product, and changes nothing.
     """
-    batch = tl.program_id(0) // (n_heads * stride_lh)
-    head = tl.program_id(0) // stride_lh % n_heads
-    out_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-    out_ptr += (tl.program_id(0) % stride_lh).to(tl.int64) * stride_om
-    query = tl.program_id(0).to(tl.int64)
+    query = tl.program_id(0)
+    # In 32 bits, in which a grid is counted: a division in 64 takes as long as all the rest.
+    batch = query // (n_heads * stride_lh)
+    head = query // stride_lh % n_heads
+    out_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + (query % stride_lh).to(tl.int64) * stride_om
+    query = query.to(tl.int64)
     dims_v = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     inside = dims_v < DV
     stats_ptrs = part_ptr + (tl.cast(n_parts, tl.int64) * n_queries_in_all * DV + query * n_parts * 2) + tl.zeros([1], tl.int32)
@@ -788,8 +789,8 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     """How attention over tensors like these is computed. mask: its dtype, shape and strides; dtypes: of what else there is."""
     shape_q, shape_k, shape_v = shapes
     strides_q, strides_k, strides_v = strides
-    heads = 1 if options.keys == "dense" else -2
-    H, key_heads, D, DV = shape_q[heads], shape_k[heads], shape_q[-1], shape_v[-1]
+    dim_of_heads = 1 if options.keys == "dense" else -2
+    H, key_heads, D, DV = shape_q[dim_of_heads], shape_k[dim_of_heads], shape_q[-1], shape_v[-1]
     group = H // key_heads
     if options.keys == "dense":
         T = H * options.Sq
@@ -820,10 +821,7 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
             tile = attention_tile(*size, stages=1 if division.is_finest else 3)
     n_parts = ceil_div(division.n_parts, division.merged_at_once) * division.merged_at_once
     many_splits = division.part_blocks != 1 and n_key_blocks > _SPLIT_BLOCKS.value
-    known_strides = [
-        stride if stride in (dim, key_heads * dim, (H + 2 * key_heads) * dim) else 0
-        for stride, dim in ((stride_kn, D), (stride_vn, DV))
-    ]
+    known_strides = _known_stride(stride_kn, D, H, key_heads), _known_stride(stride_vn, DV, H, key_heads)
     constants = (
         D,
         DV,
@@ -851,12 +849,20 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
         options.soft_cap or 0.0,
     )
     grid = (programs, ceil_div(division.n_parts, division.parts_a_program), 1)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
-    launch = Launch(_attention_kernel, grid, numbers + constants, **options)
+    how = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
+    launch = Launch(_attention_kernel, grid, numbers + constants, **how)
     merge = None
     if division.part_blocks:
         merge = _Merge(division, n_parts, n_queries_in_all, H, DV, strides, has_sinks, has_lse, accumulator(dtype))
     return _Attention(ranges, launch, merge)
+
+
+def _known_stride(stride: int, dim: int, heads: int, key_heads: int) -> int:
+    """The distance of two keys where it is a model's own, else 0: others, by batch or length, would make ever more binaries.
+
+    That is: heads apart, tokens of key heads, tokens of query, key and value as one.
+    """
+    return stride if stride in (dim, key_heads * dim, (heads + 2 * key_heads) * dim) else 0
 
 
 class _Attention:
@@ -865,7 +871,7 @@ class _Attention:
     def __init__(self, ranges: "_Ranges | None", launch: Launch, merge: "_Merge | None") -> None:
         self._ranges, self._launch, self._merge = ranges, launch, merge
 
-    def __call__(self, q, k, v, out, lse, mask, sinks, q_starts, k_starts, pages) -> None:
+    def __call__(self, q, k, v, out, lse=None, mask=None, sinks=None, q_starts=None, k_starts=None, pages=None) -> None:
         intervals = ranges = parts = None
         if self._ranges is not None:
             mask, intervals, ranges = self._ranges(mask)
@@ -947,9 +953,9 @@ class _Division(NamedTuple):
 def _division(programs: int, n_key_blocks: int, multiprocessors: int) -> _Division:
     """The fastest one, where ``programs`` of them would compute the rows.
 
-    Estimated in the time that a program needs for one block while the others rest, as measured on an H200. To store a part
-    takes a quarter of it, to launch the merge two, and it merges 32 parts in one. Programs of one block overlap, two on a
-    multiprocessor.
+    By a fit to what was measured on an H200, in the time that a program takes for one more block while the others rest. To
+    store a part takes a quarter of that, the merge two and one for each 32 parts. Programs of one block overlap, two on a
+    multiprocessor; what comes after those waits for them.
     """
     best = (n_key_blocks * _pace(programs / multiprocessors), _Division(0, 1, 1))
     for part_blocks in (1, _SPLIT_BLOCKS.value) if n_key_blocks > 1 else ():
@@ -966,7 +972,7 @@ def _division(programs: int, n_key_blocks: int, multiprocessors: int) -> _Divisi
 
 
 def _pace(shared: float) -> float:
-    """The time of one block where so many programs share a multiprocessor: memory delivers no more than it can."""
+    """The time of one block where so many programs share a multiprocessor. Memory is busy when each has one of them."""
     return 1.0 + 0.75 * shared * shared if shared <= 1.0 else 1.75 * shared
 
 

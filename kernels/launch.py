@@ -22,8 +22,8 @@ _plans: list[Callable] = []
 class Launch:
     """One kernel, its grid and options, all its arguments but the tensors, and the binary once it is known.
 
-    It must only be called with tensors of the same dtypes, alignment and sizes: one plan, one binary. All must be on one
-    GPU; nothing else asks, and one that is not would be read at an address that means nothing there.
+    It must only be called with tensors of the same dtypes, alignment and sizes, and with the same ones absent: one plan, one
+    binary. All must be on one GPU; nothing else asks, and one that is not would be read at an address that means nothing there.
     """
 
     def __init__(self, kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple[Any, ...], **options: Any) -> None:
@@ -38,7 +38,7 @@ class Launch:
         if self._run is not None:
             self._run(tensors, numbers)
             return
-        present = next(x for x in tensors if isinstance(x, torch.Tensor))
+        present = next(x for x in reversed(tensors) if isinstance(x, torch.Tensor))
         stood_in = [present if x is None else x for x in tensors]
         binary = self._kernel[self._grid](*stood_in, *numbers, *self._arguments, **self._options)
         if isinstance(binary, CompiledKernel):  # Triton's interpreter has none

@@ -70,7 +70,7 @@ def _row_reduce_kernel(
     tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
-_reduce_rows = RowKernel(_row_reduce_kernel)
+reduce_rows = RowKernel(_row_reduce_kernel)
 
 
 def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -110,7 +110,7 @@ def _reduce(
     x: Tensor, out_dtype: torch.dtype, statistics: str, result: str, mean: Tensor | None = None, correction: float = 0.0
 ) -> Tensor:
     out = x.new_empty(x.shape[0], dtype=out_dtype)
-    _reduce_rows(x, (out, mean), (float(correction),), (result,), statistics, out_dtype)
+    reduce_rows(x, (out, mean), (float(correction),), (result,), statistics, out_dtype)
     return out
 
 

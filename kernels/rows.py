@@ -298,7 +298,7 @@ class RowKernel:
     out_dtype. A tensor may be None: the kernel neither reads nor writes it then. writes_rows: its results are rows, so
     split, each chunk has a program; else each row has one. asserts: the kernel's device-side assertions are compiled;
     Triton leaves them out otherwise. n_specialised: of so many of the tensors, the first ones, dtype and alignment make
-    the binary, with all that is no tensor (None: of all).
+    the binary, with all that is no tensor (None: of all). ``plan`` gives the callable (x, *tensors) for a description.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
-"""Calls as models make them, planned whole: softmax, log_softmax, rms_norm and attention on the GPU.
+"""Calls as models make them, planned whole: softmax, sums, means, norms and attention on the GPU.
 
 With few rows a step of decoding waits for the Python of its calls. What the checks and the kernels ask of a tensor is its
 description, so here it is asked once for each description, and the answer remembered. A function returns None for a call
-that is not usual: then the general way serves it, or says what is wrong with it. The kernels are the same ones.
+that is not usual: then the general way serves it, or says what is wrong with it. The kernels are the same ones. What a plan
+makes is aligned, as all that torch allocates is.
 """
 
 import math
@@ -15,12 +16,14 @@ from torch import Tensor
 from .attention import plan_attention
 from .launch import alignment_bits, plan
 from .norm import norm_rows
+from .reduce import reduce_rows
 from .reference import accumulator_dtype
 from .softmax import softmax_rows
 from .tiles import on_device
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM = 128  # up to which every dtype is covered
+_NO_PARAMETER = (None, (0,), None, None, False)
 
 
 def _described(x: Tensor | None) -> tuple[Any, ...] | None:
@@ -60,42 +63,78 @@ def _plan_softmax(x, dim, log, out_dtype) -> Callable[[Tensor], Tensor] | None:
     return call
 
 
-def rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None) -> Tensor | None:
-    """``row_rms_norm`` over the last dim of a contiguous x, which may have any rank, with a weight of floats or without."""
-    call = _plan_rms_norm(_described(x), tuple(normalized_shape), _described(weight), eps)
-    return None if call is None else call(x, weight)
+def reduce(x: Tensor, dim: Any, keepdim: bool, result: str) -> Tensor | None:
+    """``row_sum`` or ``row_mean`` (result: ``sum``, ``mean``) over the last dim of a contiguous x, in x's dtype."""
+    call = _plan_reduce(_described(x), dim if dim is None or isinstance(dim, int) else tuple(dim), keepdim, result)
+    return None if call is None else call(x)
 
 
 @plan
-def _plan_rms_norm(x, normalized_shape, weight, eps) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+def _plan_reduce(x, dim, keepdim, result) -> Callable[[Tensor], Tensor] | None:
+    shape, strides, dtype, device, aligned = x
+    rows = _rows(shape, strides, dtype)
+    if rows is None or dim not in (-1, len(shape) - 1, (-1,), (len(shape) - 1,)):
+        return None
+    bits = alignment_bits(aligned, True, False)
+    launch = reduce_rows.plan(rows, (rows[1], 1), device, dtype, (dtype, None), bits, (0.0,), (result,), "sum", dtype)
+    out_shape = (*shape[:-1], 1) if keepdim else shape[:-1]
+
+    def call(x: Tensor) -> Tensor:
+        out = x.new_empty(out_shape)
+        with on_device(x):
+            launch(x, out, None)
+        return out
+
+    return call
+
+
+def rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None) -> Tensor | None:
+    """``row_rms_norm`` over the last dim of a contiguous x, which may have any rank, with a weight of floats or without."""
+    call = _plan_norm(_described(x), tuple(normalized_shape), _described(weight), None, eps, "square")
+    return None if call is None else call(x, weight, None)[0]
+
+
+def layer_norm(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``row_layer_norm`` over the last dim of a contiguous x: the result, and mean and rstd as [..., 1]."""
+    call = _plan_norm(_described(x), tuple(normalized_shape), _described(weight), _described(bias), eps, "moments")
+    return None if call is None else call(x, weight, bias)
+
+
+@plan
+def _plan_norm(x, normalized_shape, weight, bias, eps, statistics) -> Callable[..., tuple[Tensor, ...]] | None:
     shape, strides, dtype, device, aligned = x
     rows = _rows(shape, strides, dtype)
     if rows is None or normalized_shape != (rows[1],):
         return None
-    weight_strides, weight_dtype, weight_aligned = (0,), None, False
-    if weight is not None:
-        weight_shape, weight_strides, weight_dtype, weight_device, weight_aligned = weight
-        if weight_shape != normalized_shape or weight_device != device or weight_dtype not in _DTYPES:
-            return None
-    eps = torch.finfo(accumulator_dtype(dtype)).eps if eps is None else float(eps)
+    wide = accumulator_dtype(dtype)
+    has_statistics = statistics == "moments"
+    dtypes = (dtype,) if has_statistics else _DTYPES  # layer_norm has parameters of x's dtype, on CUDA
+    given = [parameter for parameter in (weight, bias) if parameter is not None]
+    if any(p[0] != normalized_shape or p[2] not in dtypes or p[3] != device for p in given):
+        return None
+    _, (weight_stride,), weight_dtype, _, weight_aligned = weight or _NO_PARAMETER
+    _, (bias_stride,), bias_dtype, _, bias_aligned = bias or _NO_PARAMETER
     launch = norm_rows.plan(
         rows,
         (rows[1], 1),
         device,
         dtype,
-        (weight_dtype, None, dtype),
-        alignment_bits(aligned, weight_aligned, False, True),
-        (*weight_strides, 0, eps),
-        (weight is not None, False, False),
-        "square",
+        (weight_dtype, bias_dtype, dtype),
+        alignment_bits(aligned, weight_aligned, bias_aligned, True),
+        (weight_stride, bias_stride, torch.finfo(wide).eps if eps is None else float(eps)),
+        (weight is not None, bias is not None, has_statistics),
+        statistics,
         dtype,
     )
 
-    def call(x: Tensor, weight: Tensor | None) -> Tensor:
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
         y = torch.empty_like(x)
+        mean, rstd = (x.new_empty((*shape[:-1], 1), dtype=wide) if has_statistics else None for _ in range(2))
         with on_device(x):
-            launch(x, weight, None, y, None, None)
-        return y
+            launch(x, weight, bias, y, mean, rstd)
+        return y, mean, rstd
 
     return call
 
@@ -124,7 +163,7 @@ def _plan_attention(q, k, v, is_causal, scale, grouped) -> Callable[[Tensor, Ten
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty(out_shape)
         with on_device(q):
-            kernel(q, k, v, out, None, None, None, None, None, None)
+            kernel(q, k, v, out)
         return out
 
     return call

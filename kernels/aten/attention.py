@@ -3,7 +3,7 @@
 import math
 
 import torch
-from pytest_batchinv.kernels.aten.common import Refused, kernel_set, shape_of, too_few_dims, usual_calls
+from pytest_batchinv.kernels.aten.common import Refused, kernel_set, shape_of, too_few_dims, usual
 from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
 
@@ -140,9 +140,8 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False, straight=False
 ) -> Tensor:
     """One kernel whatever backend torch would pick: the pick depends on masks, strides and head dims."""
-    usual = usual_calls(query) if straight and attn_mask is None and dropout_p == 0.0 else None
-    if usual is not None:
-        out = usual.attention(query, key, value, is_causal, scale, enable_gqa)
+    if straight and attn_mask is None and dropout_p == 0.0:
+        out = usual("attention", query, key, value, is_causal, scale, enable_gqa)
         if out is not None:
             return out
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) == 2:

@@ -29,9 +29,9 @@ def _kernel_set(device: torch.device) -> ModuleType:
     raise Refused(f"batch-invariant mode has kernels for cpu and cuda, not for {device.type}.")
 
 
-def usual_calls(x: Tensor) -> ModuleType | None:
-    """``kernels/usual.py`` for tensors on CUDA, of which no call is made on other devices."""
-    return _usual_calls() if x.is_cuda else None
+def usual(name: str, x: Tensor, *args):
+    """The result of a usual call on CUDA (``kernels/usual.py``), or None where the general way must be taken."""
+    return getattr(_usual_calls(), name)(x, *args) if x.is_cuda else None
 
 
 @functools.cache

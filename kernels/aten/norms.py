@@ -4,13 +4,16 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pytest_batchinv.kernels.aten.common import Refused, kernel_set, shape_of, usual_calls
+from pytest_batchinv.kernels.aten.common import Refused, kernel_set, shape_of, usual
 from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 
 def native_layer_norm(input, normalized_shape, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:
+    results = usual("layer_norm", input, normalized_shape, weight, bias, eps)
+    if results is not None:
+        return results
     n_dims = _check_normalized("layer_norm", input, normalized_shape, weight, bias)
     _check_parameter_dtypes("layer_norm", input, weight, bias)
     y, mean, rstd = kernel_set(input).row_layer_norm(_rows(input, n_dims), _flat(weight), _flat(bias), eps)
@@ -55,11 +58,9 @@ def fused_rms_norm(input, normalized_shape, weight, eps) -> tuple[Tensor, Tensor
 
 def rms_norm(input, normalized_shape, weight=None, eps=None, *, straight: bool = False) -> Tensor:
     """The same kernel in eager and in compiled code, with a gradient and without."""
-    usual = usual_calls(input) if straight else None
-    if usual is not None:
-        y = usual.rms_norm(input, normalized_shape, weight, eps)
-        if y is not None:
-            return y
+    y = usual("rms_norm", input, normalized_shape, weight, eps) if straight else None
+    if y is not None:
+        return y
     if not 0 < len(normalized_shape) <= input.dim():  # an error of another type here than in the leaf, as torch has it
         _check_normalized("rms_norm", input, normalized_shape, weight)
     if not input.is_floating_point():

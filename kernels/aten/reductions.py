@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pytest_batchinv.kernels.aten.common import as_floats, kernel_set, real_factor, shape_of, usual_calls, wrap_dim
+from pytest_batchinv.kernels.aten.common import as_floats, kernel_set, real_factor, shape_of, usual, wrap_dim
 from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
 
@@ -14,7 +14,10 @@ def sum_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def sum_dim(self: Tensor, dim, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    x = self.to(dtype or self.dtype)
+    x = self if dtype is None else self.to(dtype)
+    out = usual("reduce", x, dim, keepdim, "sum")
+    if out is not None:
+        return out
     rows = _Rows(x, dim, keepdim)
     return rows.restore(kernel_set(x).row_sum(rows.matrix, x.dtype))
 
@@ -24,7 +27,10 @@ def mean_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def mean_dim(self: Tensor, dim, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    x = self.to(dtype or self.dtype)
+    x = self if dtype is None else self.to(dtype)
+    out = usual("reduce", x, dim, keepdim, "mean")
+    if out is not None:
+        return out
     rows = _Rows(x, dim, keepdim)
     return rows.restore(kernel_set(x).row_mean(rows.matrix, x.dtype))
 
@@ -124,8 +130,8 @@ def log_softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool, log: bool) -> Tensor:
-    out_dtype, usual = _softmax_dtype(x, half_to_float), usual_calls(x)
-    out = None if usual is None else usual.softmax(x, dim, log, out_dtype)
+    out_dtype = _softmax_dtype(x, half_to_float)
+    out = usual("softmax", x, dim, log, out_dtype)
     return _along(x, dim, lambda matrix: kernel_set(x).row_softmax(matrix, log, out_dtype)) if out is None else out
 
 

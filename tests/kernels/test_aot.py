@@ -7,6 +7,8 @@ Directly:
 ``python -P -m pytest -p no:batchinv -o python_functions='check_*' tests/kernels/test_aot.py``
 """
 
+import itertools
+import math
 import os
 import re
 import subprocess
@@ -424,6 +426,11 @@ def check_specialised_attention_is_one_binary_for_every_length_of_a_tile(compile
     main_of(compile_for(80, launch))
 
 
+def shifted(*shape, offset):
+    """bf16 that begins ``offset`` elements behind a multiple of 16 bytes."""
+    return tensor(offset + math.prod(shape), dtype=torch.bfloat16)[offset:].view(shape)
+
+
 def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_on(monkeypatch):
     """A ``Launch`` keeps the first binary that it gets: all its calls must be calls of that one."""
     binaries_of = {}
@@ -458,11 +465,16 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
             q, k = tensor(1, 4, Sq, 64, dtype=x.dtype), tensor(1, 2, Skv, 64, dtype=x.dtype)
             for options in ({}, {"window": 3}, {"with_lse": False}):
                 cuda.attention(q, k, k, None, True, 0.1, **options)
-            usual.attention(q, k, k, False, None, True)
-        for shape in ((112,), (1, 240), (2, 3, 240), (3, 1010)):
-            y = tensor(*shape, dtype=x.dtype)
+        for shifts in itertools.product((0, 1), repeat=3):
+            q, k, v = (shifted(1, heads, 8, 64, offset=offset) for heads, offset in zip((4, 2, 2), shifts, strict=True))
+            usual.attention(q, k, v, False, None, True)
+            cuda.attention(q, k, v, None, False, 0.1)
+        for shape, offset in itertools.product(((112,), (1, 240), (2, 3, 240), (3, 1010)), (0, 1)):
+            y = shifted(*shape, offset=offset)
             usual.softmax(y, -1, False, torch.float32)
+            usual.reduce(y, -1, True, "mean")
             for weight in (None, x[0, : shape[-1]], x[0, 1 : shape[-1] + 1], x[0, : shape[-1]].float()):
                 usual.rms_norm(y, list(shape[-1:]), weight, None)
+                usual.layer_norm(y, list(shape[-1:]), None, weight, 1e-6)
     assert len(binaries_of) > 30
     assert {len(binaries) for binaries in binaries_of.values()} == {1}

@@ -682,6 +682,16 @@ def check_usual_rows_are_those_of_the_kernels(shape, dtype):
             got = usual.rms_norm(x, [37], weight, eps)
             assert_same_bits(got.reshape(-1, 37), cuda.row_rms_norm(matrix, weight, given)[0])
             assert got.shape == shape
+    for weight, bias in ((None, None), (randn(37, dtype=dtype), None), (randn(74, dtype=dtype)[::2], randn(37, dtype=dtype))):
+        got = usual.layer_norm(x, [37], weight, bias, 1e-3)
+        want = cuda.row_layer_norm(matrix, weight, bias, 1e-3)
+        assert_same_bits(tuple(y.flatten() for y in got), tuple(y.flatten() for y in want))
+        assert [y.shape for y in got] == [shape, *[(*shape[:-1], 1)] * 2]
+    for result, kernel in (("sum", cuda.row_sum), ("mean", cuda.row_mean)):
+        for dim, keepdim in ((-1, False), ([x.dim() - 1], True)):
+            got = usual.reduce(x, dim, keepdim, result)
+            assert_same_bits(got.flatten(), kernel(matrix, dtype))
+            assert got.shape == x.sum(dim, keepdim).shape
 
 
 def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
@@ -689,12 +699,18 @@ def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
     for view in unusual_views(x):
         assert usual.softmax(view, -1, False, torch.float32) is None
         assert usual.rms_norm(view, list(view.shape[-1:]), None, 1e-6) is None
+        assert usual.layer_norm(view, list(view.shape[-1:]), None, None, 1e-6) is None
+        assert usual.reduce(view, -1, False, "sum") is None
     assert usual.softmax(x, 0, False, torch.float32) is None
     assert usual.softmax(x, 2, False, torch.float32) is None
     assert usual.rms_norm(x, [5, 37], None, 1e-6) is None
     assert usual.rms_norm(x, [36], None, 1e-6) is None
     for weight in (torch.ones(36), torch.ones(1, 37), torch.ones(()), torch.ones(37).long(), torch.ones(37, device="meta")):
         assert usual.rms_norm(x, [37], weight, 1e-6) is None
+        assert usual.layer_norm(x, [37], None, weight, 1e-6) is None
+    assert usual.layer_norm(x, [37], torch.ones(37).double(), None, 1e-6) is None
+    for dim in (None, 0, 2, [], [0, 1], [-2], [-1, -1]):
+        assert usual.reduce(x, dim, False, "sum") is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
