@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, alignment, alignment_bits, plan
+from .launch import Launch, alignment, plan
 from .reference import accumulator_dtype
 from .rows import divide
 from .tiles import accumulator, attention_tile, ceil_div, device_of, next_power_of_2, on_device
@@ -777,11 +777,11 @@ def _run(
     kernel(q, k, v, out, lse, mask, sinks, q_starts, k_starts, pages)
 
 
-def plan_attention(B, Sq, Skv, is_causal, scale, shapes, strides, aligned, dtype, device) -> "_Attention":
-    """``attention`` over tensors like these, without a mask or a logsumexp. aligned: of q, k and v."""
+def plan_attention(shapes, strides, mask, lse_dtype, aligned, is_causal, scale, dtype, device) -> "_Attention":
+    """``attention`` over q, k and v like these. mask: dtype, full shape, strides; aligned: q, k, v, the mask."""
+    (B, _, Sq, _), (_, _, Skv, _), _ = shapes
     options = _Options("dense", B, Sq, Skv, is_causal, scale)
-    bits = alignment_bits(*aligned, aligned[1])
-    return _plan(options, shapes, strides, None, None, (None,) * 5, bits, dtype, device)
+    return _plan(options, shapes, strides, mask, None, (None, None, None, None, lse_dtype), aligned, dtype, device)
 
 
 @plan

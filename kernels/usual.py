@@ -139,14 +139,19 @@ def _plan_norm(x, normalized_shape, weight, bias, eps, statistics) -> Callable[.
     return call
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, grouped: bool) -> Tensor | None:
-    """``attention`` without a mask: q [B, H, Sq, D], k and v [B, Hkv, Skv, D], and Hkv = H unless ``grouped``."""
-    call = _plan_attention(_described(q), _described(k), _described(v), is_causal, scale, grouped)
-    return None if call is None else call(q, k, v)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, grouped: bool, with_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """``attention`` with a boolean mask or none: q [B, H, Sq, D], k and v [B, Hkv, Skv, D], and Hkv = H unless ``grouped``.
+
+    The mask has four dims, each of its full size or 1.
+    """
+    call = _plan_attention(_described(q), _described(k), _described(v), _described(mask), is_causal, scale, grouped, with_lse)
+    return None if call is None else call(q, k, v, mask)
 
 
 @plan
-def _plan_attention(q, k, v, is_causal, scale, grouped) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+def _plan_attention(q, k, v, mask, is_causal, scale, grouped, with_lse) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     (shape_q, shape_k, shape_v), strides, (dtype, *dtypes), (device, *devices), aligned = zip(q, k, v, strict=True)
     if not len(shape_q) == len(shape_k) == len(shape_v) == 4 or 0 in (*shape_q, *shape_k, *shape_v):
         return None
@@ -156,14 +161,25 @@ def _plan_attention(q, k, v, is_causal, scale, grouped) -> Callable[[Tensor, Ten
     same = all(x == dtype for x in dtypes) and all(x == device for x in devices)
     if not sizes_fit or not same or dtype not in _DTYPES or max(D, DV) > _MAX_HEAD_DIM:
         return None
+    if mask is not None:
+        shape, mask_strides, mask_dtype, mask_device, mask_aligned = mask
+        scores = (B, H, Sq, Skv)
+        fits = len(shape) == 4 and all(size in (1, full) for size, full in zip(shape, scores, strict=True))
+        if not fits or mask_dtype != torch.bool or mask_device != device:
+            return None
+        expanded = tuple(stride if size == full else 0 for size, full, stride in zip(shape, scores, mask_strides, strict=True))
+        mask = (mask_dtype, torch.Size(scores), expanded)
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
-    kernel = plan_attention(B, Sq, Skv, is_causal, scale, (shape_q, shape_k, shape_v), strides, aligned, dtype, device)
-    out_shape = (B, H, Sq, DV)
+    lse_dtype = accumulator_dtype(dtype) if with_lse else None
+    shapes = (shape_q, shape_k, shape_v)
+    bits = alignment_bits(*aligned, aligned[1] if mask is None else mask_aligned)
+    kernel = plan_attention(shapes, strides, mask, lse_dtype, bits, is_causal, scale, dtype, device)
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty(out_shape)
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        out = q.new_empty((B, H, Sq, DV))
+        lse = q.new_empty((B, H, Sq), dtype=lse_dtype) if with_lse else None
         with on_device(q):
-            kernel(q, k, v, out)
-        return out
+            kernel(q, k, v, out, lse, mask)
+        return out, lse
 
     return call

@@ -79,12 +79,15 @@ def _calls(device: torch.device, width: int, head_dim: int, keys: int) -> dict[s
 
     x, weight, bias, scale = randn(1, width), randn(width, width) * width**-0.5, randn(width), randn(width)
     q, k, v = randn(1, 32, 1, head_dim), randn(1, 8, keys, head_dim), randn(1, 8, keys, head_dim)
-    weight_t = weight.t()
+    weight_t, seen = weight.t(), torch.arange(keys, device=device).lt(keys - 9).view(1, 1, 1, keys)
     return {
         "mm": lambda: torch.mm(x, weight_t),
         "addmm": lambda: torch.addmm(bias, x, weight_t),
         "linear": lambda: F.linear(x, weight, bias),
+        "mean": lambda: torch.mean(x, -1, keepdim=True),
         "softmax": lambda: torch.softmax(x, -1),
         "rms_norm": lambda: F.rms_norm(x, (width,), scale, 1e-6),
+        "layer_norm": lambda: F.layer_norm(x, (width,), scale, bias),
         "sdpa decode": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "sdpa decode, mask": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True),
     }

@@ -21,6 +21,10 @@ def attention(
 
     Raises Refused for head dims above 256.
     """
+    if soft_cap is None and sinks is None:
+        results = usual("attention", query, key, value, mask, is_causal, scale, True, with_lse)
+        if results is not None:
+            return results
     head_dim = max(query.shape[-1], value.shape[-1])
     if head_dim > MAX_HEAD_DIM:
         raise Refused(f"batch-invariant attention covers head dims up to {MAX_HEAD_DIM}, not {head_dim}.")
@@ -140,10 +144,10 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False, straight=False
 ) -> Tensor:
     """One kernel whatever backend torch would pick: the pick depends on masks, strides and head dims."""
-    if straight and attn_mask is None and dropout_p == 0.0:
-        out = usual("attention", query, key, value, is_causal, scale, enable_gqa)
-        if out is not None:
-            return out
+    if straight and dropout_p == 0.0 and not (is_causal and attn_mask is not None):
+        results = usual("attention", query, key, value, attn_mask, is_causal, scale, enable_gqa, False)
+        if results is not None:
+            return results[0]
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) == 2:
         raise too_few_dims("scaled_dot_product_attention", query, key, value)
     _check_attention(query, key, value, attn_mask)

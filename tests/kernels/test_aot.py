@@ -467,7 +467,10 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
                 cuda.attention(q, k, k, None, True, 0.1, **options)
         for shifts in itertools.product((0, 1), repeat=3):
             q, k, v = (shifted(1, heads, 8, 64, offset=offset) for heads, offset in zip((4, 2, 2), shifts, strict=True))
-            usual.attention(q, k, v, False, None, True)
+            usual.attention(q, k, v, None, False, None, True, False)
+            mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+            usual.attention(q, k, v, mask, False, None, True, True)
+            usual.attention(q, k, v, torch.ones(65, dtype=torch.bool)[1:].view(mask.shape), False, None, True, True)
             cuda.attention(q, k, v, None, False, 0.1)
         for shape, offset in itertools.product(((112,), (1, 240), (2, 3, 240), (3, 1010)), (0, 1)):
             y = shifted(*shape, offset=offset)

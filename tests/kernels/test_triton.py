@@ -716,26 +716,40 @@ def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
 @pytest.mark.parametrize("dtype", DTYPES)
 def check_usual_attention_is_that_of_the_kernel(dtype):
     q, k, v = qkv(2, 4, 2, 3, 50, 16, 16, dtype)
-    for causal in (False, True):
-        for scale in (None, 0.5):
-            want = cuda.attention(q, k, v, None, causal, 0.25 if scale is None else scale)[0]
-            assert_same_bits(usual.attention(q, k, v, causal, scale, True), want)
     wide = v.repeat_interleave(2, 3)[:, :, :, ::2]
-    assert_same_bits(usual.attention(q, k, wide, False, None, True), cuda.attention(q, k, v, None, False, 0.25)[0])
     transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
-    assert_same_bits(usual.attention(transposed, k, v, False, None, True), cuda.attention(q, k, v, None, False, 0.25)[0])
+    seen = torch.rand(2, 4, 3, 50) < 0.7
+    for mask in (None, seen, seen[:1], seen[:, :1], seen[:, :, :1], seen[..., :1], seen.transpose(2, 3).contiguous().mT):
+        full = None if mask is None else mask.expand(2, 4, 3, 50)
+        for causal in (False, True):
+            want = cuda.attention(q, k, v, full, causal, 0.25)
+            for inputs in ((q, k, v), (transposed, k, wide)):
+                assert_same_bits(usual.attention(*inputs, mask, causal, None, True, True), want)
+                out, lse = usual.attention(*inputs, mask, causal, 0.25, True, False)
+                assert_same_bits(out, want[0])
+                assert lse is None
+    assert_same_bits(usual.attention(q, k, v, None, False, 0.5, True, True), cuda.attention(q, k, v, None, False, 0.5))
 
 
 def check_usual_attention_leaves_what_is_not_usual_to_the_general_way():
     q, k, v = qkv(2, 4, 2, 3, 50, 16, 16, torch.float32)
-    assert usual.attention(q, k, v, False, None, False) is None
-    assert usual.attention(q[0], k[0], v[0], False, None, True) is None
-    assert usual.attention(q, k[:1], v[:1], False, None, True) is None
-    assert usual.attention(q, k, v[:, :, :9], False, None, True) is None
-    assert usual.attention(q, k[..., :8], v, False, None, True) is None
-    assert usual.attention(q, k[:, :, :0], v[:, :, :0], False, None, True) is None
-    assert usual.attention(q[:, :3], k, v, False, None, True) is None
-    assert usual.attention(q, k.double(), v, False, None, True) is None
-    assert usual.attention(q, k, v.to("meta"), False, None, True) is None
-    assert usual.attention(q.long(), k.long(), v.long(), False, None, True) is None
-    assert usual.attention(*(x.repeat(1, 1, 1, 9) for x in (q, k, v)), False, None, True) is None
+    seen = torch.rand(2, 4, 3, 50) < 0.7
+
+    def attend(q, k, v, mask=None, grouped=True):
+        return usual.attention(q, k, v, mask, False, None, grouped, False)
+
+    assert attend(q, k, v) is not None
+    assert attend(q, k, v, seen) is not None
+    assert attend(q, k, v, grouped=False) is None
+    assert attend(q[0], k[0], v[0]) is None
+    assert attend(q, k[:1], v[:1]) is None
+    assert attend(q, k, v[:, :, :9]) is None
+    assert attend(q, k[..., :8], v) is None
+    assert attend(q, k[:, :, :0], v[:, :, :0]) is None
+    assert attend(q[:, :3], k, v) is None
+    assert attend(q, k.double(), v) is None
+    assert attend(q, k, v.to("meta")) is None
+    assert attend(q.long(), k.long(), v.long()) is None
+    assert attend(*(x.repeat(1, 1, 1, 9) for x in (q, k, v))) is None
+    for mask in (seen[0], seen[:, :3], seen[..., :9], seen.float(), seen.to("meta"), seen[:0]):
+        assert attend(q, k, v, mask) is None
