@@ -208,14 +208,14 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, b
         bias = None
     strides_bias = None if bias is None else bias.stride()
     aligned = alignment(a, b, bias, out)
-    product = _plan(shape_a, a.stride(), shape_b, b.stride(), strides_bias, aligned, a.dtype, a.device)
+    product = plan_gemm(shape_a, a.stride(), shape_b, b.stride(), strides_bias, aligned, a.dtype, a.device)
     with on_device(a):
         product(a, b, bias, out, alpha, beta)
     return out
 
 
 @plan
-def _plan(
+def plan_gemm(
     shape_a: tuple[int, ...],
     strides_a: tuple[int, ...],
     shape_b: tuple[int, ...],

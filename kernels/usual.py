@@ -1,4 +1,4 @@
-"""Calls as models make them, planned whole: softmax, sums, means, norms and attention on the GPU.
+"""Calls as models make them, planned whole: linear layers, softmax, sums, norms and attention on the GPU.
 
 With few rows a step of decoding waits for the Python of its calls. What the checks and the kernels ask of a tensor is its
 description, so here it is asked once for each description, and the answer remembered. A function returns None for a call
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .attention import plan_attention
 from .launch import alignment_bits, plan
+from .matmul import plan_gemm
 from .norm import norm_rows
 from .reduce import reduce_rows
 from .reference import accumulator_dtype
@@ -37,6 +38,35 @@ def _rows(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     if not shape or 0 in shape or not is_contiguous or dtype not in _DTYPES:
         return None
     return math.prod(shape[:-1]), shape[-1]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``gemm`` of a contiguous x of any rank by the transposed weight [N, K], with a bias [N] or without."""
+    call = _plan_linear(_described(x), _described(weight), _described(bias))
+    return None if call is None else call(x, weight, bias)
+
+
+@plan
+def _plan_linear(x, weight, bias) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    shape, strides, dtype, device, aligned = x
+    rows = _rows(shape, strides, dtype)
+    if rows is None or len(weight[0]) != 2 or 0 in weight[0] or weight[0][1] != rows[1]:
+        return None
+    (N, K), (stride_n, stride_k), *_, weight_aligned = weight
+    given = [weight] if bias is None else [weight, bias]
+    if any(parameter[2:4] != (dtype, device) for parameter in given) or bias is not None and bias[0] != (N,):
+        return None
+    bits = alignment_bits(aligned, weight_aligned, bias is not None and bias[4], True)
+    strides_bias = None if bias is None else (0, *bias[1])
+    product = plan_gemm(rows, (K, 1), (K, N), (stride_k, stride_n), strides_bias, bits, dtype, device)
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = x.new_empty((*shape[:-1], N))
+        with on_device(x):
+            product(x, weight, bias, out, 1.0, 1.0)
+        return out
+
+    return call
 
 
 def softmax(x: Tensor, dim: int, log: bool, out_dtype: torch.dtype) -> Tensor | None:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from pytest_batchinv.kernels.aten.common import Refused, kernel_set, real_factor, shape_of, too_few_dims
+from pytest_batchinv.kernels.aten.common import Refused, kernel_set, real_factor, shape_of, too_few_dims, usual
 from torch import Tensor
 
 
@@ -240,11 +240,14 @@ def _check_out_dtype(name: str, a: Tensor, out_dtype: torch.dtype, bias: Tensor 
         raise RuntimeError(f"{name}: expected a bias in {a.dtype} or {out_dtype}, but got {bias.dtype}")
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, straight: bool = False) -> Tensor:
     """Always one product of [rows, K] by [K, N] with the bias in its epilogue.
 
     torch chooses between addmm and a product followed by an addition by contiguity, which can depend on the batch.
     """
+    out = usual("linear", input, weight, bias) if straight else None
+    if out is not None:
+        return out
     if input.dim() == 0 or weight.dim() == 0:
         raise RuntimeError(
             f"linear: expected input and weight of at least 1 dim, but got {shape_of(input)}, {shape_of(weight)}"

@@ -475,6 +475,10 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
         for shape, offset in itertools.product(((112,), (1, 240), (2, 3, 240), (3, 1010)), (0, 1)):
             y = shifted(*shape, offset=offset)
             usual.softmax(y, -1, False, torch.float32)
+            for weight in (shifted(64, shape[-1], offset=0), shifted(64, shape[-1], offset=1)):
+                usual.linear(y, weight, None)
+                usual.linear(y, weight, weight[:, 0])
+                usual.linear(y, weight, weight[1:2, :64].reshape(64))
             usual.reduce(y, -1, True, "mean")
             for weight in (None, x[0, : shape[-1]], x[0, 1 : shape[-1] + 1], x[0, : shape[-1]].float()):
                 usual.rms_norm(y, list(shape[-1:]), weight, None)

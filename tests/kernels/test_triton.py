@@ -694,6 +694,32 @@ def check_usual_rows_are_those_of_the_kernels(shape, dtype):
             assert got.shape == x.sum(dim, keepdim).shape
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CONTIGUOUS)
+def check_usual_linear_is_the_product(shape, dtype):
+    x = randn(3, *shape, dtype=dtype)[1]
+    matrix, weight = x.reshape(-1, 37), randn(18, 37, dtype=dtype)
+    for w in (weight, weight.mT.contiguous().mT, weight[::2], weight[:1]):
+        for bias in (None, randn(len(w), dtype=dtype), randn(2 * len(w), dtype=dtype)[::2]):
+            expanded = None if bias is None else bias.expand(len(matrix), len(w))
+            got = usual.linear(x, w, bias)
+            assert_same_bits(got.reshape(-1, len(w)), cuda.gemm(matrix, w.t(), expanded))
+            assert got.shape == (*shape[:-1], len(w))
+
+
+def check_usual_linear_leaves_what_is_not_usual_to_the_general_way():
+    x, weight = randn(5, 37, dtype=torch.float32), randn(4, 37, dtype=torch.float32)
+    assert usual.linear(x, weight, torch.ones(4)) is not None
+    for view in unusual_views(x):
+        assert usual.linear(view, weight, None) is None
+    for other in (weight[0], weight[None], weight[:, :36], weight[:0], weight.double(), weight.to("meta")):
+        assert usual.linear(x, other, None) is None
+    for shape in ((), (1,), (3,), (1, 4)):
+        assert usual.linear(x, weight, torch.ones(shape)) is None
+    for bias in (torch.ones(4).double(), torch.ones(4, device="meta")):
+        assert usual.linear(x, weight, bias) is None
+
+
 def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
     x = randn(5, 37, dtype=torch.float32)
     for view in unusual_views(x):
