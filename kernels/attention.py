@@ -32,6 +32,7 @@ _SPLIT_BLOCKS = tl.constexpr(8)
 """Blocks of a split. It is part of the order of sums: other splits, other bits."""
 _ABSENT = tl.constexpr(-1.0)
 """In place of the sum of a part that nobody computes. No softmax has it."""
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MERGE_DIMS = 32
 """Dims of a program that merges parts: one for each thread of its warp."""
 
@@ -61,7 +62,7 @@ def _ranges_kernel(
 
     ranges = [begin, end, whole begin, whole end, has holes]. No query sees a key outside of begin and end; between whole begin
     and whole end, if that is anything, all see every key; has holes: one does not see all of its own interval. Integers only,
-    so exact in any order. A boolean mask is copied as int16 (see ``_Ranges``).
+    so exact in any order. A boolean mask is copied as integers (see ``_Ranges``).
     """
     block = tl.program_id(0) % n_blocks
     head = tl.program_id(0) // n_blocks % n_heads
@@ -79,7 +80,7 @@ def _ranges_kernel(
         ptrs = mask_ptr + queries.to(tl.int64)[:, None] * stride_mq + keys.to(tl.int64)[None, :] * stride_mk
         if BOOL:
             visible = tl.load(ptrs, mask=inside, other=0) != 0
-            tl.store(copy_ptr + keys[None, :], visible.to(tl.int16), mask=inside)
+            tl.store(copy_ptr + keys[None, :], visible.to(copy_ptr.dtype.element_ty), mask=inside)
         else:
             # "not below or equal" keeps NaN visible.
             visible = inside & ((tl.load(ptrs, mask=inside, other=0.0).to(tl.float64) <= lowest) == 0)
@@ -803,7 +804,7 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
         strides += (page_v, strides_v[-2], strides_v[-3], strides_v[-1], 0, DV, H * DV, 0, T)
         n_queries_in_all = H * T
     stride_kn, stride_vn = strides[6], strides[10]
-    ranges = None if mask is None else _Ranges(*mask, options)
+    ranges = None if mask is None else _Ranges(*mask, options, dtype.itemsize)
     kind = "none" if ranges is None else "bool" if ranges.is_bool else "additive"
     # Heads that share keys go through one tile, so that few queries still fill it; unless each has a mask of its own.
     pack = group if ranges is None or ranges.stride_h == 0 else 1
@@ -883,7 +884,7 @@ class _Attention:
 
 
 class _Ranges:
-    """``_ranges_kernel`` for one layout of masks. Dims along which a mask is expanded are looked at once."""
+    """``_ranges_kernel`` for one layout of masks; itemsize: of q. Dims along which a mask is expanded are looked at once."""
 
     def __init__(
         self,
@@ -891,8 +892,10 @@ class _Ranges:
         shape: tuple[int, ...],
         strides: tuple[int, ...],
         options: _Options,
+        itemsize: int,
     ) -> None:
         self.is_bool = dtype == torch.bool
+        self._integers = _INTEGERS[itemsize]
         B, H, n_queries = (1 if stride == 0 else size for size, stride in zip(shape[:3], strides[:3], strict=True))
         n_keys = shape[3]
         n_blocks = ceil_div(n_queries, _RANGE_QUERIES.value)
@@ -913,10 +916,11 @@ class _Ranges:
     def __call__(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The mask as the kernel loads it, the intervals and the ranges.
 
-        Not as bytes: Triton (3.6 to 3.9) gives the second product an order of k that follows the narrowest load in front of
-        it, so a kernel that loads bytes would sum in another order than one without a mask.
+        In integers of q's width: Triton (3.6 to 3.9) gives the second product an order of k that follows the narrowest load in
+        front of it, so a kernel that loads bytes would sum in another order than one without a mask. In float64 Triton 3.6
+        knows no such order, and ends the process.
         """
-        copy = torch.empty(self._copy, dtype=torch.int16, device=mask.device) if self.is_bool else mask
+        copy = torch.empty(self._copy, dtype=self._integers, device=mask.device) if self.is_bool else mask
         intervals, ranges = (
             torch.empty(shape, dtype=torch.int32, device=mask.device) for shape in (self._intervals, self._ranges)
         )

@@ -225,13 +225,14 @@ def check_attention_with_masks(arch, compile_for):
 
 @pytest.mark.parametrize(
     ("arch", "dtype"),
-    [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float16)],
-    ids=["sm80-bfloat16", "sm90-bfloat16", "sm90-float16"],
+    [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float16), (80, torch.float64), (90, torch.float64)],
+    ids=["sm80-bfloat16", "sm90-bfloat16", "sm90-float16", "sm80-float64", "sm90-float64"],
 )
 def check_attention_has_one_order_of_k_within_an_instruction(arch, dtype, compile_for):
     """kWidth tells which k's one instruction takes: masks, and how many queries there are, must not change it.
 
     SM90 has both ways of multiplying, the one of SM80 where queries are few: there the other dtype of 16 bits is seen too.
+    In float64 Triton 3.6 knows but one, and ends the process where a narrower load asks for another.
     """
     k = tensor(1, 2, 600, 64, dtype=dtype)
     for Sq in (1, 5, 100):
@@ -240,7 +241,7 @@ def check_attention_has_one_order_of_k_within_an_instruction(arch, dtype, compil
         for mask, causal in ((None, False), (None, True), (boolean, False), (boolean.to(dtype), False)):
             main = main_of(compile_for(arch, lambda q=q, m=mask, c=causal: cuda.attention(q, k, k, m, c, 0.1)))
             widths = set(re.findall(r"kWidth = (\d+)", main.asm["ttgir"]))
-            assert widths == {"2"}, (Sq, mask is None or mask.dtype, causal)
+            assert widths == {"1" if dtype == torch.float64 else "2"}, (Sq, mask is None or mask.dtype, causal)
 
 
 @pytest.mark.parametrize(
