@@ -6,6 +6,7 @@ Each example is a list of calls. An overload with a disagreement is listed with 
 """
 
 import argparse
+import concurrent.futures
 import importlib.util
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import platform
 import sys
 import time
 from collections import Counter
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +24,7 @@ import torch
 
 from pytest_batchinv import batch_invariant_mode
 
+_CONTEXT = multiprocessing.get_context("spawn")
 TESTS = Path(__file__).parents[1] / "tests/kernels/test_bad_input.py"
 
 
@@ -37,25 +40,24 @@ def main() -> int:
 
     started = time.perf_counter()
     ran, outcomes, disagreements, not_run = Counter(), Counter(), {}, []
-    pool = multiprocessing.get_context("spawn").Pool(options.jobs)
     names = _fuzzer().NAMES if options.entries is None else options.entries.split(",")
     unknown = sorted(set(names) - set(_fuzzer().NAMES))
     if unknown:
         parser.error(f"the table has no entry {', '.join(unknown)}; it has {', '.join(_fuzzer().NAMES)}.")
     slowest_first = sorted(names, key=lambda name: "attention" not in name)
-    searches = {name: pool.apply_async(search, (name, options.device, options.examples)) for name in slowest_first}
-    for name, result in searches.items():
-        left = None if options.seconds is None else max(0.0, started + options.seconds - time.perf_counter())
-        try:
-            mine, of_mine, disagreement = result.get(left)
-        except multiprocessing.TimeoutError:
-            not_run.append(name)
-            continue
-        ran, outcomes = ran + mine, outcomes + of_mine
-        if disagreement:
-            disagreements[name] = disagreement
-        print(f"{name}: {sum(ran.values())} calls so far, {len(disagreements)} disagreements", flush=True)
-    pool.terminate()
+    until = None if options.seconds is None else started + options.seconds
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        searches = {name: pool.submit(search, name, options.device, options.examples, until) for name in slowest_first}
+        for name, result in searches.items():
+            found = result.result()
+            if found is None:
+                not_run.append(name)
+                continue
+            mine, of_mine, disagreement = found
+            ran, outcomes = ran + mine, outcomes + of_mine
+            if disagreement:
+                disagreements[name] = disagreement
+            print(f"{name}: {sum(ran.values())} calls so far, {len(disagreements)} disagreements", flush=True)
     record = {
         "command": " ".join(["python", "-P", "benchmarks/bad_input.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else _cpu(),
@@ -74,18 +76,54 @@ def main() -> int:
     return 1 if disagreements else 0
 
 
-def search(name: str, device: str, examples: int) -> tuple[Counter, Counter, str | None]:
-    """Calls by overload, their outcomes, and what disagreed."""
+def search(name: str, device: str, examples: int, until: float | None) -> tuple[Counter, Counter, str | None] | None:
+    """Calls by overload, their outcomes, and what disagreed; None if there was no time. In a process of its own.
+
+    A call may end its process, by a signal or by leaving the device unusable: that disagrees, too.
+    """
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_search_here, args=(name, device, examples, sender), daemon=True)
+    process.start()
+    sender.close()
+    last = "before its first call"
+    try:
+        while receiver.poll(None if until is None else max(0.0, until - time.perf_counter())):
+            kind, last = receiver.recv()
+            if kind == "found":
+                return last
+    except EOFError:
+        process.join()
+        return Counter(), Counter(), f"the process ended with exit code {process.exitcode}, {last}"
+    finally:
+        process.kill()
+    return None
+
+
+def _search_here(name: str, device: str, examples: int, sender: Connection) -> None:
     torch.set_num_threads(1)
     fuzzer, disagreement = _fuzzer(), None
+    expect, outcome, mode = fuzzer.expect, fuzzer.outcome, ["with"]
+
+    def told_expect(*args):
+        mode.append("without")
+        try:
+            return expect(*args)
+        finally:
+            mode.pop()
+
+    def told_outcome(call, *args, **kwargs):
+        sender.send(("call", f"{mode[-1]} the mode, in {call}"))
+        return outcome(call, *args, **kwargs)
+
+    fuzzer.expect, fuzzer.outcome = told_expect, told_outcome
     with batch_invariant_mode():
         try:
             fuzzer.search(name, device, examples)
         except AssertionError as error:
             disagreement = str(error)
-        except fuzzer.DeviceEnded as error:  # no Exception, and a pool would wait for its process for ever
+        except fuzzer.DeviceEnded as error:
             disagreement = f"the device ended: {error}"
-    return fuzzer.ran, fuzzer.outcomes, disagreement
+    sender.send(("found", (fuzzer.ran, fuzzer.outcomes, disagreement)))
 
 
 def _fuzzer() -> ModuleType:

@@ -161,7 +161,8 @@ def _plan_norm(x, normalized_shape, weight, bias, eps, statistics) -> Callable[.
 
     def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
         y = torch.empty_like(x)
-        mean, rstd = (x.new_empty((*shape[:-1], 1), dtype=wide) if has_statistics else None for _ in range(2))
+        mean = x.new_empty((*shape[:-1], 1), dtype=wide) if has_statistics else None
+        rstd = torch.empty_like(mean) if has_statistics else None
         with on_device(x):
             launch(x, weight, bias, y, mean, rstd)
         return y, mean, rstd
