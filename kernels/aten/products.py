@@ -255,6 +255,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, straigh
     if weight.dim() == 1:
         out = input.matmul(weight)
         return out if bias is None else (out + bias).to(out.dtype)
+    if bias is not None and bias.dim() > 1 and input.dim() != 2:
+        return _with_wide_bias(linear(input, weight), bias)
     rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
     return out if input.dim() == 2 else out.view(*input.shape[:-1], weight.shape[0])
+
+
+def _with_wide_bias(out: Tensor, bias: Tensor) -> Tensor:
+    """A bias of several dims is that of the result, and not of its rows."""
+    extra = max(0, bias.dim() - out.dim())
+    if any(size != 1 for size in bias.shape[:extra]) or bias.dtype != out.dtype:
+        raise RuntimeError(f"linear: a bias of {shape_of(bias)} in {bias.dtype} does not fit {shape_of(out)} in {out.dtype}")
+    return out + bias.reshape(bias.shape[extra:]).expand(out.shape)
