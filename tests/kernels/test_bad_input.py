@@ -674,7 +674,7 @@ def is_torchs_accident(call: Call, expected: "Expected", actual: Any) -> bool:
         return call.outs[0].layout != "contiguous"  # writes as if it were, and leaves some of it as it was
     if call.overload.name() == "aten::addbmm.out":  # converts self, which the others refuse
         return mode_raises and not torch_raises and call.arguments["self"].dtype != call.arguments["batch1"].dtype
-    if name == "linalg_vector_norm" and torch_raises and mode_raises:  # of dims that are wrong in two ways, by the other arguments
+    if name == "linalg_vector_norm" and torch_raises and mode_raises:  # of dims that are wrong twice, by its other arguments
         return isinstance(expected.stock, RuntimeError) and isinstance(actual, IndexError) and bool(call.arguments["dim"])
     if name == "logsumexp" and torch_raises and not mode_raises:
         return call.arguments["dim"] == []  # torch trips over its own shapes, where other sums mean "all dims"
