@@ -918,7 +918,7 @@ class _Ranges:
 
         In integers of q's width: Triton (3.6 to 3.9) gives the second product an order of k that follows the narrowest load in
         front of it, so a kernel that loads bytes would sum in another order than one without a mask. In float64 Triton 3.6
-        knows no such order, and ends the process.
+        knows no other order, and compiles no such kernel.
         """
         copy = torch.empty(self._copy, dtype=self._integers, device=mask.device) if self.is_bool else mask
         intervals, ranges = (

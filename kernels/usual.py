@@ -8,7 +8,7 @@ makes is aligned, as all that torch allocates is.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,20 +24,31 @@ from .tiles import on_device
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MAX_HEAD_DIM = 128  # up to which every dtype is covered
-_NO_PARAMETER = (None, (0,), None, None, False)
 
 
-def _described(x: Tensor | None) -> tuple[Any, ...] | None:
-    """Shape, strides, dtype, device, and whether it begins at a multiple of 16 bytes."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+class _Description(NamedTuple):
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    is_aligned: bool
+    """Whether it begins at a multiple of 16 bytes."""
+
+    def rows(self) -> tuple[int, int] | None:
+        """[rows, n_cols] of floats, where these are one after the other in memory, and there is something in them."""
+        shape = self.shape
+        is_contiguous = self.strides == tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        if not shape or 0 in shape or not is_contiguous or self.dtype not in _DTYPES:
+            return None
+        return math.prod(shape[:-1]), shape[-1]
 
 
-def _rows(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int] | None:
-    """[rows, n_cols] of floats, where these are one after the other in memory, and there is something in them."""
-    is_contiguous = strides == tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    if not shape or 0 in shape or not is_contiguous or dtype not in _DTYPES:
-        return None
-    return math.prod(shape[:-1]), shape[-1]
+_NONE = _Description((), (0,), None, None, False)
+
+
+def _described(x: Tensor | None) -> tuple[Any, ...]:
+    """The fields of its description, as a plain tuple: a named one takes longer to make."""
+    return _NONE if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -48,17 +59,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 @plan
 def _plan_linear(x, weight, bias) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    shape, strides, dtype, device, aligned = x
-    rows = _rows(shape, strides, dtype)
-    if rows is None or len(weight[0]) != 2 or 0 in weight[0] or weight[0][1] != rows[1]:
+    x, weight, bias = _Description(*x), _Description(*weight), _Description(*bias)
+    rows, shape, has_bias = x.rows(), x.shape, bias != _NONE
+    if rows is None or len(weight.shape) != 2 or 0 in weight.shape or weight.shape[1] != rows[1]:
         return None
-    (N, K), (stride_n, stride_k), *_, weight_aligned = weight
-    given = [weight] if bias is None else [weight, bias]
-    if any(parameter[2:4] != (dtype, device) for parameter in given) or bias is not None and bias[0] != (N,):
+    (N, K), (stride_n, stride_k) = weight.shape, weight.strides
+    given = (weight, bias) if has_bias else (weight,)
+    if any((p.dtype, p.device) != (x.dtype, x.device) for p in given) or has_bias and bias.shape != (N,):
         return None
-    bits = alignment_bits(aligned, weight_aligned, bias is not None and bias[4], True)
-    strides_bias = None if bias is None else (0, *bias[1])
-    product = plan_gemm(rows, (K, 1), (K, N), (stride_k, stride_n), strides_bias, bits, dtype, device)
+    bits = alignment_bits(x.is_aligned, weight.is_aligned, bias.is_aligned, True)
+    strides_bias = (0, *bias.strides) if has_bias else None
+    product = plan_gemm(rows, (K, 1), (K, N), (stride_k, stride_n), strides_bias, bits, x.dtype, x.device)
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = x.new_empty((*shape[:-1], N))
@@ -77,12 +88,12 @@ def softmax(x: Tensor, dim: int, log: bool, out_dtype: torch.dtype) -> Tensor | 
 
 @plan
 def _plan_softmax(x, dim, log, out_dtype) -> Callable[[Tensor], Tensor] | None:
-    shape, strides, dtype, device, aligned = x
-    rows = _rows(shape, strides, dtype)
-    if rows is None or dim not in (-1, len(shape) - 1):
+    x = _Description(*x)
+    rows = x.rows()
+    if rows is None or dim not in (-1, len(x.shape) - 1):
         return None
-    bits = alignment_bits(aligned, True)
-    launch = softmax_rows.plan(rows, (rows[1], 1), device, dtype, (out_dtype,), bits, (), (log,), "exp", out_dtype)
+    bits = alignment_bits(x.is_aligned, True)
+    launch = softmax_rows.plan(rows, (rows[1], 1), x.device, x.dtype, (out_dtype,), bits, (), (log,), "exp", out_dtype)
 
     def call(x: Tensor) -> Tensor:
         out = torch.empty_like(x, dtype=out_dtype)
@@ -101,13 +112,13 @@ def reduce(x: Tensor, dim: Any, keepdim: bool, result: str) -> Tensor | None:
 
 @plan
 def _plan_reduce(x, dim, keepdim, result) -> Callable[[Tensor], Tensor] | None:
-    shape, strides, dtype, device, aligned = x
-    rows = _rows(shape, strides, dtype)
-    if rows is None or dim not in (-1, len(shape) - 1, (-1,), (len(shape) - 1,)):
+    x = _Description(*x)
+    rows, last = x.rows(), len(x.shape) - 1
+    if rows is None or dim not in (-1, last, (-1,), (last,)):
         return None
-    bits = alignment_bits(aligned, True, False)
-    launch = reduce_rows.plan(rows, (rows[1], 1), device, dtype, (dtype, None), bits, (0.0,), (result,), "sum", dtype)
-    out_shape = (*shape[:-1], 1) if keepdim else shape[:-1]
+    bits = alignment_bits(x.is_aligned, True, False)
+    launch = reduce_rows.plan(rows, (rows[1], 1), x.device, x.dtype, (x.dtype, None), bits, (0.0,), (result,), "sum", x.dtype)
+    out_shape = (*x.shape[:-1], 1) if keepdim else x.shape[:-1]
 
     def call(x: Tensor) -> Tensor:
         out = x.new_empty(out_shape)
@@ -120,7 +131,7 @@ def _plan_reduce(x, dim, keepdim, result) -> Callable[[Tensor], Tensor] | None:
 
 def rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None) -> Tensor | None:
     """``row_rms_norm`` over the last dim of a contiguous x, which may have any rank, with a weight of floats or without."""
-    call = _plan_norm(_described(x), tuple(normalized_shape), _described(weight), None, eps, "square")
+    call = _plan_norm(_described(x), tuple(normalized_shape), _described(weight), _NONE, eps, "square")
     return None if call is None else call(x, weight, None)[0]
 
 
@@ -134,29 +145,26 @@ def layer_norm(
 
 @plan
 def _plan_norm(x, normalized_shape, weight, bias, eps, statistics) -> Callable[..., tuple[Tensor, ...]] | None:
-    shape, strides, dtype, device, aligned = x
-    rows = _rows(shape, strides, dtype)
+    x, weight, bias = _Description(*x), _Description(*weight), _Description(*bias)
+    rows, shape, wide = x.rows(), x.shape, accumulator_dtype(x.dtype)
     if rows is None or normalized_shape != (rows[1],):
         return None
-    wide = accumulator_dtype(dtype)
     has_statistics = statistics == "moments"
-    dtypes = (dtype,) if has_statistics else _DTYPES  # layer_norm has parameters of x's dtype, on CUDA
-    given = [parameter for parameter in (weight, bias) if parameter is not None]
-    if any(p[0] != normalized_shape or p[2] not in dtypes or p[3] != device for p in given):
+    dtypes = (x.dtype,) if has_statistics else _DTYPES  # layer_norm has parameters of x's dtype, on CUDA
+    given = [parameter for parameter in (weight, bias) if parameter != _NONE]
+    if any(p.shape != normalized_shape or p.dtype not in dtypes or p.device != x.device for p in given):
         return None
-    _, (weight_stride,), weight_dtype, _, weight_aligned = weight or _NO_PARAMETER
-    _, (bias_stride,), bias_dtype, _, bias_aligned = bias or _NO_PARAMETER
     launch = norm_rows.plan(
         rows,
         (rows[1], 1),
-        device,
-        dtype,
-        (weight_dtype, bias_dtype, dtype),
-        alignment_bits(aligned, weight_aligned, bias_aligned, True),
-        (weight_stride, bias_stride, torch.finfo(wide).eps if eps is None else float(eps)),
-        (weight is not None, bias is not None, has_statistics),
+        x.device,
+        x.dtype,
+        (weight.dtype, bias.dtype, x.dtype),
+        alignment_bits(x.is_aligned, weight.is_aligned, bias.is_aligned, True),
+        (*weight.strides, *bias.strides, torch.finfo(wide).eps if eps is None else float(eps)),
+        (weight != _NONE, bias != _NONE, has_statistics),
         statistics,
-        dtype,
+        x.dtype,
     )
 
     def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -183,28 +191,28 @@ def attention(
 
 @plan
 def _plan_attention(q, k, v, mask, is_causal, scale, grouped, with_lse) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    (shape_q, shape_k, shape_v), strides, (dtype, *dtypes), (device, *devices), aligned = zip(q, k, v, strict=True)
-    if not len(shape_q) == len(shape_k) == len(shape_v) == 4 or 0 in (*shape_q, *shape_k, *shape_v):
+    q, k, v, mask = _Description(*q), _Description(*k), _Description(*v), _Description(*mask)
+    dtype, device, has_mask = q.dtype, q.device, mask != _NONE
+    if any(len(x.shape) != 4 or 0 in x.shape or (x.dtype, x.device) != (dtype, device) for x in (q, k, v)):
         return None
-    (B, H, Sq, D), (_, key_heads, Skv, _), DV = shape_q, shape_k, shape_v[3]
+    (B, H, Sq, D), (_, key_heads, Skv, _), DV = q.shape, k.shape, v.shape[3]
     heads_fit = H % key_heads == 0 if grouped else H == key_heads
-    sizes_fit = heads_fit and shape_k == (B, key_heads, Skv, D) and shape_v == (B, key_heads, Skv, DV)
-    same = all(x == dtype for x in dtypes) and all(x == device for x in devices)
-    if not sizes_fit or not same or dtype not in _DTYPES or max(D, DV) > _MAX_HEAD_DIM:
+    if not heads_fit or k.shape != (B, key_heads, Skv, D) or v.shape != (B, key_heads, Skv, DV):
         return None
-    if mask is not None:
-        shape, mask_strides, mask_dtype, mask_device, mask_aligned = mask
-        scores = (B, H, Sq, Skv)
-        fits = len(shape) == 4 and all(size in (1, full) for size, full in zip(shape, scores, strict=True))
-        if not fits or mask_dtype != torch.bool or mask_device != device:
+    if dtype not in _DTYPES or max(D, DV) > _MAX_HEAD_DIM:
+        return None
+    scores, expanded = torch.Size((B, H, Sq, Skv)), None
+    if has_mask:
+        sizes_fit = len(mask.shape) == 4 and all(size in (1, full) for size, full in zip(mask.shape, scores, strict=True))
+        if not sizes_fit or (mask.dtype, mask.device) != (torch.bool, device):
             return None
-        expanded = tuple(stride if size == full else 0 for size, full, stride in zip(shape, scores, mask_strides, strict=True))
-        mask = (mask_dtype, torch.Size(scores), expanded)
+        sizes = zip(mask.shape, scores, mask.strides, strict=True)
+        expanded = (torch.bool, scores, tuple(stride if size == full else 0 for size, full, stride in sizes))
     scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
     lse_dtype = accumulator_dtype(dtype) if with_lse else None
-    shapes = (shape_q, shape_k, shape_v)
-    bits = alignment_bits(*aligned, aligned[1] if mask is None else mask_aligned)
-    kernel = plan_attention(shapes, strides, mask, lse_dtype, bits, is_causal, scale, dtype, device)
+    bits = alignment_bits(q.is_aligned, k.is_aligned, v.is_aligned, (mask if has_mask else k).is_aligned)
+    shapes, strides = (q.shape, k.shape, v.shape), (q.strides, k.strides, v.strides)
+    kernel = plan_attention(shapes, strides, expanded, lse_dtype, bits, is_causal, scale, dtype, device)
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         out = q.new_empty((B, H, Sq, DV))

@@ -232,7 +232,7 @@ def check_attention_has_one_order_of_k_within_an_instruction(arch, dtype, compil
     """kWidth tells which k's one instruction takes: masks, and how many queries there are, must not change it.
 
     SM90 has both ways of multiplying, the one of SM80 where queries are few: there the other dtype of 16 bits is seen too.
-    In float64 Triton 3.6 knows but one, and ends the process where a narrower load asks for another.
+    In float64 Triton 3.6 knows but one, and fails where a narrower load asks for another.
     """
     k = tensor(1, 2, 600, 64, dtype=dtype)
     for Sq in (1, 5, 100):
