@@ -80,7 +80,7 @@ def _rms_norm(
         weight = weight.to(accumulator_dtype(input.dtype))
     eps = torch.finfo(accumulator_dtype(input.dtype)).eps if eps is None else eps
     y, rstd = kernel_set(input).row_rms_norm(rows, _flat(weight), eps, with_rstd)
-    return y if rows is input else y.view(input.shape), rstd
+    return _unflattened(y, input), rstd
 
 
 def rms_norm_setup_context(ctx, inputs, output) -> None:

@@ -14,12 +14,7 @@ def sum_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def sum_dim(self: Tensor, dim, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    x = self if dtype is None else self.to(dtype)
-    out = usual("reduce", x, dim, keepdim, "sum")
-    if out is not None:
-        return out
-    rows = _Rows(x, dim, keepdim)
-    return rows.restore(kernel_set(x).row_sum(rows.matrix, x.dtype))
+    return _reduce(self, dim, keepdim, dtype, "sum")
 
 
 def mean_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -27,12 +22,17 @@ def mean_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def mean_dim(self: Tensor, dim, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    x = self if dtype is None else self.to(dtype)
-    out = usual("reduce", x, dim, keepdim, "mean")
+    return _reduce(self, dim, keepdim, dtype, "mean")
+
+
+def _reduce(x: Tensor, dim, keepdim: bool, dtype: torch.dtype | None, result: str) -> Tensor:
+    x = x if dtype is None else x.to(dtype)
+    out = usual("reduce", x, dim, keepdim, result)
     if out is not None:
         return out
-    rows = _Rows(x, dim, keepdim)
-    return rows.restore(kernel_set(x).row_mean(rows.matrix, x.dtype))
+    rows, kernels = _Rows(x, dim, keepdim), kernel_set(x)
+    kernel = kernels.row_sum if result == "sum" else kernels.row_mean
+    return rows.restore(kernel(rows.matrix, x.dtype))
 
 
 MEAN_OF_SQUARES_SCHEMA = "mean_of_squares(Tensor self, int[1]? dim, bool keepdim) -> Tensor"
