@@ -4,7 +4,8 @@
 
 Every candidate computes every size, and its bits are compared with those of the first one: a candidate that differs
 anywhere is named and taken nowhere. How long cuBLAS takes is recorded beside, and whether its bits are the same.
-Only the architecture at hand is replaced in the file. 16-bit dtypes share their tiles; the times are those of bf16.
+Only what was tuned is replaced in the file, for the architecture at hand. 16-bit dtypes share their tiles; the times are
+those of bf16.
 """
 
 import argparse
@@ -70,6 +71,7 @@ def candidates(M: int, device: tiles.Device) -> list[Tile]:
             *((64, 256, 64, 4, 4, 1), (64, 256, 64, 4, 5, 1), (128, 64, 64, 4, 8, 1)),
             *((128, 128, 64, 4, 5, 1), (128, 128, 64, 4, 6, 1)),
             *((128, 64, 64, 4, 5, 2), (128, 64, 128, 8, 4, 1), (128, 128, 64, 4, 3, 2), (128, 128, 64, 8, 5, 1)),
+            *((64, 192, 64, 4, 5, 1), (64, 192, 64, 4, 6, 1), (128, 192, 64, 8, 4, 1)),
             *((128, 128, 128, 8, 3, 1), (128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 4, 1)),
         ):
             if block_m <= max(64, M):
@@ -79,7 +81,7 @@ def candidates(M: int, device: tiles.Device) -> list[Tile]:
 
 def _fits(tile: Tile, device: tiles.Device) -> bool:
     """Operands in flight, and what a TMA store needs."""
-    store = tile.block_m * min(tile.block_n, 128) if tile.tma else 0
+    store = tile.block_m * tile.columns_stored if tile.tma else 0
     needed = 2 * (tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k + store)
     return needed + SHARED_MEMORY_LEFT <= device.shared_memory
 
@@ -180,8 +182,8 @@ def table(records: list[dict], differing: set[Tile]) -> dict[tuple[int, int], di
 
 
 def write(path: Path, capability: int, found: dict) -> None:
-    """The module ``kernels/tuned.py`` with this architecture's entries replaced."""
-    entries = {**tuned.GEMM, (capability, 2): found}
+    """The module ``kernels/tuned.py`` with what was found for this architecture."""
+    entries = {**tuned.GEMM, (capability, 2): {**tuned.GEMM.get((capability, 2), {}), **found}}
     text = pprint.pformat(entries, width=120, compact=True, sort_dicts=True)
     path.write_text(
         '"""Tiles by size, as ``benchmarks/tune.py`` found them; written by that script."""\n\n'
@@ -190,11 +192,20 @@ def write(path: Path, capability: int, found: dict) -> None:
     )
 
 
+def _sizes(text: str) -> list[tuple[int, int]]:
+    chosen = [tuple(map(int, size.split("x"))) for size in text.split(",")]
+    unknown = [size for size in chosen if size not in SIZES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no size {unknown}; there are {SIZES}")
+    return chosen
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="where the table goes")
     parser.add_argument("--out", type=Path, help="where every measurement goes, as JSON")
     parser.add_argument("--seconds", type=float, default=600.0, help="stop between two (K, N) when they are over")
+    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="K x N of some of the sizes (1024x3072,4096x4096); all")
     args = parser.parse_args()
     begin = time.monotonic()
     torch.manual_seed(0)
@@ -208,7 +219,7 @@ def main() -> int:
     differing: set[Tile] = set()
     cut = []
     with stopwatch.stream(), contextlib.suppress(KeyboardInterrupt):
-        for K, N in SIZES:
+        for K, N in args.sizes:
             if time.monotonic() - begin > args.seconds:
                 cut.append((K, N))
                 continue

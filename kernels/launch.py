@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import torch
+import triton
 from triton import knobs, runtime
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -57,17 +58,28 @@ def _addresses_beside_descriptors(tensors: tuple) -> list[Any]:
 def _runner(
     binary: CompiledKernel, grid: tuple[int, int, int], addresses: Callable[[tuple], list], arguments: tuple, device: int
 ) -> Callable[[tuple, tuple], None]:
-    """``binary[grid]``, without what that prepares for a profiler's hooks at every launch while there are none."""
+    """``binary[grid]``, without what that prepares at every launch for a profiler's hooks, while there are none."""
     with_hooks, hooks, stream_of = binary[grid], knobs.runtime, runtime.driver.active.get_current_stream
-    run, function, metadata = binary.run, binary.function, binary.packed_metadata
+    run, before = _entry(binary)
 
     def launch(tensors: tuple, numbers: tuple) -> None:
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             with_hooks(*addresses(tensors), *numbers, *arguments)
         else:
-            run(*grid, stream_of(device), function, metadata, None, None, None, *addresses(tensors), *numbers, *arguments)
+            run(*grid, stream_of(device), *before, *addresses(tensors), *numbers, *arguments)
 
     return launch
+
+
+def _entry(binary: CompiledKernel) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """What launches the binary, and what it is handed between the stream and the kernel's arguments."""
+    run = binary.run
+    if triton.__version__.startswith("3.6.") and not run.global_scratch_size and not run.profile_scratch_size:
+        # What ``run`` of Triton 3.6 calls in the end, after a microsecond spent on scratch memory that our kernels do not use.
+        # Later Tritons hand over something else, and take the public way.
+        scratch, metadata = (None, None), (binary.packed_metadata, None, None, None)
+        return run.launch, (binary.function, run.launch_cooperative_grid, run.launch_pdl, *scratch, *metadata)
+    return run, (binary.function, binary.packed_metadata, None, None, None)
 
 
 def plan(function: Callable[_P, Any]) -> Callable[_P, Any]:

@@ -146,11 +146,30 @@ def _gemm_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
+@triton.jit
+def _load_columns(b_desc, col, start, B_IS_TRANSPOSED: tl.constexpr):
+    if B_IS_TRANSPOSED:
+        b = b_desc.load([col, start]).T
+    else:
+        b = b_desc.load([start, col])
+    return b
+
+
+@triton.jit
+def _store_columns(out_desc, acc, row, col, alpha, beta, bias_ptr, M, N, stride_biasm, stride_biasn, HAS_BIAS: tl.constexpr):
+    offs_m = row + tl.arange(0, acc.shape[0])
+    offs_n = col + tl.arange(0, acc.shape[1])
+    acc = _scaled(acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS, tl.float32)
+    out_desc.store([row, col], acc.to(out_desc.dtype))
+
+
 @triton.jit(do_not_specialize=["M"])
 def _gemm_tma_kernel(
     a_desc,
     b_desc,
     out_desc,
+    narrow_b_desc,
+    narrow_out_desc,
     bias_ptr,
     alpha: tl.float64,
     beta: tl.float64,
@@ -162,6 +181,7 @@ def _gemm_tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    NARROW_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     STORES: tl.constexpr,
     B_IS_TRANSPOSED: tl.constexpr,
@@ -171,31 +191,34 @@ def _gemm_tma_kernel(
     """out = alpha * (a @ b) + beta * bias on a persistent grid: a program takes every num_programs-th tile.
 
     The order of ``_gemm_kernel``. b comes as [K, N], or transposed as [N, K]. Behind the edges the descriptors read
-    zeros and store nothing. A result is stored in STORES parts, left to right, which needs less shared memory.
+    zeros and store nothing. A tile has BLOCK_N columns, stored in STORES parts, left to right, which needs less shared
+    memory; and NARROW_N more, since no single block of Triton's has a width that is no power of two.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_n = tl.cdiv(N, BLOCK_N + NARROW_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_n = _tile_of(tile, tiles_m, tiles_n, GROUP_M)
         row = pid_m * BLOCK_M
-        col = pid_n * BLOCK_N
+        col = pid_n * (BLOCK_N + NARROW_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if NARROW_N > 0:
+            narrow = tl.zeros([BLOCK_M, NARROW_N], tl.float32)
         for start in range(0, K, BLOCK_K):
             a = a_desc.load([row, start])
-            if B_IS_TRANSPOSED:
-                b = b_desc.load([col, start]).T
-            else:
-                b = b_desc.load([start, col])
+            b = _load_columns(b_desc, col, start, B_IS_TRANSPOSED)
             acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float32)
-        offs_m = row + tl.arange(0, BLOCK_M)
-        offs_n = col + tl.arange(0, BLOCK_N)
-        acc = _scaled(acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS, tl.float32)
+            if NARROW_N > 0:
+                b = _load_columns(narrow_b_desc, col + BLOCK_N, start, B_IS_TRANSPOSED)
+                narrow = tl.dot(a, b, narrow, input_precision="ieee", out_dtype=tl.float32)
+        how = (alpha, beta, bias_ptr, M, N, stride_biasm, stride_biasn, HAS_BIAS)
         if STORES == 1:
-            out_desc.store([row, col], acc.to(out_desc.dtype))
+            _store_columns(out_desc, acc, row, col, *how)
         else:
             left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
-            out_desc.store([row, col], left.to(out_desc.dtype))
-            out_desc.store([row, col + BLOCK_N // 2], right.to(out_desc.dtype))
+            _store_columns(out_desc, left, row, col, *how)
+            _store_columns(out_desc, right, row, col + BLOCK_N // 2, *how)
+        if NARROW_N > 0:
+            _store_columns(narrow_out_desc, narrow, row, col + BLOCK_N, *how)
 
 
 def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -289,29 +312,44 @@ class _Product:
         self._launch(a, b, bias, out, numbers=(alpha, beta))
 
 
+_Descriptor = tuple[list[int], list[int], list[int]]
+"""Shape, strides and block of a ``TensorDescriptor``."""
+
+
 class _TmaProduct:
     """``_gemm_tma_kernel`` for operands of these sizes."""
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device, tile: Tile) -> None:
         _, M, N, K, strides_a, strides_b, strides_bias = sizes
         transposed = not _has_tma_rows(*strides_b[1:], N)
-        stores = 2 if tile.block_n > 128 else 1
-        block_b = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-        # Shape, strides and block of each descriptor; b's rows are the ones that are contiguous.
-        self._a = ([M, K], [strides_a[1], 1], [tile.block_m, tile.block_k])
-        self._b = ([N, K] if transposed else [K, N], [max(strides_b[1:]), 1], block_b)
-        self._out = ([M, N], [N, 1], [tile.block_m, tile.block_n // stores])
+        wide, narrow = tile.parts_n
+        stores = 2 if wide > 128 else 1
+
+        def of_b(width: int) -> _Descriptor:  # b's rows are the ones that are contiguous
+            if transposed:
+                return [N, K], [strides_b[2], 1], [width, tile.block_k]
+            return [K, N], [strides_b[1], 1], [tile.block_k, width]
+
+        def of_out(width: int) -> _Descriptor:
+            return [M, N], [N, 1], [tile.block_m, width]
+
+        of_a = [M, K], [strides_a[1], 1], [tile.block_m, tile.block_k]
+        self._wide = of_a, of_b(wide), of_out(wide // stores)
+        self._narrow = (of_b(narrow), of_out(narrow)) if narrow else None
         tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
         programs = min(tiles, device_of(device).multiprocessors * tile.programs)
         # Where each program has but one tile, there is no next one whose loads could begin early.
         flatten = tiles > programs
-        arguments = (M, N, K, *(strides_bias or (0, 0, 0))[1:])
-        arguments += (*tile[:3], GROUP_M, stores, transposed, strides_bias is not None, flatten)
+        arguments = (M, N, K, *(strides_bias or (0, 0, 0))[1:], tile.block_m, wide, tile.block_k, narrow)
+        arguments += (GROUP_M, stores, transposed, strides_bias is not None, flatten)
         self._launch = _launch(_gemm_tma_kernel, programs, arguments, tile)
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
-        descriptors = (TensorDescriptor(x, *how) for x, how in ((a, self._a), (b, self._b), (out, self._out)))
-        self._launch(*descriptors, out if bias is None else bias, numbers=(alpha, beta))
+        descriptors = [TensorDescriptor(x, *how) for x, how in zip((a, b, out), self._wide, strict=True)]
+        narrow = [None, None]
+        if self._narrow is not None:
+            narrow = [TensorDescriptor(x, *how) for x, how in zip((b, out), self._narrow, strict=True)]
+        self._launch(*descriptors, *narrow, out if bias is None else bias, numbers=(alpha, beta))
 
 
 def _launch(kernel: JITFunction, programs: int, arguments: tuple[Any, ...], tile: Tile) -> Launch:

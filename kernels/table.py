@@ -54,6 +54,7 @@ LEAVES = {
 
 COMPOSITES = {
     "linear": products.linear,
+    "layer_norm": norms.layer_norm,
     "rms_norm": norms.rms_norm,
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
 }

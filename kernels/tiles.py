@@ -35,6 +35,17 @@ class Tile(NamedTuple):
     programs: int = 1
     """Programs a multiprocessor, of a persistent grid."""
 
+    @property
+    def parts_n(self) -> tuple[int, int]:
+        """block_n as a power of two and what is left: 192 with TMA is computed as 128 columns and 64 beside them."""
+        wide = 1 << self.block_n.bit_length() - 1
+        return wide, self.block_n - wide
+
+    @property
+    def columns_stored(self) -> int:
+        """That wait in shared memory at once for a TMA store: a block of 256 is stored by halves."""
+        return self.block_n if self.block_n < 256 else 128
+
 
 class Device(NamedTuple):
     multiprocessors: int
@@ -97,7 +108,7 @@ def gemm_tile(dtype: torch.dtype, M: int, N: int, K: int, batch: int, device: to
     tile = _nearest(tuned, M, N, K, fits_tma) if tuned else _covering(dtype, M, N, batch, device)
     stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
     # What a result needs on its way to a TMA store; a tile that has no room for one stage more than it was tuned with.
-    fixed = tile.block_m * min(tile.block_n, 128) * dtype.itemsize if tile.tma else 0
+    fixed = tile.block_m * tile.columns_stored * dtype.itemsize if tile.tma else 0
     return tile._replace(num_stages=_stages(tile.num_stages, stage, fixed, device))
 
 

@@ -131,26 +131,28 @@ def _plan_reduce(x, dim, keepdim, result) -> Callable[[Tensor], Tensor] | None:
 
 def rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None) -> Tensor | None:
     """``row_rms_norm`` over the last dim of a contiguous x, which may have any rank, with a weight of floats or without."""
-    call = _plan_norm(_described(x), tuple(normalized_shape), _described(weight), _NONE, eps, "square")
+    call = _plan_norm(_described(x), tuple(normalized_shape), _described(weight), _NONE, eps, "square", False)
     return None if call is None else call(x, weight, None)[0]
 
 
 def layer_norm(
-    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``row_layer_norm`` over the last dim of a contiguous x: the result, and mean and rstd as [..., 1]."""
-    call = _plan_norm(_described(x), tuple(normalized_shape), _described(weight), _described(bias), eps, "moments")
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, with_statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """``row_layer_norm`` over the last dim of a contiguous x: the result, and if asked for mean and rstd as [..., 1]."""
+    parameters = _described(weight), _described(bias)
+    call = _plan_norm(_described(x), tuple(normalized_shape), *parameters, eps, "moments", with_statistics)
     return None if call is None else call(x, weight, bias)
 
 
 @plan
-def _plan_norm(x, normalized_shape, weight, bias, eps, statistics) -> Callable[..., tuple[Tensor, ...]] | None:
+def _plan_norm(
+    x, normalized_shape, weight, bias, eps, statistics, with_statistics
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None:
     x, weight, bias = _Description(*x), _Description(*weight), _Description(*bias)
     rows, shape, wide = x.rows(), x.shape, accumulator_dtype(x.dtype)
     if rows is None or normalized_shape != (rows[1],):
         return None
-    has_statistics = statistics == "moments"
-    dtypes = (x.dtype,) if has_statistics else _DTYPES  # layer_norm has parameters of x's dtype, on CUDA
+    dtypes = (x.dtype,) if statistics == "moments" else _DTYPES  # layer_norm has parameters of x's dtype, on CUDA
     given = [parameter for parameter in (weight, bias) if parameter != _NONE]
     if any(p.shape != normalized_shape or p.dtype not in dtypes or p.device != x.device for p in given):
         return None
@@ -162,15 +164,15 @@ def _plan_norm(x, normalized_shape, weight, bias, eps, statistics) -> Callable[.
         (weight.dtype, bias.dtype, x.dtype),
         alignment_bits(x.is_aligned, weight.is_aligned, bias.is_aligned, True),
         (*weight.strides, *bias.strides, torch.finfo(wide).eps if eps is None else float(eps)),
-        (weight != _NONE, bias != _NONE, has_statistics),
+        (weight != _NONE, bias != _NONE, with_statistics),
         statistics,
         x.dtype,
     )
 
-    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y = torch.empty_like(x)
-        mean = x.new_empty((*shape[:-1], 1), dtype=wide) if has_statistics else None
-        rstd = torch.empty_like(mean) if has_statistics else None
+        mean = x.new_empty((*shape[:-1], 1), dtype=wide) if with_statistics else None
+        rstd = torch.empty_like(mean) if with_statistics else None
         with on_device(x):
             launch(x, weight, bias, y, mean, rstd)
         return y, mean, rstd

@@ -11,7 +11,7 @@ from torch._prims_common import suggest_memory_format
 
 
 def native_layer_norm(input, normalized_shape, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:
-    results = usual("layer_norm", input, normalized_shape, weight, bias, eps)
+    results = usual("layer_norm", input, normalized_shape, weight, bias, eps, True)
     if results is not None:
         return results
     n_dims = _check_normalized("layer_norm", input, normalized_shape, weight, bias)
@@ -22,6 +22,14 @@ def native_layer_norm(input, normalized_shape, weight, bias, eps) -> tuple[Tenso
     wider = _wider(weight, input) or _wider(bias, input)
     stats_dtype = input.dtype if input.device.type == "cpu" and not wider else mean.dtype
     return _unflattened(y, input), mean.view(stats).to(stats_dtype), rstd.view(stats).to(stats_dtype)
+
+
+def layer_norm(
+    input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True, *, straight: bool = False
+) -> Tensor:
+    """torch's own composite, but its straight way has no statistics to write."""
+    results = usual("layer_norm", input, normalized_shape, weight, bias, eps, False) if straight else None
+    return (results or torch.native_layer_norm(input, normalized_shape, weight, bias, eps))[0]
 
 
 def native_group_norm(input, weight, bias, N, C, HxW, group, eps) -> tuple[Tensor, Tensor, Tensor]:

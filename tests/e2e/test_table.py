@@ -56,6 +56,7 @@ CALLS = {
     "index_add": (torch.index_add, (A, 1, torch.tensor([3, 0, 3]), torch.randn(5, 3)), {"alpha": 2}),
     "scatter_add": (torch.scatter_add, (A, 1, torch.tensor([[3, 0, 3], [1, 1, 1]]), torch.randn(5, 3))),
     "linear": (F.linear, (B3, torch.randn(4, 7), torch.randn(4))),
+    "layer_norm": (F.layer_norm, (B3, (7,), V, V)),
     "rms_norm": (F.rms_norm, (B3, (7,), V)),
     "scaled_dot_product_attention": (
         F.scaled_dot_product_attention, (Q, Q[:, :2], Q[:, :2]), {"is_causal": True, "enable_gqa": True},
@@ -219,6 +220,7 @@ def attended(q, k, v):
 DIFFERENTIABLE = {
     "rms_norm": (lambda x, w: F.rms_norm(x, (7,), w, 1e-3), (ROWS, V.double())),
     "rms_norm of two dims": (lambda x: F.rms_norm(x, (4, 7)), (ROWS,)),
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (7,), w, b), (ROWS, V.double(), V.double() + 1)),
     "attention": (attended, (QUERY, KEY, KEY + 1)),
     "logsumexp of attention": (lambda *qkv: torch.ops.batchinv.attention(*qkv, None, True, 0.3)[1], (QUERY, KEY, KEY + 1)),
 }
@@ -254,7 +256,7 @@ def test_function_transforms_give_the_gradients_of_autograd(fn, inputs):
 def test_forward_mode_gives_the_derivative_or_says_that_there_is_none(fn, inputs):
     tangents = tuple(x.cos() for x in inputs)
     with batch_invariant_mode():
-        if "rms_norm" not in fn.__code__.co_names:
+        if not {"rms_norm", "layer_norm"} & {*fn.__code__.co_names}:
             with pytest.raises(NotImplementedError, match="forward mode"):
                 torch.func.jvp(fn, inputs, tangents)
             return

@@ -39,7 +39,8 @@ SPECIALISED = {
     "_row_logprobs_kernel": ROW,
     "_row_norm_kernel": ROW | {"weight_ptr", "weight_stride", "bias_ptr", "bias_stride", "y_ptr"},
     # The descriptors of the factors and the result are no arguments that Triton specialises.
-    "_gemm_tma_kernel": {"N", "K", "stride_biasm", "stride_biasn", "bias_ptr", "a_desc", "b_desc", "out_desc"},
+    "_gemm_tma_kernel": {"N", "K", "stride_biasm", "stride_biasn", "bias_ptr"}
+    | {"a_desc", "b_desc", "out_desc", "narrow_b_desc", "narrow_out_desc"},
     # Integers, which no order can change.
     "_ranges_kernel": {"mask_ptr", "copy_ptr", "intervals_ptr", "ranges_ptr", "n_keys"}
     | {"stride_mb", "stride_mh", "stride_mq", "stride_mk"},
@@ -151,9 +152,9 @@ def check_gemm_tile(arch, dtype, tile, compile_for, monkeypatch, tmp_path):
         kind = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
         hopper = arch == 90 and tile.block_m >= 64
         # Each group of four warps has 64 rows; where there are no more rows, the groups share the columns.
-        columns = tile.block_n // max(1, tile.num_warps // 4 * 64 // tile.block_m)
-        want = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind}"
-        assert instructions(binary) == {want if hopper else f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"}
+        sharing = max(1, tile.num_warps // 4 * 64 // tile.block_m)
+        wgmma = {f"wgmma.mma_async.sync.aligned.m64n{n // sharing}k16.f32.{kind}.{kind}" for n in tile.parts_n if n}
+        assert instructions(binary) == (wgmma if hopper else {f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"})
         assert ("cp.async.bulk.tensor" if tile.tma else "cp.async.cg") in ptx  # in flight while the tensor cores work
     elif dtype == torch.float32:
         assert instructions(binary) == set() and "fma.rn.f32" in ptx
@@ -483,6 +484,7 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
             usual.reduce(y, -1, True, "mean")
             for weight in (None, x[0, : shape[-1]], x[0, 1 : shape[-1] + 1], x[0, : shape[-1]].float()):
                 usual.rms_norm(y, list(shape[-1:]), weight, None)
-                usual.layer_norm(y, list(shape[-1:]), None, weight, 1e-6)
+                for with_statistics in (False, True):
+                    usual.layer_norm(y, list(shape[-1:]), None, weight, 1e-6, with_statistics)
     assert len(binaries_of) > 30
     assert {len(binaries) for binaries in binaries_of.values()} == {1}

@@ -156,6 +156,21 @@ def check_gemm_tiles_are_one_class(dtype, monkeypatch):
         assert_same_bits(cuda.gemm(a, b), want)
 
 
+@pytest.mark.parametrize("shape", [(8, 192, 32), (70, 200, 72), (130, 520, 40)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def check_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed):
+    """On tiles of one block, of two stores, and of two blocks side by side; inside the edges and over them."""
+    M, N, K = shape
+    a, b, bias = (randn(*s, dtype=torch.bfloat16) for s in ((1, M, K), (1, K, N), (1, M, N)))
+    b = b.mT.contiguous().mT if is_transposed else b
+    want, sizes = cuda.gemm(a, b, bias, 0.5, 3.0), matmul.Sizes.of(a.shape, a.stride(), b.shape, b.stride(), bias.stride())
+    assert sizes.fit_tma()
+    for block_n in (64, 128, 192, 256):
+        out = torch.full_like(want, torch.nan)
+        matmul.product(sizes, a.dtype, a.device, tiles.Tile(64, block_n, 32, 4, 2, True))(a, b, bias, out, 0.5, 3.0)
+        assert_same_bits(out, want)
+
+
 def check_gemm_block_k_does_not_follow_m():
     for dtype, table in tiles.GEMM_TILES.items():
         assert len({tile.block_k for tile in table}) == 1, dtype
@@ -683,10 +698,13 @@ def check_usual_rows_are_those_of_the_kernels(shape, dtype):
             assert_same_bits(got.reshape(-1, 37), cuda.row_rms_norm(matrix, weight, given)[0])
             assert got.shape == shape
     for weight, bias in ((None, None), (randn(37, dtype=dtype), None), (randn(74, dtype=dtype)[::2], randn(37, dtype=dtype))):
-        got = usual.layer_norm(x, [37], weight, bias, 1e-3)
+        got = usual.layer_norm(x, [37], weight, bias, 1e-3, True)
         want = cuda.row_layer_norm(matrix, weight, bias, 1e-3)
         assert_same_bits(tuple(y.flatten() for y in got), tuple(y.flatten() for y in want))
         assert [y.shape for y in got] == [shape, *[(*shape[:-1], 1)] * 2]
+        alone, *statistics = usual.layer_norm(x, [37], weight, bias, 1e-3, False)
+        assert_same_bits(alone, got[0])
+        assert statistics == [None, None]
     for result, kernel in (("sum", cuda.row_sum), ("mean", cuda.row_mean)):
         for dim, keepdim in ((-1, False), ([x.dim() - 1], True)):
             got = usual.reduce(x, dim, keepdim, result)
@@ -725,7 +743,7 @@ def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
     for view in unusual_views(x):
         assert usual.softmax(view, -1, False, torch.float32) is None
         assert usual.rms_norm(view, list(view.shape[-1:]), None, 1e-6) is None
-        assert usual.layer_norm(view, list(view.shape[-1:]), None, None, 1e-6) is None
+        assert usual.layer_norm(view, list(view.shape[-1:]), None, None, 1e-6, True) is None
         assert usual.reduce(view, -1, False, "sum") is None
     assert usual.softmax(x, 0, False, torch.float32) is None
     assert usual.softmax(x, 2, False, torch.float32) is None
@@ -733,8 +751,8 @@ def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
     assert usual.rms_norm(x, [36], None, 1e-6) is None
     for weight in (torch.ones(36), torch.ones(1, 37), torch.ones(()), torch.ones(37).long(), torch.ones(37, device="meta")):
         assert usual.rms_norm(x, [37], weight, 1e-6) is None
-        assert usual.layer_norm(x, [37], None, weight, 1e-6) is None
-    assert usual.layer_norm(x, [37], torch.ones(37).double(), None, 1e-6) is None
+        assert usual.layer_norm(x, [37], None, weight, 1e-6, False) is None
+    assert usual.layer_norm(x, [37], torch.ones(37).double(), None, 1e-6, False) is None
     for dim in (None, 0, 2, [], [0, 1], [-2], [-1, -1]):
         assert usual.reduce(x, dim, False, "sum") is None
 
