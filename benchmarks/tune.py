@@ -171,19 +171,24 @@ def _all(call, weights: list[torch.Tensor], rounds: int) -> None:
             call(b)
 
 
-def table(records: list[dict], differing: set[Tile]) -> dict[tuple[int, int], dict[int, tuple[tuple, tuple]]]:
-    """(K, N) -> M -> (the fastest tile, the fastest without TMA), of tiles that differed nowhere."""
-    found: dict[tuple[int, int], dict[int, tuple[tuple, tuple]]] = {}
+Table = dict[tuple[int, int], dict[int, tuple[tuple, tuple]]]
+"""(K, N) -> M -> (the fastest tile, the fastest without TMA)."""
+
+
+def table(records: list[dict], differing: set[Tile], before: Table) -> Table:
+    """The table before with what was found; of tiles that differed nowhere, also where it was not measured again."""
+    found = {size: dict(by_rows) for size, by_rows in before.items()}
     for record in records:
         good = [Tile(*entry["tile"]) for entry in record["tiles"] if Tile(*entry["tile"]) not in differing]
         plain = next(tile for tile in good if not tile.tma)
         found.setdefault((record["K"], record["N"]), {})[record["M"]] = (tuple(good[0]), tuple(plain))
-    return found
+    kept = {size: {M: pair for M, pair in by_rows.items() if not differing & set(pair)} for size, by_rows in found.items()}
+    return {size: by_rows for size, by_rows in kept.items() if by_rows}
 
 
-def write(path: Path, capability: int, found: dict) -> None:
-    """The module ``kernels/tuned.py`` with what was found for this architecture."""
-    entries = {**tuned.GEMM, (capability, 2): {**tuned.GEMM.get((capability, 2), {}), **found}}
+def write(path: Path, capability: int, found: Table) -> None:
+    """The module ``kernels/tuned.py`` with this architecture's table replaced."""
+    entries = {**tuned.GEMM, (capability, 2): found}
     text = pprint.pformat(entries, width=120, compact=True, sort_dicts=True)
     path.write_text(
         '"""Tiles by size, as ``benchmarks/tune.py`` found them; written by that script."""\n\n'
@@ -237,7 +242,7 @@ def main() -> int:
     if args.out:
         args.out.write_text(json.dumps(record) + "\n")
     if args.write and records:
-        write(args.write, capability, table(records, differing))
+        write(args.write, capability, table(records, differing, tuned.GEMM.get((capability, 2), {})))
     show(record)
     return 1 if differing else 0
 

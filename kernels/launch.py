@@ -17,6 +17,8 @@ from triton.runtime.jit import JITFunction
 
 _P = ParamSpec("_P")
 _PLANS_KEPT = 1 << 14
+_KNOWS_ENTRY = triton.__version__.startswith("3.6.") and torch.version.hip is None
+"""Triton 3.6, which torch 2.11 has: others hand something else to what launches in the end."""
 _plans: list[Callable] = []
 
 
@@ -73,13 +75,12 @@ def _runner(
 
 def _entry(binary: CompiledKernel) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """What launches the binary, and what it is handed between the stream and the kernel's arguments."""
-    run = binary.run
-    if triton.__version__.startswith("3.6.") and not run.global_scratch_size and not run.profile_scratch_size:
-        # What ``run`` of Triton 3.6 calls in the end, after a microsecond spent on scratch memory that our kernels do not use.
-        # Later Tritons hand over something else, and take the public way.
-        scratch, metadata = (None, None), (binary.packed_metadata, None, None, None)
-        return run.launch, (binary.function, run.launch_cooperative_grid, run.launch_pdl, *scratch, *metadata)
-    return run, (binary.function, binary.packed_metadata, None, None, None)
+    run, metadata = binary.run, binary.packed_metadata
+    if _KNOWS_ENTRY and not run.global_scratch_size and not run.profile_scratch_size:
+        # What ``run`` calls in the end, after a microsecond spent on scratch memory that our kernels do not use.
+        cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
+        return run.launch, (binary.function, cooperative, pdl, None, None, metadata, None, None, None)
+    return run, (binary.function, metadata, None, None, None)
 
 
 def plan(function: Callable[_P, Any]) -> Callable[_P, Any]:

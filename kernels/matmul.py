@@ -251,7 +251,8 @@ def plan_gemm(
     """How this product is computed. aligned: ``alignment`` of a, b, the bias and the result."""
     sizes = Sizes.of(shape_a, strides_a, shape_b, strides_b, strides_bias)
     fits = device_of(device).has_tma and dtype.itemsize == 2 and aligned & 0b1100 == 0b1100 and sizes.fit_tma()
-    return product(sizes, dtype, device, gemm_tile(dtype, sizes.M, sizes.N, sizes.K, sizes.batch, device, fits))
+    has_bias = strides_bias is not None
+    return product(sizes, dtype, device, gemm_tile(dtype, sizes.M, sizes.N, sizes.K, sizes.batch, device, fits, has_bias))
 
 
 def product(sizes: "Sizes", dtype: torch.dtype, device: torch.device, tile: Tile) -> "_Product":
@@ -334,8 +335,8 @@ class _TmaProduct:
             return [M, N], [N, 1], [tile.block_m, width]
 
         of_a = [M, K], [strides_a[1], 1], [tile.block_m, tile.block_k]
-        self._wide = of_a, of_b(wide), of_out(wide // stores)
-        self._narrow = (of_b(narrow), of_out(narrow)) if narrow else None
+        beside = (of_b(narrow), of_out(narrow)) if narrow else (None, None)
+        self._descriptors = of_a, of_b(wide), of_out(wide // stores), *beside
         tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
         programs = min(tiles, device_of(device).multiprocessors * tile.programs)
         # Where each program has but one tile, there is no next one whose loads could begin early.
@@ -345,11 +346,9 @@ class _TmaProduct:
         self._launch = _launch(_gemm_tma_kernel, programs, arguments, tile)
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
-        descriptors = [TensorDescriptor(x, *how) for x, how in zip((a, b, out), self._wide, strict=True)]
-        narrow = [None, None]
-        if self._narrow is not None:
-            narrow = [TensorDescriptor(x, *how) for x, how in zip((b, out), self._narrow, strict=True)]
-        self._launch(*descriptors, *narrow, out if bias is None else bias, numbers=(alpha, beta))
+        operands = zip((a, b, out, b, out), self._descriptors, strict=True)
+        descriptors = [None if how is None else TensorDescriptor(x, *how) for x, how in operands]
+        self._launch(*descriptors, out if bias is None else bias, numbers=(alpha, beta))
 
 
 def _launch(kernel: JITFunction, programs: int, arguments: tuple[Any, ...], tile: Tile) -> Launch:

@@ -50,7 +50,7 @@ def _row_norm_kernel(
     eps: tl.float64,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_STATISTICS: tl.constexpr,
+    HAS_RSTD: tl.constexpr,
     STATISTICS: tl.constexpr,
     WAY: tl.constexpr,
     ACC: tl.constexpr,
@@ -71,11 +71,11 @@ def _row_norm_kernel(
     else:
         total, squares = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
     rstd = _reciprocal_root(squares, n_cols, eps, ACC)
-    if HAS_STATISTICS:
+    if HAS_RSTD:
         tl.store(rstd_ptr + rows, rstd, mask=is_row)  # split, each chunk's program writes the same
     if STATISTICS == "moments":
         mean = divide(total, tl.full([], n_cols, ACC), ACC)
-        if HAS_STATISTICS:
+        if HAS_RSTD:
             tl.store(mean_ptr + rows, mean, mask=is_row)
     for done in range(0, last - first):
         cols = chunk_columns(last - 1 - done, BLOCK)  # descending: what was read last is still in the L2 cache
@@ -122,6 +122,6 @@ def _launch_norm(
     eps: float,
     statistics: str,
 ) -> None:
-    has_weight, has_bias, has_statistics = weight is not None, bias is not None, rstd is not None
+    has_weight, has_bias, has_rstd = weight is not None, bias is not None, rstd is not None
     numbers = (weight.stride(0) if has_weight else 0, bias.stride(0) if has_bias else 0, float(eps))
-    norm_rows(x, (weight, bias, y, mean, rstd), numbers, (has_weight, has_bias, has_statistics), statistics, x.dtype)
+    norm_rows(x, (weight, bias, y, mean, rstd), numbers, (has_weight, has_bias, has_rstd), statistics, x.dtype)

@@ -99,7 +99,16 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def gemm_tile(dtype: torch.dtype, M: int, N: int, K: int, batch: int, device: torch.device, fits_tma: bool = False) -> Tile:
+def gemm_tile(
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    batch: int,
+    device: torch.device,
+    fits_tma: bool = False,
+    has_bias: bool = False,
+) -> Tile:
     """The tile tuned for the nearest product on this architecture, or a rule where nothing has been tuned.
 
     fits_tma: whether the operands are such that descriptors can describe them.
@@ -107,9 +116,10 @@ def gemm_tile(dtype: torch.dtype, M: int, N: int, K: int, batch: int, device: to
     tuned = TUNED_GEMM.get((device_of(device).capability, dtype.itemsize)) if batch == 1 else None
     tile = _nearest(tuned, M, N, K, fits_tma) if tuned else _covering(dtype, M, N, batch, device)
     stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
-    # What a result needs on its way to a TMA store; a tile that has no room for one stage more than it was tuned with.
-    fixed = tile.block_m * tile.columns_stored * dtype.itemsize if tile.tma else 0
-    return tile._replace(num_stages=_stages(tile.num_stages, stage, fixed, device))
+    # On a persistent grid the next tile is already being loaded while a bias, as large as the block that is stored, takes
+    # the accumulator's layout. Without TMA it lies where the operands were.
+    stored = tile.block_m * tile.columns_stored * dtype.itemsize if tile.tma else 0
+    return tile._replace(num_stages=_stages(tile.num_stages, stage, 2 * stored if has_bias else stored, device))
 
 
 def _nearest(tuned: dict[tuple[int, int], dict[int, tuple[tuple, tuple]]], M: int, N: int, K: int, fits_tma: bool) -> Tile:

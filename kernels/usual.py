@@ -136,17 +136,17 @@ def rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps:
 
 
 def layer_norm(
-    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, with_statistics: bool
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, with_rstd: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """``row_layer_norm`` over the last dim of a contiguous x: the result, and if asked for mean and rstd as [..., 1]."""
     parameters = _described(weight), _described(bias)
-    call = _plan_norm(_described(x), tuple(normalized_shape), *parameters, eps, "moments", with_statistics)
+    call = _plan_norm(_described(x), tuple(normalized_shape), *parameters, eps, "moments", with_rstd)
     return None if call is None else call(x, weight, bias)
 
 
 @plan
 def _plan_norm(
-    x, normalized_shape, weight, bias, eps, statistics, with_statistics
+    x, normalized_shape, weight, bias, eps, statistics, with_rstd
 ) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None:
     x, weight, bias = _Description(*x), _Description(*weight), _Description(*bias)
     rows, shape, wide = x.rows(), x.shape, accumulator_dtype(x.dtype)
@@ -164,15 +164,15 @@ def _plan_norm(
         (weight.dtype, bias.dtype, x.dtype),
         alignment_bits(x.is_aligned, weight.is_aligned, bias.is_aligned, True),
         (*weight.strides, *bias.strides, torch.finfo(wide).eps if eps is None else float(eps)),
-        (weight != _NONE, bias != _NONE, with_statistics),
+        (weight != _NONE, bias != _NONE, with_rstd),
         statistics,
         x.dtype,
     )
 
     def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y = torch.empty_like(x)
-        mean = x.new_empty((*shape[:-1], 1), dtype=wide) if with_statistics else None
-        rstd = torch.empty_like(mean) if with_statistics else None
+        mean = x.new_empty((*shape[:-1], 1), dtype=wide) if with_rstd else None
+        rstd = torch.empty_like(mean) if with_rstd else None
         with on_device(x):
             launch(x, weight, bias, y, mean, rstd)
         return y, mean, rstd

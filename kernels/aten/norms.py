@@ -27,7 +27,7 @@ def native_layer_norm(input, normalized_shape, weight, bias, eps) -> tuple[Tenso
 def layer_norm(
     input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True, *, straight: bool = False
 ) -> Tensor:
-    """torch's own composite, but its straight way has no statistics to write."""
+    """torch's own composite, but a usual call without a gradient writes neither mean nor rstd."""
     results = usual("layer_norm", input, normalized_shape, weight, bias, eps, False) if straight else None
     return (results or torch.native_layer_norm(input, normalized_shape, weight, bias, eps))[0]
 

@@ -164,6 +164,19 @@ def check_gemm_tile(arch, dtype, tile, compile_for, monkeypatch, tmp_path):
         assert instructions(binary) == set() and "fma.rn.f64" in ptx
 
 
+@pytest.mark.parametrize("tile", sorted({tile for _, _, tile in (p.values for p in gemm_tiles()) if tile.tma}), ids=str)
+def check_gemm_of_sm90_has_shared_memory_for_a_bias(tile, compile_for, monkeypatch):
+    """On a persistent grid, where the next tile's operands are already there, whatever the strides of the bias are."""
+    monkeypatch.setattr(tiles, "_nearest", lambda *args: tile)
+    M, N = 132 * tile.programs * tile.block_m, 2 * tile.block_n
+    a, b = tensor(1, M, 64, dtype=torch.bfloat16), tensor(1, N, 64, dtype=torch.bfloat16).mT
+    of_row, of_column, of_all = (tensor(*shape, dtype=a.dtype).expand(1, M, N) for shape in ((N,), (1, M, 1), (1, M, N)))
+    for bias in (of_row, of_column, of_all):
+        (binary,) = compile_for(90, lambda bias=bias: cuda.gemm(a, b, bias))
+        assert binary.name == "_gemm_tma_kernel"
+        assert_sound(binary, 90)
+
+
 def has_tensor_cores_for_float64(arch):
     """SM89 has next to no double precision, and no tensor core for it. Triton 3.6 and 3.7 do not use those of SM100."""
     return arch != 89 and not (arch == 100 and TRITON in ((3, 6), (3, 7)))
@@ -484,7 +497,7 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
             usual.reduce(y, -1, True, "mean")
             for weight in (None, x[0, : shape[-1]], x[0, 1 : shape[-1] + 1], x[0, : shape[-1]].float()):
                 usual.rms_norm(y, list(shape[-1:]), weight, None)
-                for with_statistics in (False, True):
-                    usual.layer_norm(y, list(shape[-1:]), None, weight, 1e-6, with_statistics)
+                for with_rstd in (False, True):
+                    usual.layer_norm(y, list(shape[-1:]), None, weight, 1e-6, with_rstd)
     assert len(binaries_of) > 30
     assert {len(binaries) for binaries in binaries_of.values()} == {1}

@@ -13,12 +13,19 @@ import inspect
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from pytest_batchinv.kernels import attention as attention_module
 from pytest_batchinv.kernels import cuda, launch, matmul, reference, tiles, usual
+from pytest_batchinv.kernels.aten import attention as aten_attention
+from pytest_batchinv.kernels.aten import norms, products, reductions
+from torch.nn import functional as F
+from triton.backends.nvidia import driver as nvidia_driver
+from triton.runtime import _allocation as allocation
+from triton.runtime import driver
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Relative to the largest value: fp32 sums of some hundred terms, one rounding of the result. The interpreter cuts bf16
@@ -48,6 +55,28 @@ def test_launchers_have_the_signatures_of_the_reference(name):
 def test_the_kernel_set_is_complete():
     functions = {name for name, _ in inspect.getmembers(reference, inspect.isfunction)}
     assert set(cuda.__all__) == functions - {"accumulator_dtype"}
+
+
+@pytest.mark.parametrize("scratch", [(0, 0), (16, 0), (0, 16)])
+def test_a_launch_hands_over_what_tritons_own_launcher_does(scratch, monkeypatch):
+    """Whichever way it takes: compared where Triton leaves Python. Needs no GPU."""
+    launcher = object.__new__(nvidia_driver.CudaLauncher)
+    handed = []
+    of_triton = {"num_ctas": 1, "gsan_enabled": False, "arg_annotations": (), "kernel_signature": b""}
+    of_kernel = {"launch_cooperative_grid": False, "launch_pdl": True, "global_scratch_align": 1, "profile_scratch_align": 1}
+    vars(launcher).update(of_triton, **of_kernel, launch=lambda *args: handed.append(args))
+    launcher.global_scratch_size, launcher.profile_scratch_size = scratch
+    memory = SimpleNamespace(get=lambda: lambda size, align, stream: ("memory", size))
+    monkeypatch.setattr(allocation, "_allocator", memory)
+    monkeypatch.setattr(allocation, "_profile_allocator", memory)
+    monkeypatch.setattr(allocation, "has_profile_allocator", lambda: True, raising=False)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace())
+    binary = SimpleNamespace(run=launcher, function=11, packed_metadata=("packed",))
+    run, before = launch._entry(binary)
+    run(7, 2, 1, 99, *before, 1234, 5.0)
+    launcher(7, 2, 1, 99, binary.function, binary.packed_metadata, None, None, None, 1234, 5.0)
+    assert len(handed) == 2
+    assert handed[0] == handed[1]
 
 
 # --- what the checks share -------------------------------------------------------------------------------------------
@@ -158,11 +187,13 @@ def check_gemm_tiles_are_one_class(dtype, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(8, 192, 32), (70, 200, 72), (130, 520, 40)])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def check_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed):
+def check_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed, monkeypatch):
     """On tiles of one block, of two stores, and of two blocks side by side; inside the edges and over them."""
     M, N, K = shape
-    a, b, bias = (randn(*s, dtype=torch.bfloat16) for s in ((1, M, K), (1, K, N), (1, M, N)))
+    monkeypatch.setattr(matmul, "device_of", lambda device: tiles.Device(2, 1 << 20))  # several tiles a program
+    a, b, bias = (randn(*s, dtype=torch.bfloat16) for s in ((1, M, K + 8), (1, K + 8, N + 8), (1, M, N)))
     b = b.mT.contiguous().mT if is_transposed else b
+    a, b = a[..., :K], b[:, :K, :N]  # rows that are wider in memory
     want, sizes = cuda.gemm(a, b, bias, 0.5, 3.0), matmul.Sizes.of(a.shape, a.stride(), b.shape, b.stride(), bias.stride())
     assert sizes.fit_tma()
     for block_n in (64, 128, 192, 256):
@@ -723,6 +754,50 @@ def check_usual_linear_is_the_product(shape):
             got = usual.linear(x, w, bias)
             assert_same_bits(got.reshape(-1, len(w)), cuda.gemm(matrix, w.t(), expanded))
             assert got.shape == (*shape[:-1], len(w))
+
+
+X, W, V = (torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in ((3, 5, 16), (6, 16), (16,)))
+QKV = torch.randn(3, 2, 4, 7, 16, generator=torch.Generator().manual_seed(8))
+SEEN = torch.arange(7) < 5
+USUAL_CALLS = {
+    "linear": (products.linear, F.linear, (X, W, V[:6]), {}),
+    "layer_norm": (norms.layer_norm, F.layer_norm, (X, [16], V, V.cos(), 0.5), {}),
+    "native_layer_norm": (norms.native_layer_norm, torch.native_layer_norm, (X, [16], V, V.cos(), 0.5), {}),
+    "rms_norm": (norms.rms_norm, F.rms_norm, (X, [16], V, 0.5), {}),
+    "softmax": (reductions.softmax, torch._softmax, (X, -1, False), {}),
+    "log_softmax": (reductions.log_softmax, torch._log_softmax, (X, -1, False), {}),
+    "sum": (reductions.sum_dim, torch.sum, (X, [-1], True), {}),
+    "mean": (reductions.mean_dim, torch.mean, (X, [-1], False), {}),
+    "attention": (
+        aten_attention.scaled_dot_product_attention,
+        F.scaled_dot_product_attention,
+        (*QKV, SEEN.expand(1, 1, 7, 7), 0.0, False),
+        {"scale": 0.5},
+    ),
+    "attention, causal": (
+        aten_attention.scaled_dot_product_attention,
+        F.scaled_dot_product_attention,
+        (QKV[0], *QKV[1:, :, :2], None, 0.0, True),
+        {"enable_gqa": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", USUAL_CALLS)
+def check_usual_calls_get_torchs_arguments(name, monkeypatch):
+    ours, torchs, args, kwargs = USUAL_CALLS[name]
+    results = []
+
+    def as_on_a_gpu(name, *args):
+        results.append(getattr(usual, name)(*args))
+        return results[-1]
+
+    for module in (aten_attention, norms, products, reductions):
+        monkeypatch.setattr(module, "usual", as_on_a_gpu)
+    straight = {"straight": True} if "straight" in inspect.signature(ours).parameters else {}
+    got, want = ours(*args, **kwargs, **straight), torchs(*args, **kwargs)
+    assert len(results) == 1 and results[0] is not None
+    assert_near(got, want, torch.float32)
 
 
 def check_usual_linear_leaves_what_is_not_usual_to_the_general_way():

@@ -25,6 +25,7 @@ import measurements  # noqa: E402
 import run  # noqa: E402
 import targets  # noqa: E402
 import timing  # noqa: E402
+import tune  # noqa: E402
 from measurements import OURS, STOCK, Budget, Point, Result  # noqa: E402
 from timing import Contender, Stopwatch, Timing  # noqa: E402
 
@@ -47,6 +48,22 @@ def verdicts(result: Result) -> dict[str, str]:
 def got(result: Result, what: str) -> float | None:
     [figure] = [figure for figure in targets.figures(result) if figure.what == what]
     return figure.got
+
+
+# --- tuning ---------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_keeps_what_it_did_not_measure_and_drops_tiles_whose_bits_differ():
+    tall, wide, plain, slow = (tune.Tile(64 * i, 64, 64, 4, 3, tma=i != 3) for i in (1, 2, 3, 4))
+    measured = [{"tile": list(tile), "us": us} for us, tile in enumerate((wide, tall, plain, slow))]
+    before = {
+        (8, 8): {1: (tall, plain), 2: (wide, plain)},
+        (8, 16): {1: (slow, plain), 2: (wide, plain)},
+        (9, 9): {1: (wide, plain)},
+    }
+    found = tune.table([{"K": 8, "N": 16, "M": 1, "tiles": measured}], {wide}, before)
+    assert found == {(8, 8): {1: (tall, plain)}, (8, 16): {1: (tall, plain)}}
+    assert before[8, 16][1] == (slow, plain)
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
