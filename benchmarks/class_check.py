@@ -255,6 +255,22 @@ def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: 
     report.same("gemm: transposed a", cuda.gemm(a.mT.contiguous().mT, b), want, **where)
 
 
+def check_tuned_sizes(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) -> None:
+    """With a bias, and up to as many rows as make several tiles a program; some of them against these rows alone."""
+    sizes = {(64, 48): (1, 40)} if tiny else next(iter(tiles.TUNED_GEMM.values()))
+    for (K, N), row_counts in sizes.items():
+        b, bias = _randn(1, N, K, dtype=dtype).mT, _randn(N, dtype=dtype)
+        for M in row_counts:
+            if clock.over():
+                return
+            a = _randn(1, M, K, dtype=dtype)
+            got = cuda.gemm(a, b, bias.expand(1, M, N), 0.5, 2.0)
+            for rows in (slice(0, min(M, 7)), slice(M // 2, M // 2 + 16), slice(max(0, M - 33), M)):
+                some = a[:, rows]
+                want = cuda.gemm(some, b, bias.expand(1, some.shape[1], N), 0.5, 2.0)
+                report.same("gemm: tuned sizes, bias", got[:, rows], want, dtype=dtype, K=K, N=N, M=M, rows=rows)
+
+
 def check_grouped_gemm(report: Report, clock: Clock, tiny: bool) -> None:
     """Each group against ``gemm`` of its rows: a token's bits do not depend on who else went to its expert."""
     T, G, K, N = (40, 3, 64, 48) if tiny else (300, 8, 512, 384)
@@ -614,6 +630,7 @@ def _patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
 SECTIONS: dict[str, Callable[[Report, Clock, bool], None]] = {
     **{f"order, {dtype}": functools.partial(check_order, dtype) for dtype in DTYPES[:3]},
     **{f"gemm, {dtype}": functools.partial(check_gemm, dtype) for dtype in DTYPES},
+    **{f"tuned sizes, {dtype}": functools.partial(check_tuned_sizes, dtype) for dtype in DTYPES[:2]},
     "grouped gemm": check_grouped_gemm,
     "rows": check_rows,
     "padding": check_padding,
