@@ -33,6 +33,8 @@ def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: f
 
 def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     """Each value as a row of one column, added at its place in the flat tensor, in the order of the flat index."""
+    if self.device != src.device or self.device != index.device:
+        raise RuntimeError("scatter_add: expected self, index and src on one device")
     dim = wrap_dim(self, dim)
     if self.dtype != src.dtype:
         raise RuntimeError(f"scatter_add: expected self and src of one dtype, but got {self.dtype} and {src.dtype}")
@@ -40,8 +42,6 @@ def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
         return self.clone(memory_format=torch.contiguous_format)
     if index.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"scatter_add: expected an index of int64 or int32, but got {index.dtype}")
-    if self.device != src.device or self.device != index.device:
-        raise RuntimeError("scatter_add: expected self, index and src on one device")
     shape = self.shape
     self, index, src = (x[None] if x.dim() == 0 else x for x in (self, index, src))
     n_dims = self.dim()
