@@ -90,7 +90,7 @@ def product(a: torch.Tensor, out: torch.Tensor, tile: Tile, b: torch.Tensor) -> 
     """b -> nothing: out becomes a @ b, with this tile."""
     sizes = matmul.Sizes.of(a.shape, a.stride(), b.shape, b.stride())
     run = matmul.product(sizes, a.dtype, a.device, tile)
-    return lambda b: run(a, b, out, out, 1.0, 1.0)
+    return lambda b: run(a, b, None, out, 1.0, 1.0)
 
 
 def _cublas(a: torch.Tensor, out: torch.Tensor, b: torch.Tensor) -> None:

@@ -110,10 +110,12 @@ def _gemm_kernel(
     EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
 ):
     """out = alpha * (a @ b) + beta * bias, for one tile of one matrix of the batch.
 
-    Order: the sum over k ascending (``_product``); then ``_scaled``; then one cast. Columns behind the edge read column 0
+    Order: the sum over k ascending (``_product``); then ``_scaled``, unless it IS_PLAIN: a product alone, whose
+    multiplication by an alpha of 1 would take time and change no bit; then one cast. Columns behind the edge read column 0
     and up again; they and rows behind the edge are not stored.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -141,7 +143,8 @@ def _gemm_kernel(
         EVEN_K,
     )
     bias_ptr += matrix * stride_biasb
-    acc = _scaled(acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS, ACC)
+    if not IS_PLAIN:
+        acc = _scaled(acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS, ACC)
     out_ptrs = out_ptr + matrix * M * N + offs_m.to(tl.int64)[:, None] * N + offs_n.to(tl.int64)[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
@@ -156,10 +159,25 @@ def _load_columns(b_desc, col, start, B_IS_TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(out_desc, acc, row, col, alpha, beta, bias_ptr, M, N, stride_biasm, stride_biasn, HAS_BIAS: tl.constexpr):
+def _store_columns(
+    out_desc,
+    acc,
+    row,
+    col,
+    alpha,
+    beta,
+    bias_ptr,
+    M,
+    N,
+    stride_biasm,
+    stride_biasn,
+    HAS_BIAS: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
+):
     offs_m = row + tl.arange(0, acc.shape[0])
     offs_n = col + tl.arange(0, acc.shape[1])
-    acc = _scaled(acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS, tl.float32)
+    if not IS_PLAIN:
+        acc = _scaled(acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS, tl.float32)
     out_desc.store([row, col], acc.to(out_desc.dtype))
 
 
@@ -187,6 +205,7 @@ def _gemm_tma_kernel(
     B_IS_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FLATTEN: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
 ):
     """out = alpha * (a @ b) + beta * bias on a persistent grid: a program takes every num_programs-th tile.
 
@@ -210,7 +229,7 @@ def _gemm_tma_kernel(
             if NARROW_N > 0:
                 b = _load_columns(narrow_b_desc, col + BLOCK_N, start, B_IS_TRANSPOSED)
                 narrow = tl.dot(a, b, narrow, input_precision="ieee", out_dtype=tl.float32)
-        how = (alpha, beta, bias_ptr, M, N, stride_biasm, stride_biasn, HAS_BIAS)
+        how = (alpha, beta, bias_ptr, M, N, stride_biasm, stride_biasn, HAS_BIAS, IS_PLAIN)
         if STORES == 1:
             _store_columns(out_desc, acc, row, col, *how)
         else:
@@ -307,10 +326,11 @@ class _Product:
         arguments = (M, N, K, *strides_a, *strides_b, *(strides_bias or (0, 0, 0)))
         arguments += (accumulator(dtype), *tile[:3], GROUP_M, even_m, even_k, strides_bias is not None)
         programs = batch * ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
-        self._launch = _launch(_gemm_kernel, programs, arguments, tile)
+        self._scaled, self._plain = (_launch(_gemm_kernel, programs, (*arguments, plain), tile) for plain in (False, True))
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
-        self._launch(a, b, bias, out, numbers=(alpha, beta))
+        launch = self._plain if bias is None and alpha == 1.0 else self._scaled
+        launch(a, b, bias, out, numbers=(alpha, beta))
 
 
 _Descriptor = tuple[list[int], list[int], list[int]]
@@ -343,12 +363,15 @@ class _TmaProduct:
         flatten = tiles > programs
         arguments = (M, N, K, *(strides_bias or (0, 0, 0))[1:], tile.block_m, wide, tile.block_k, narrow)
         arguments += (GROUP_M, stores, transposed, strides_bias is not None, flatten)
-        self._launch = _launch(_gemm_tma_kernel, programs, arguments, tile)
+        self._scaled, self._plain = (_launch(_gemm_tma_kernel, programs, (*arguments, plain), tile) for plain in (False, True))
+        if flatten:  # there Triton 3.6 stores a plain result without stmatrix, and the loads of the next tile hide the scaling
+            self._plain = self._scaled
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
         operands = zip((a, b, out, b, out), self._descriptors, strict=True)
         descriptors = [None if how is None else TensorDescriptor(x, *how) for x, how in operands]
-        self._launch(*descriptors, out if bias is None else bias, numbers=(alpha, beta))
+        launch = self._plain if bias is None and alpha == 1.0 else self._scaled
+        launch(*descriptors, out if bias is None else bias, numbers=(alpha, beta))
 
 
 def _launch(kernel: JITFunction, programs: int, arguments: tuple[Any, ...], tile: Tile) -> Launch:

@@ -164,6 +164,27 @@ def check_gemm_tile(arch, dtype, tile, compile_for, monkeypatch, tmp_path):
         assert instructions(binary) == set() and "fma.rn.f64" in ptx
 
 
+@BOTH
+@pytest.mark.parametrize(
+    "tile", [(16, 32, 256, 4, 4), (128, 128, 64, 4, 4), (128, 128, 64, 4, 5, True), (64, 192, 64, 4, 6, True)]
+)
+def check_gemm_alone_lacks_the_multiplications_of_a_scaled_one_and_nothing_else(arch, tile, compile_for, tmp_path):
+    """So both have the same bits where alpha is 1."""
+    tile, a, b = tiles.Tile(*tile), tensor(1, 64, 512, dtype=torch.bfloat16), tensor(1, 256, 512, dtype=torch.bfloat16).mT
+    if tile.tma and arch < 90:
+        return
+    run = matmul.product(matmul.Sizes.of(a.shape, a.stride(), b.shape, b.stride()), a.dtype, a.device, tile)
+    out = tensor(1, 64, 256, dtype=a.dtype)
+    alone, scaled = compile_for(arch, lambda: [run(a, b, None, out, alpha, 1.0) for alpha in (1.0, 2.0)])
+    assert registers_and_spills(scaled, tmp_path)[1] <= MOST_SPILLED
+    arithmetic = r"^\s+(?:@\S+ )?((?:w?g?mma|fma|add|sub|mul|div)[\w.]*\.(?:f32|bf16)[\w.]*)"
+    less, more = (re.findall(arithmetic, x.asm["ptx"], re.MULTILINE) for x in (alone, scaled))
+    a_thread = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    assert sorted(less + ["mul.rn.f32"] * a_thread) == sorted(more)
+    assert any("mma" in name for name in less)
+    assert {name.split(".")[1] for name in re.findall(r"cvt\.[\w.]*bf16[\w.]*", alone.asm["ptx"])} == {"rn"}
+
+
 @pytest.mark.parametrize("tile", sorted({tile for _, _, tile in (p.values for p in gemm_tiles()) if tile.tma}), ids=str)
 def check_gemm_of_sm90_has_shared_memory_for_a_bias(tile, compile_for, monkeypatch):
     """On a persistent grid, where the next tile's operands are already there, whatever the strides of the bias are."""

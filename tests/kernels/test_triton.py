@@ -160,6 +160,16 @@ def check_gemm_is_near_the_reference(dtype, shape):
         assert_near(cuda.gemm(a, b, bias, 0.5, -2.0), reference.gemm(a, b, bias, 0.5, -2.0), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def check_gemm_alone_has_the_bits_of_one_that_is_scaled_by_one(dtype):
+    a, b = randn(1, 20, 65, dtype=dtype), randn(1, 65, 70, dtype=dtype)
+    a[0, 4, 5], b[0, 5, 6], a[0, 5] = torch.inf, 1.0, -0.0
+    plain, scaled = cuda.gemm(a, b), cuda.gemm(a, b, torch.full((70,), -0.0).to(dtype).expand(1, 20, 70))
+    assert_same_bits(plain, scaled)
+    assert_same_bits(cuda.gemm(a, b, None, 2.0), cuda.gemm(2 * a, b))
+    assert cuda.gemm(a * torch.nan, b).isnan().all()
+
+
 def check_gemm_bias_with_beta_zero_is_not_read():
     a, b = randn(1, 3, 4, dtype=torch.float32), randn(1, 4, 5, dtype=torch.float32)
     assert_same_bits(cuda.gemm(a, b, torch.full((1, 3, 5), torch.nan), 1.0, 0.0), cuda.gemm(a, b))
@@ -196,10 +206,14 @@ def check_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed, monke
     a, b = a[..., :K], b[:, :K, :N]  # rows that are wider in memory
     want, sizes = cuda.gemm(a, b, bias, 0.5, 3.0), matmul.Sizes.of(a.shape, a.stride(), b.shape, b.stride(), bias.stride())
     assert sizes.fit_tma()
+    alone = cuda.gemm(a, b)
     for block_n in (64, 128, 192, 256):
+        tile = tiles.Tile(64, block_n, 32, 4, 2, True)
         out = torch.full_like(want, torch.nan)
-        matmul.product(sizes, a.dtype, a.device, tiles.Tile(64, block_n, 32, 4, 2, True))(a, b, bias, out, 0.5, 3.0)
+        matmul.product(sizes, a.dtype, a.device, tile)(a, b, bias, out, 0.5, 3.0)
         assert_same_bits(out, want)
+        matmul.product(sizes._replace(bias=None), a.dtype, a.device, tile)(a, b, None, out, 1.0, 1.0)
+        assert_same_bits(out, alone)
 
 
 def check_gemm_block_k_does_not_follow_m():
