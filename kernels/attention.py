@@ -808,7 +808,7 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
     kind = "none" if ranges is None else "bool" if ranges.is_bool else "additive"
     # Heads that share keys go through one tile, so that few queries still fill it; unless each has a mask of its own.
     pack = group if ranges is None or ranges.stride_h == 0 else 1
-    size = (dtype, max(D, DV), options.Sq * pack, device)
+    size = (dtype, max(D, DV), options.Sq * pack, device, ranges is not None)
     tile = attention_tile(*size)
     n_blocks = ceil_div(options.Sq * pack, tile.block_m)
     programs = n_blocks * (H // pack) * options.n_rows
@@ -819,7 +819,7 @@ def _plan(options, shapes, strides, mask, stride_pages, dtypes, aligned, dtype, 
         multiprocessors = device_of(device).multiprocessors
         division = _division(programs, n_key_blocks, multiprocessors)
         if division.part_blocks or programs <= multiprocessors:
-            tile = attention_tile(*size, stages=1 if division.is_finest else 3)
+            tile = attention_tile(*size, division.part_blocks > 0, stages=1 if division.is_finest else 3)
     n_parts = ceil_div(division.n_parts, division.merged_at_once) * division.merged_at_once
     many_splits = division.part_blocks != 1 and n_key_blocks > _SPLIT_BLOCKS.value
     known_strides = _known_stride(stride_kn, D, H, key_heads), _known_stride(stride_vn, DV, H, key_heads)

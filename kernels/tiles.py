@@ -147,8 +147,19 @@ def gemm_class(dtype: torch.dtype, device: torch.device) -> list[Tile]:
     return [*GEMM_TILES[dtype], *sorted(chosen)]
 
 
-def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.device, stages: int = 2) -> Tile:
-    """block_m queries by block_n keys; block_k is the padded head dim. block_n follows the dtype and head dim alone."""
+def attention_tile(
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: int,
+    device: torch.device,
+    has_mask: bool = False,
+    in_parts: bool = False,
+    stages: int = 2,
+) -> Tile:
+    """block_m queries by block_n keys; block_k is the padded head dim. block_n follows the dtype and head dim alone.
+
+    in_parts: a program stores accumulators of several parts of its keys, one after the other.
+    """
     block_d = max(16, next_power_of_2(head_dim))
     if dtype.itemsize == 2:
         block_n = 128 if block_d <= 128 else 64
@@ -157,7 +168,11 @@ def attention_tile(dtype: torch.dtype, head_dim: int, rows: int, device: torch.d
         block_n = 32 if block_d * dtype.itemsize <= 512 else 16
         block_m = 16 if rows <= 16 or block_d * dtype.itemsize > 512 else 32
     size = block_d * dtype.itemsize
-    stages = _stages(stages, 2 * block_n * size, block_m * size, device)
+    fixed = block_m * size
+    if device_of(device).has_tma:  # the instructions of SM90 leave the queries there, so what changes its layout is beside them
+        mask = block_m * block_n * dtype.itemsize if has_mask else 0
+        fixed += max(mask, block_m * block_d * 4 if in_parts else 0)
+    stages = _stages(stages, 2 * block_n * size, fixed, device)
     # Two accumulators of block_m x block_d, and no more registers than there are.
     return Tile(block_m, block_n, block_d, 8 if block_m * block_d >= 128 * 128 else 4, stages)
 

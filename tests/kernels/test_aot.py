@@ -258,6 +258,19 @@ def check_attention_with_masks(arch, compile_for):
         assert_sound(main, arch)
 
 
+@BOTH
+@pytest.mark.parametrize(("head_dim", "has_mask"), [(128, False), (256, False), (256, True)])
+def check_attention_of_few_programs_has_shared_memory(arch, head_dim, has_mask, compile_for):
+    """Each has more keys in flight then: with a block of queries for each of 64 heads, and for 8 heads with keys in parts."""
+    for heads, Skv in ((64, 128), (8, 5000)):
+        q, k = tensor(1, heads, 48, head_dim, dtype=torch.bfloat16), tensor(1, heads, Skv, head_dim, dtype=torch.bfloat16)
+        mask = torch.ones(1, heads, 48, Skv, dtype=torch.bool) if has_mask else None
+        binaries = compile_for(arch, lambda q=q, k=k, m=mask: cuda.attention(q, k, k, m, False, 0.1))
+        assert ("_merge_parts_kernel" in {binary.name for binary in binaries}) == (heads == 8)
+        for binary in binaries:
+            assert_sound(binary, arch)
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float16), (80, torch.float64), (90, torch.float64)],
