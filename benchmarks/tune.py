@@ -198,11 +198,11 @@ def write(path: Path, capability: int, found: Table) -> None:
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
-    chosen = [tuple(map(int, size.split("x"))) for size in text.split(",")]
-    unknown = [size for size in chosen if size not in SIZES]
+    known = {f"{K}x{N}": (K, N) for K, N in SIZES}
+    unknown = [size for size in text.split(",") if size not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"there is no size {unknown}; there are {SIZES}")
-    return chosen
+        raise argparse.ArgumentTypeError(f"there is no size {', '.join(unknown)}; choose from {','.join(known)}")
+    return [known[size] for size in text.split(",")]
 
 
 def main() -> int:
@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="where the table goes")
     parser.add_argument("--out", type=Path, help="where every measurement goes, as JSON")
     parser.add_argument("--seconds", type=float, default=600.0, help="stop between two (K, N) when they are over")
-    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="K x N of some of the sizes (1024x3072,4096x4096); all")
+    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="some K x N, by commas: 1024x3072,4096x4096 (default: all)")
     args = parser.parse_args()
     begin = time.monotonic()
     torch.manual_seed(0)
