@@ -13,6 +13,7 @@ mean nothing then: the interpreter leaves products to numpy, which has no one or
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -409,6 +410,25 @@ def check_attention(report: Report, clock: Clock, tiny: bool) -> None:
                 _check_padded(report, q, k, v, scale, want, left, right, where)
 
 
+def check_few_programs(report: Report, clock: Clock, tiny: bool) -> None:
+    """Some queries at once against each alone, where few programs divide the keys, or have more of them in flight."""
+    lengths, counts = ((40,), (3,)) if tiny else ((130, 5000), (2, 8, 48))
+    for dtype, D in itertools.product((torch.bfloat16, torch.float32), (16,) if tiny else (64, 128, 256)):
+        for (H, key_heads), length, Sq in itertools.product(((8, 2), (64, 8), (32, 1)), lengths, counts):
+            if clock.over():
+                return
+            q = _randn(1, H, Sq, D, dtype=dtype)
+            k, v = _randn(1, key_heads, length, D, dtype=dtype), _randn(1, key_heads, length, D, dtype=dtype)
+            seen = torch.arange(length) <= torch.arange(length - Sq, length)[:, None]
+            for kind, mask in (("none", None), ("one mask", seen.expand(1, H, -1, -1)), ("each head", seen.repeat(1, H, 1, 1))):
+                where = {"dtype": dtype, "D": D, "heads": (H, key_heads), "keys": length, "queries": Sq, "mask": kind}
+                together = cuda.attention(q, k, v, mask, False, D**-0.5)
+                for query in (slice(0, 1), slice(Sq // 2, Sq // 2 + 1), slice(Sq - 1, Sq)):
+                    alone = cuda.attention(q[:, :, query], k, v, None if mask is None else mask[:, :, query], False, D**-0.5)
+                    got = tuple(x[:, :, query] for x in together)
+                    report.same("attention: few programs", got, alone, query=query.start, **where)
+
+
 def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
     """Blocks of queries of every height, and heads packed into one tile or not."""
     chosen = tiles.attention_tile(q.dtype, max(q.shape[3], v.shape[3]), 1, q.device)
@@ -635,6 +655,7 @@ SECTIONS: dict[str, Callable[[Report, Clock, bool], None]] = {
     "rows": check_rows,
     "padding": check_padding,
     "attention": check_attention,
+    "attention of few programs": check_few_programs,
     "packed attention": check_packed_attention,
     "index_add": check_index_add,
     "graphs": check_graphs,
