@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, alignment, plan
-from .tiles import GROUP_M, Tile, accumulator, ceil_div, device_of, gemm_tile, next_power_of_2, on_device
+from .tiles import GROUP_M, Tile, accumulator, ceil_div, device_of, gemm_tile, next_power_of_2, on_device, tiles_and_programs
 
 
 @triton.jit
@@ -357,8 +357,7 @@ class _TmaProduct:
         of_a = [M, K], [strides_a[1], 1], [tile.block_m, tile.block_k]
         beside = (of_b(narrow), of_out(narrow)) if narrow else (None, None)
         self._descriptors = of_a, of_b(wide), of_out(wide // stores), *beside
-        tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
-        programs = min(tiles, device_of(device).multiprocessors * tile.programs)
+        tiles, programs = tiles_and_programs(tile, M, N, device)
         # Where each program has but one tile, there is no next one whose loads could begin early.
         flatten = tiles > programs
         arguments = (M, N, K, *(strides_bias or (0, 0, 0))[1:], tile.block_m, wide, tile.block_k, narrow)

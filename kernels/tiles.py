@@ -116,10 +116,19 @@ def gemm_tile(
     tuned = TUNED_GEMM.get((device_of(device).capability, dtype.itemsize)) if batch == 1 else None
     tile = _nearest(tuned, M, N, K, fits_tma) if tuned else _covering(dtype, M, N, batch, device)
     stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
-    # On a persistent grid the next tile is already being loaded while a bias, as large as the block that is stored, takes
-    # the accumulator's layout. Without TMA it lies where the operands were.
+    # A bias, as large as the block that is stored, takes the accumulator's layout in shared memory: where the operands
+    # were, unless those of a program's next tile are already being loaded.
     stored = tile.block_m * tile.columns_stored * dtype.itemsize if tile.tma else 0
-    return tile._replace(num_stages=_stages(tile.num_stages, stage, 2 * stored if has_bias else stored, device))
+    tiles, programs = tiles_and_programs(tile, M, N, device)
+    if has_bias and tiles > programs:
+        stored *= 2
+    return tile._replace(num_stages=_stages(tile.num_stages, stage, stored, device))
+
+
+def tiles_and_programs(tile: Tile, M: int, N: int, device: torch.device) -> tuple[int, int]:
+    """How many tiles a product has, and how many programs share them on a persistent grid."""
+    tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
+    return tiles, min(tiles, device_of(device).multiprocessors * tile.programs)
 
 
 def _nearest(tuned: dict[tuple[int, int], dict[int, tuple[tuple, tuple]]], M: int, N: int, K: int, fits_tma: bool) -> Tile:

@@ -185,11 +185,12 @@ def check_gemm_alone_lacks_the_multiplications_of_a_scaled_one_and_nothing_else(
     assert {name.split(".")[1] for name in re.findall(r"cvt\.[\w.]*bf16[\w.]*", alone.asm["ptx"])} == {"rn"}
 
 
+@pytest.mark.parametrize("tiles_a_program", [1, 2])
 @pytest.mark.parametrize("tile", sorted({tile for _, _, tile in (p.values for p in gemm_tiles()) if tile.tma}), ids=str)
-def check_gemm_of_sm90_has_shared_memory_for_a_bias(tile, compile_for, monkeypatch):
-    """On a persistent grid, where the next tile's operands are already there, whatever the strides of the bias are."""
+def check_gemm_of_sm90_has_shared_memory_for_a_bias(tile, tiles_a_program, compile_for, monkeypatch):
+    """Where the next tile's operands are already there and where there is none, whatever the strides of the bias are."""
     monkeypatch.setattr(tiles, "_nearest", lambda *args: tile)
-    M, N = 132 * tile.programs * tile.block_m, 2 * tile.block_n
+    M, N = 132 * tile.programs * tile.block_m, tiles_a_program * tile.block_n
     a, b = tensor(1, M, 64, dtype=torch.bfloat16), tensor(1, N, 64, dtype=torch.bfloat16).mT
     of_row, of_column, of_all = (tensor(*shape, dtype=a.dtype).expand(1, M, N) for shape in ((N,), (1, M, 1), (1, M, N)))
     for bias in (of_row, of_column, of_all):
