@@ -208,6 +208,7 @@ def _check_product_order(report: Report, clock: Clock, b: Tensor, scale: float, 
 
 def check_gemm(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) -> None:
     """All tiles of the table on one shape; then every M with the tile it gets, from any positions in the batch."""
+    _check_long_grids(dtype, report, tiny)
     most = 40 if tiny else 300
     for _ in range(1 if tiny else 8):
         # A weight as linear layers have it, an odd one, one that is not transposed; other shapes at every turn.
@@ -220,6 +221,17 @@ def check_gemm(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) -> 
             bias = _randn(N, dtype=dtype)
             where = {"dtype": dtype, "K": K, "N": N, "transposed": transposed, "aligned": aligned}
             _check_gemm_shape(report, clock, a, b, bias, where)
+
+
+def _check_long_grids(dtype: torch.dtype, report: Report, tiny: bool) -> None:
+    """More matrices, and more blocks of columns, than the second and third axis of a grid can have."""
+    most, K = (50 if tiny else matmul.LONGEST_AXIS + 5000), 24
+    a, b = _randn(most, 2, K, dtype=dtype), _randn(1, K, 40, dtype=dtype)
+    want = cuda.gemm(a.view(1, 2 * most, K), b).view(most, 2, 40)
+    report.same("gemm: a long batch", cuda.gemm(a, b.expand(most, -1, -1)), want, dtype=dtype, batch=most)
+    b = _randn(1, 64 * most, K, dtype=dtype).mT
+    halves = [cuda.gemm(a[:1], half) for half in b.split(32 * most, dim=2)]
+    report.same("gemm: many columns", cuda.gemm(a[:1], b), torch.cat(halves, dim=2), dtype=dtype, N=64 * most)
 
 
 def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: Tensor, where: dict) -> None:

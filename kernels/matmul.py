@@ -8,6 +8,7 @@ Two kernels compute ``gemm``: one that loads through pointers, any strides, and 
 through TMA descriptors, where the operands allow it. They are of one class: which one serves a call changes no bit.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, alignment, plan
 from .tiles import GROUP_M, Tile, accumulator, ceil_div, device_of, gemm_tile, next_power_of_2, on_device, tiles_and_programs
+
+LONGEST_AXIS = 65_535
+"""Programs on the second or the third axis of a grid: no more, says CUDA."""
 
 
 @triton.jit
@@ -69,6 +73,21 @@ def _tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, TILES_IN_GRID: tl.constexpr):
+    """Which matrix of the batch, block of rows and block of columns a program has.
+
+    TILES_IN_GRID: they are its place on the grid's axes, and no division comes before the first load.
+    """
+    if TILES_IN_GRID:
+        matrix, pid_m, pid_n = tl.program_id(2), tl.program_id(0), tl.program_id(1)
+    else:
+        tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        matrix = tl.program_id(0) // (tiles_m * tiles_n)
+        pid_m, pid_n = _tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    return matrix, pid_m, pid_n
+
+
+@triton.jit
 def _scaled(
     acc, alpha, beta, bias_ptr, offs_m, offs_n, M, N, stride_biasm, stride_biasn, HAS_BIAS: tl.constexpr, ACC: tl.constexpr
 ):
@@ -107,7 +126,9 @@ def _gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TILES_IN_GRID: tl.constexpr,
     EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_PLAIN: tl.constexpr,
@@ -118,16 +139,13 @@ def _gemm_kernel(
     multiplication by an alpha of 1 would take time and change no bit; then one cast. Columns behind the edge read column 0
     and up again; they and rows behind the edge are not stored.
     """
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    matrix = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
-    pid_m, pid_n = _tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
-
+    matrix, pid_m, pid_n = _tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M, TILES_IN_GRID)
+    matrix = matrix.to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     rows = offs_m.to(tl.int64)
-    cols = (offs_n % N).to(tl.int64)
+    cols = (offs_n if EVEN_N else offs_n % N).to(tl.int64)
     acc = _product(
         a_ptr + matrix * stride_ab + rows[:, None] * stride_am + offs_k[None, :] * stride_ak,
         b_ptr + matrix * stride_bb + offs_k[:, None] * stride_bk + cols[None, :] * stride_bn,
@@ -204,10 +222,10 @@ def _gemm_tma_kernel(
     STORES: tl.constexpr,
     B_IS_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    TILES_IN_GRID: tl.constexpr,
     IS_PLAIN: tl.constexpr,
 ):
-    """out = alpha * (a @ b) + beta * bias on a persistent grid: a program takes every num_programs-th tile.
+    """out = alpha * (a @ b) + beta * bias: TILES_IN_GRID, one tile a program; else every num_programs-th, one by one.
 
     The order of ``_gemm_kernel``. b comes as [K, N], or transposed as [N, K]. Behind the edges the descriptors read
     zeros and store nothing. A tile has BLOCK_N columns, stored in STORES parts, left to right, which needs less shared
@@ -215,8 +233,15 @@ def _gemm_tma_kernel(
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N + NARROW_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        pid_m, pid_n = _tile_of(tile, tiles_m, tiles_n, GROUP_M)
+    if TILES_IN_GRID:
+        first, end, step = 0, 1, 1
+    else:
+        first, end, step = tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)
+    for tile in tl.range(first, end, step, flatten=not TILES_IN_GRID):
+        if TILES_IN_GRID:
+            pid_m, pid_n = tl.program_id(0), tl.program_id(1)
+        else:
+            pid_m, pid_n = _tile_of(tile, tiles_m, tiles_n, GROUP_M)
         row = pid_m * BLOCK_M
         col = pid_n * (BLOCK_N + NARROW_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -322,11 +347,13 @@ class _Product:
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device, tile: Tile) -> None:
         batch, M, N, K, strides_a, strides_b, strides_bias = sizes
-        even_m, even_k = M % tile.block_m == 0, K % tile.block_k == 0
-        arguments = (M, N, K, *strides_a, *strides_b, *(strides_bias or (0, 0, 0)))
-        arguments += (accumulator(dtype), *tile[:3], GROUP_M, even_m, even_k, strides_bias is not None)
-        programs = batch * ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
-        self._scaled, self._plain = (_launch(_gemm_kernel, programs, (*arguments, plain), tile) for plain in (False, True))
+        grid = ceil_div(M, tile.block_m), ceil_div(N, tile.block_n), batch
+        tiles_in_grid = grid[0] <= GROUP_M and max(grid) <= LONGEST_AXIS  # then in the order of ``_tile_of``
+        arguments = (M, N, K, *strides_a, *strides_b, *(strides_bias or (0, 0, 0)), accumulator(dtype), *tile[:3])
+        arguments += (GROUP_M, tiles_in_grid, *(size % block == 0 for size, block in zip((M, N, K), tile[:3], strict=True)))
+        arguments += (strides_bias is not None,)
+        grid = grid if tiles_in_grid else (math.prod(grid), 1, 1)
+        self._scaled, self._plain = (_launch(_gemm_kernel, grid, (*arguments, plain), tile) for plain in (False, True))
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
         launch = self._plain if bias is None and alpha == 1.0 else self._scaled
@@ -358,12 +385,14 @@ class _TmaProduct:
         beside = (of_b(narrow), of_out(narrow)) if narrow else (None, None)
         self._descriptors = of_a, of_b(wide), of_out(wide // stores), *beside
         tiles, programs = tiles_and_programs(tile, M, N, device)
-        # Where each program has but one tile, there is no next one whose loads could begin early.
-        flatten = tiles > programs
+        grid = ceil_div(M, tile.block_m), ceil_div(N, tile.block_n), 1
+        tiles_in_grid = tiles == programs
         arguments = (M, N, K, *(strides_bias or (0, 0, 0))[1:], tile.block_m, wide, tile.block_k, narrow)
-        arguments += (GROUP_M, stores, transposed, strides_bias is not None, flatten)
-        self._scaled, self._plain = (_launch(_gemm_tma_kernel, programs, (*arguments, plain), tile) for plain in (False, True))
-        if flatten:  # there Triton 3.6 stores a plain result without stmatrix, and the loads of the next tile hide the scaling
+        arguments += (GROUP_M, stores, transposed, strides_bias is not None, tiles_in_grid)
+        grid = grid if tiles_in_grid else (programs, 1, 1)
+        self._scaled, self._plain = (_launch(_gemm_tma_kernel, grid, (*arguments, plain), tile) for plain in (False, True))
+        # On a persistent grid Triton 3.6 stores a plain result without stmatrix, and the next tile's loads hide the scaling.
+        if not tiles_in_grid:
             self._plain = self._scaled
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
@@ -373,9 +402,9 @@ class _TmaProduct:
         launch(*descriptors, out if bias is None else bias, numbers=(alpha, beta))
 
 
-def _launch(kernel: JITFunction, programs: int, arguments: tuple[Any, ...], tile: Tile) -> Launch:
+def _launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple[Any, ...], tile: Tile) -> Launch:
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
-    return Launch(kernel, (programs, 1, 1), arguments, **options)
+    return Launch(kernel, grid, arguments, **options)
 
 
 @triton.jit(do_not_specialize=["T", "G"], do_not_specialize_on_alignment=["offs_ptr"])
@@ -465,4 +494,5 @@ def _grouped_plan(shape_a, strides_a, shape_b, strides_b, aligned, dtype, dtype_
     # 0 where the size is 1: torch leaves anything there, and it would only make Triton compile again.
     strides = [0 if n == 1 else stride for n, stride in zip((*shape_a, *shape_b), (*strides_a, *strides_b), strict=True)]
     arguments = (T, G, N, K, *strides, accumulator(dtype), *tile[:3], next_power_of_2(G), K % tile.block_k == 0)
-    return _launch(_grouped_gemm_kernel, (ceil_div(T, tile.block_m) + G) * ceil_div(N, tile.block_n), arguments, tile)
+    programs = (ceil_div(T, tile.block_m) + G) * ceil_div(N, tile.block_n)
+    return _launch(_grouped_gemm_kernel, (programs, 1, 1), arguments, tile)

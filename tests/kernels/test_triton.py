@@ -9,7 +9,9 @@ measured to compute: K ascending, one product after the other. So the checks of 
 itself chooses.
 """
 
+import ctypes
 import inspect
+import mmap
 import os
 import subprocess
 import sys
@@ -147,6 +149,16 @@ def layouts(x):
         yield view.copy_(x)
 
 
+def fenced(x):
+    """The same values, contiguous, right in front of a page that ends the process of who reads it."""
+    size = x.numel() * x.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    fence = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(fence), mmap.PAGESIZE, 0) == 0, ctypes.get_errno()
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages - size).view(x.shape).copy_(x)
+
+
 # --- products --------------------------------------------------------------------------------------------------------
 
 
@@ -197,10 +209,11 @@ def check_gemm_tiles_are_one_class(dtype, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(8, 192, 32), (70, 200, 72), (130, 520, 40)])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def check_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed, monkeypatch):
+@pytest.mark.parametrize("multiprocessors", [2, 100], ids=["several tiles a program", "one tile a program"])
+def check_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed, multiprocessors, monkeypatch):
     """On tiles of one block, of two stores, and of two blocks side by side; inside the edges and over them."""
     M, N, K = shape
-    monkeypatch.setattr(matmul, "device_of", lambda device: tiles.Device(2, 1 << 20))  # several tiles a program
+    monkeypatch.setattr(tiles, "device_of", lambda device: tiles.Device(multiprocessors, 1 << 20))
     a, b, bias = (randn(*s, dtype=torch.bfloat16) for s in ((1, M, K + 8), (1, K + 8, N + 8), (1, M, N)))
     b = b.mT.contiguous().mT if is_transposed else b
     a, b = a[..., :K], b[:, :K, :N]  # rows that are wider in memory
@@ -214,6 +227,32 @@ def check_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed, monke
         assert_same_bits(out, want)
         matmul.product(sizes._replace(bias=None), a.dtype, a.device, tile)(a, b, None, out, 1.0, 1.0)
         assert_same_bits(out, alone)
+
+
+@pytest.mark.parametrize("shape", [(5, 70, 64), (33, 32, 65), (16, 1, 1), (20, 33, 130)])
+def check_gemm_reads_nothing_behind_its_operands(shape):
+    """Whichever dims fill their blocks, and whichever do not."""
+    M, N, K = shape
+    a, b, bias = (randn(*s, dtype=torch.float32) for s in ((2, M, K), (2, K, N), (2, M, N)))
+    want = cuda.gemm(a, b, bias)
+    assert_same_bits(cuda.gemm(fenced(a), fenced(b), fenced(bias)), want)
+    assert_same_bits(cuda.gemm(fenced(a.mT).mT, fenced(b.mT).mT, fenced(bias.mT).mT), want)
+    offs = torch.tensor([M, M], dtype=torch.int32)
+    assert_same_bits(cuda.grouped_gemm(fenced(a[0]), fenced(b), fenced(offs)), cuda.gemm(a[:1], b[:1])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def check_gemm_of_any_grid_has_the_same_bits(dtype, monkeypatch):
+    """Longer than the axes of a grid may be, which only batches of many thousand matrices are; and tall ones."""
+    a, b, bias = randn(3, 300, 40, dtype=dtype), randn(3, 40, 70, dtype=dtype), randn(70, dtype=dtype).expand(3, 300, 70)
+    grids, launch = [], matmul._launch
+    monkeypatch.setattr(matmul, "_launch", lambda kernel, grid, *args: grids.append(grid) or launch(kernel, grid, *args))
+    replace(monkeypatch, matmul, "gemm_tile", lambda *args: tiles.Tile(32, 32, 32, 4, 2))
+    few = [cuda.gemm(a[:, rows : rows + 60], b, bias[:, :60]) for rows in range(0, 300, 60)]
+    assert_same_bits(cuda.gemm(a, b, bias), torch.cat(few, dim=1))
+    replace(monkeypatch, matmul, "LONGEST_AXIS", 2)
+    assert_same_bits(cuda.gemm(a[:, :60], b, bias[:, :60]), few[0])
+    assert {*grids} == {(2, 3, 3), (90, 1, 1), (18, 1, 1)}
 
 
 def check_gemm_block_k_does_not_follow_m():
@@ -316,6 +355,14 @@ def check_row_functions_do_not_see_strides(call):
         assert_same_bits(call(cuda, x_view, w_view), want)
     first = tuple(out[:1].expand(3, *out.shape[1:]).contiguous() for out in as_tuple(want))
     assert_same_bits(call(cuda, x[:1].expand(3, -1), w), first)
+
+
+@each_row_function
+@pytest.mark.parametrize("n_cols", [1, 129, 4500])
+def check_row_functions_read_nothing_behind_their_operands(call, n_cols):
+    x, w = randn(3, n_cols, dtype=torch.float32), randn(2, n_cols, dtype=torch.float32)
+    assert_same_bits(call(cuda, fenced(x), fenced(w)), call(cuda, x, w))
+    assert_same_bits(call(cuda, fenced(x.T).T, fenced(w.T).T), call(cuda, x, w))
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -441,6 +488,18 @@ def check_attention_does_not_see_padding(dtype, additive, pad):
             mask[1, 0, : here.start] = -torch.inf  # what the padding's own queries see is of no interest
         out, lse = cuda.attention(*padded, mask.expand(2, 2, size, size), False, 0.25)
         assert_same_bits((out[1:, :, here], lse[1:, :, here]), want)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 5, 70, 20, 24), (1, 2, 2, 40, 40, 64, 64), (1, 3, 1, 1, 300, 130, 16)])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def check_attention_reads_nothing_behind_its_operands(sizes, kind):
+    q, k, v = qkv(*sizes, torch.float32)
+    B, H, _, Sq, Skv = sizes[:5]
+    mask = {"none": None, "bool": torch.rand(B, H, Sq, Skv) > 0.4, "additive": randn(B, H, Sq, Skv, dtype=q.dtype)}[kind]
+    want = cuda.attention(q, k, v, mask, kind == "none", 0.2)
+    for turned in (lambda x: x, lambda x: x.transpose(1, 2), lambda x: x.mT):
+        operands = [None if x is None else turned(fenced(turned(x))) for x in (q, k, v, mask)]
+        assert_same_bits(cuda.attention(*operands, kind == "none", 0.2), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -699,6 +758,7 @@ def check_index_add_adds_in_the_order_of_the_sources(dtype, sizes):
         assert_same_bits(got, want)
         for x_view, source_view in zip(layouts(x), layouts(source), strict=True):
             assert_same_bits(cuda.index_add(x_view, index, source_view, 0.3), got)
+        assert_same_bits(cuda.index_add(fenced(x), fenced(index), fenced(source), 0.3), got)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 0), (3, 0, 2), (3, 4, 0)])
