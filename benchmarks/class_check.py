@@ -175,9 +175,10 @@ def check_order(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) ->
     count = 64 if tiny else 2048
     # The product carries the planted value, as float16 itself ends below it.
     scale = 2.0**12 if dtype == torch.float16 else 1.0
+    large = order.LARGE if dtype != torch.float64 else order.LARGE_FLOAT64
     for K in (40,) if tiny else (40, 65, 256, 1000, 4096):
         places = order.probes(K, count, seed=K)
-        b = order.planted(places, K, order.LARGE / scale, 1 / scale).to(dtype).to(torch.zeros(()).device)
+        b = order.planted(places, K, large / scale, 1 / scale).to(dtype).to(torch.zeros(()).device)
         _check_product_order(report, clock, b, scale, order.survives_in_a_chain(places), {"dtype": dtype, "K": K})
 
 
@@ -200,7 +201,38 @@ def _check_product_order(report: Report, clock: Clock, b: Tensor, scale: float, 
                     wanted = got[:1]
                     differs = int((wanted[0].cpu().bool() != chain).sum())
                     report.notes.append(f"order of a product, {where}: {differs} of {N} probes differ from one chain")
-                report.same("order: product", got, wanted.expand(M, N), M=M, tile=tuple(tile), aligned=aligned, **where)
+                where_here = {"M": M, "tile": tuple(tile), "aligned": aligned, **where}
+                report.same("order: product", got, wanted.expand(M, N), **where_here)
+                if not tile.tma and M in (2, 129):
+                    ends = torch.tensor([M // 2, M // 2, M], dtype=torch.int32)
+                    with _patched(matmul, "gemm_tile", lambda *args, tile=fitting: tile):
+                        got = cuda.grouped_gemm(a[0], w.mT.expand(3, -1, -1), ends)
+                    report.same("order: grouped product", got, wanted.expand(M, N), **where_here)
+
+
+def check_attention_order(report: Report, clock: Clock, tiny: bool) -> None:
+    """The order over the keys: all weights are 1, so the planted values are summed, for any queries and division of keys."""
+    S, heads, D = (150, 2, 16) if tiny else (3000, 8, 128)
+    places = order.probes(S, heads * D)
+    planted = order.planted(places, S).view(heads, D, S).mT.to(torch.zeros(()).device)
+    for dtype in (torch.bfloat16, torch.float32):
+        v, k = planted[None].to(dtype), _randn(1, heads, S, D, dtype=dtype)
+        wanted = None
+        for Sq in (1, 5, 17) if tiny else (1, 5, 16, 17, 64, 65, 128, 700):
+            q = torch.zeros(1, 4 * heads, Sq, D, dtype=dtype)
+            seen = torch.ones(1, 4 * heads, Sq, S, dtype=torch.bool)
+            for mask in (None, seen, torch.zeros(seen.shape, dtype=dtype)):
+                for view in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: _shifted(x, 1)):
+                    if clock.over():
+                        return
+                    got = cuda.attention(view(q), view(k), view(v), mask, False, 0.1)[0]
+                    if wanted is None:
+                        wanted = got[:, ::4, :1]
+                        survived = (wanted != 0).mT.reshape(-1)[: len(places)].cpu()
+                        differs = int((survived != order.survives_in_a_chain(places)).sum())
+                        report.notes.append(f"order of attention, {dtype}: {differs} of {len(places)} differ from one chain")
+                    want = wanted.repeat_interleave(4, 1).expand(got.shape)
+                    report.same("order: attention", got, want, dtype=dtype, queries=Sq, mask=mask is not None)
 
 
 # --- products --------------------------------------------------------------------------------------------------------
@@ -268,6 +300,41 @@ def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: 
     report.same("gemm: transposed a", cuda.gemm(a.mT.contiguous().mT, b), want, **where)
 
 
+def check_gemm_edges(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) -> None:
+    """All tiles on products of one row, one column, one term, and of fewer terms than a block; every layout by turns."""
+    sizes = ((1, 1), (1, 40), (5, 48), (20, 1), (24, 40), (63, 33), (72, 96), (130, 17))  # K, N
+    for turn, (K, N) in enumerate(sizes[:3] if tiny else sizes):
+        a, w, bias = _randn(1, 40, K, dtype=dtype), _randn(1, N, K, dtype=dtype), _randn(N, dtype=dtype)
+        want = cuda.gemm(a, w.mT)
+        report.near("gemm: near fp64", want, reference.gemm(a, w.mT), eps=torch.finfo(dtype).eps, dtype=dtype, K=K, N=N)
+        want_with_bias = cuda.gemm(a, w.mT, bias.expand(1, 40, N), 0.5, 2.0)
+        views = {
+            "as they are": (a, w.mT),
+            "b by rows": (a, w.mT.contiguous()),
+            "shifted": (_shifted(a, 1), _shifted(w, 1).mT),
+            "wider rows": (_wider(a), _wider(w).mT),
+            "strided": (_strided(a), _strided(w).mT),
+            "a by columns": (a.mT.contiguous().mT, _wider(w.mT.contiguous())),
+        }
+        # Each layout is another binary: the first for every size, the others by turns.
+        names = ["as they are", *(name for i, name in enumerate(list(views)[1:]) if i % 2 == turn % 2)]
+        for tile in tiles.gemm_class(dtype, a.device):
+            for name in names:
+                x, b = views[name]
+                if clock.over():
+                    return
+                fitting = _fitting(tile, x)
+                where = {"tile": tuple(tile), "dtype": dtype, "K": K, "N": N, "layout": name}
+                with _patched(matmul, "gemm_tile", lambda *args, tile=fitting: tile):
+                    for rows in (slice(0, 40), slice(39, 40)):
+                        if tile.tma and not _fit_tma(x[:, rows], b):
+                            continue
+                        report.same("gemm: edges", cuda.gemm(x[:, rows], b), want[:, rows], rows=rows, **where)
+                    if name == "as they are" and (not tile.tma or _fit_tma(x, b)):
+                        got = cuda.gemm(x, b, bias.expand(1, 40, N), 0.5, 2.0)
+                        report.same("gemm: edges, bias", got, want_with_bias, **where)
+
+
 def check_tuned_sizes(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) -> None:
     """With a bias, and up to as many rows as make several tiles a program; some of them against these rows alone."""
     sizes = {(64, 48): (1, 40)} if tiny else next(iter(tiles.TUNED_GEMM.values()))
@@ -324,6 +391,12 @@ def _fitting(tile: tiles.Tile, a: Tensor) -> tiles.Tile:
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
+
+def _columns(x: Tensor) -> Tensor:
+    """Of every row the first, the middle and the last one."""
+    return torch.tensor([[0, x.shape[1] // 2, x.shape[1] - 1]]).expand(x.shape[0], 3)
+
+
 ROW_FUNCTIONS: dict[str, Callable[[ModuleType, Tensor, Tensor], object]] = {
     "row_sum": lambda s, x, w: s.row_sum(x, x.dtype),
     "row_mean": lambda s, x, w: s.row_mean(x, x.dtype),
@@ -334,6 +407,7 @@ ROW_FUNCTIONS: dict[str, Callable[[ModuleType, Tensor, Tensor], object]] = {
     "row_logsumexp": lambda s, x, w: s.row_logsumexp(x, x.dtype),
     "row_softmax": lambda s, x, w: s.row_softmax(x, False, x.dtype),
     "row_softmax, log": lambda s, x, w: s.row_softmax(x, True, x.dtype),
+    "row_logprobs": lambda s, x, w: s.row_logprobs(x, _columns(x), x.dtype),
     "row_cumsum": lambda s, x, w: s.row_cumsum(x, x.dtype),
     "row_layer_norm": lambda s, x, w: s.row_layer_norm(x, w[0], w[1], 1e-5),
     "row_rms_norm": lambda s, x, w: s.row_rms_norm(x, w[0], 1e-6),
@@ -638,6 +712,16 @@ def _shifted(x: Tensor, by: int) -> Tensor:
     return x.new_empty(x.numel() + by)[by:].view(x.shape).copy_(x)
 
 
+def _wider(x: Tensor) -> Tensor:
+    """The same values, with room for eight more at the end of each row."""
+    return x.new_empty(*x.shape[:-1], x.shape[-1] + 8)[..., : x.shape[-1]].copy_(x)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same values, every other one of wider rows."""
+    return x.new_empty(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
+
+
 def _between(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, (), device="cpu"))
 
@@ -660,8 +744,10 @@ def _patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
 
 
 SECTIONS: dict[str, Callable[[Report, Clock, bool], None]] = {
-    **{f"order, {dtype}": functools.partial(check_order, dtype) for dtype in DTYPES[:3]},
+    **{f"order, {dtype}": functools.partial(check_order, dtype) for dtype in DTYPES},
+    "order, attention": check_attention_order,
     **{f"gemm, {dtype}": functools.partial(check_gemm, dtype) for dtype in DTYPES},
+    **{f"gemm edges, {dtype}": functools.partial(check_gemm_edges, dtype) for dtype in DTYPES},
     **{f"tuned sizes, {dtype}": functools.partial(check_tuned_sizes, dtype) for dtype in DTYPES[:2]},
     "grouped gemm": check_grouped_gemm,
     "rows": check_rows,

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 LARGE = 2.0**25
+LARGE_FLOAT64 = 2.0**54
+"""The same for a float64 accumulator."""
 
 
 def probes(n_places: int, count: int, seed: int = 0) -> Tensor:

@@ -106,25 +106,36 @@ def _plan_softmax(x, dim, log, out_dtype) -> Callable[[Tensor], Tensor] | None:
 
 def reduce(x: Tensor, dim: Any, keepdim: bool, result: str) -> Tensor | None:
     """``row_sum`` or ``row_mean`` (result: ``sum``, ``mean``) over the last dim of a contiguous x, in x's dtype."""
-    call = _plan_reduce(_described(x), dim if dim is None or isinstance(dim, int) else tuple(dim), keepdim, result)
+    call = _plan_reduce(_described(x), _hashable(dim), keepdim, "sum", result, 0.0)
+    return None if call is None else call(x)[0]
+
+
+def var_mean(x: Tensor, dim: Any, keepdim: bool, correction: float) -> tuple[Tensor, Tensor] | None:
+    """``row_var_mean`` over the last dim of a contiguous x, in x's dtype."""
+    call = _plan_reduce(_described(x), _hashable(dim), keepdim, "moments", "var", correction)
     return None if call is None else call(x)
 
 
+def _hashable(dim: Any) -> Any:
+    return dim if dim is None or isinstance(dim, int) else tuple(dim)
+
+
 @plan
-def _plan_reduce(x, dim, keepdim, result) -> Callable[[Tensor], Tensor] | None:
+def _plan_reduce(x, dim, keepdim, statistics, result, correction) -> Callable[[Tensor], tuple[Tensor, Tensor | None]] | None:
     x = _Description(*x)
-    rows, last = x.rows(), len(x.shape) - 1
+    rows, last, has_mean = x.rows(), len(x.shape) - 1, result == "var"
     if rows is None or dim not in (-1, last, (-1,), (last,)):
         return None
-    bits = alignment_bits(x.is_aligned, True, False)
-    launch = reduce_rows.plan(rows, (rows[1], 1), x.device, x.dtype, (x.dtype, None), bits, (0.0,), (result,), "sum", x.dtype)
+    bits, dtypes = alignment_bits(x.is_aligned, True, has_mean), (x.dtype, x.dtype if has_mean else None)
+    how = (float(correction),), (result,), statistics, x.dtype
+    launch = reduce_rows.plan(rows, (rows[1], 1), x.device, x.dtype, dtypes, bits, *how)
     out_shape = (*x.shape[:-1], 1) if keepdim else x.shape[:-1]
 
-    def call(x: Tensor) -> Tensor:
-        out = x.new_empty(out_shape)
+    def call(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, mean = x.new_empty(out_shape), x.new_empty(out_shape) if has_mean else None
         with on_device(x):
-            launch(x, out, None)
-        return out
+            launch(x, out, mean)
+        return out, mean
 
     return call
 

@@ -79,14 +79,22 @@ def _calls(device: torch.device, width: int, head_dim: int, keys: int) -> dict[s
         return torch.randn(*shape, device=device).to(torch.bfloat16)
 
     x, weight, bias, scale = randn(1, width), randn(width, width) * width**-0.5, randn(width), randn(width)
+    heads, head_weights, head_biases = randn(8, 1, head_dim), randn(8, head_dim, keys) * head_dim**-0.5, randn(8, 1, keys)
     q, k, v = randn(1, 32, 1, head_dim), randn(1, 8, keys, head_dim), randn(1, 8, keys, head_dim)
     weight_t, seen = weight.t(), torch.arange(keys, device=device).lt(keys - 9).view(1, 1, 1, keys)
     return {
         "mm": lambda: torch.mm(x, weight_t),
         "addmm": lambda: torch.addmm(bias, x, weight_t),
         "linear": lambda: F.linear(x, weight, bias),
+        "bmm": lambda: torch.bmm(heads, head_weights),
+        "baddbmm": lambda: torch.baddbmm(head_biases, heads, head_weights),
         "mean": lambda: torch.mean(x, -1, keepdim=True),
+        "sum": lambda: torch.sum(x, -1),
+        "var": lambda: torch.var(x, -1),
+        "logsumexp": lambda: torch.logsumexp(x, -1),
+        "cumsum": lambda: torch.cumsum(x, -1),
         "softmax": lambda: torch.softmax(x, -1),
+        "log_softmax": lambda: torch.log_softmax(x, -1),
         "rms_norm": lambda: F.rms_norm(x, (width,), scale, 1e-6),
         "layer_norm": lambda: F.layer_norm(x, (width,), scale, bias),
         "sdpa decode": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),

@@ -58,6 +58,9 @@ def std(self: Tensor, dim=None, *, correction: float | None = None, keepdim: boo
 
 
 def var_mean(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    results = usual("var_mean", self, dim, keepdim, _correction(correction))
+    if results is not None:
+        return results
     rows = _Rows(self, dim, keepdim)
     var, mean = kernel_set(self).row_var_mean(rows.matrix, _correction(correction), self.dtype)
     return rows.restore(var), rows.restore(mean)
