@@ -13,6 +13,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ import triton
 from pytest_batchinv.kernels import attention as attention_module
 from pytest_batchinv.kernels import cuda, matmul, norm, offline, reduce, rows, scatter, softmax, tiles, usual
 from pytest_batchinv.kernels.launch import Launch
+from triton.runtime.jit import JITFunction
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ROW_MODULES = [rows, reduce, softmax, norm, scatter]
@@ -84,13 +87,28 @@ def tensor(*shape, dtype):
     return torch.zeros(shape, dtype=dtype)
 
 
-def assert_sound(binary, arch):
-    """It fits, and nothing in it adds to memory in an order of its own."""
+def assert_sound(binary, arch, spilled_bytes=None):
+    """It fits, nothing in it adds to memory in an order of its own, and it follows no argument that is not listed.
+
+    spilled_bytes: that a thread may spill; None where the check asks for itself.
+    """
     ptx = binary.asm["ptx"]
     assert f".target sm_{arch}" in ptx
     assert binary.metadata.shared <= offline.DEVICES[arch].shared_memory
     assert re.findall(r"^\s*(?:@\S+\s+)?((?:atom|red)\.\S+)", ptx, re.MULTILINE) == []
     assert "tf32" not in ptx
+    assert specialised_in(binary) <= SPECIALISED.get(binary.name, set())
+    if spilled_bytes is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            assert registers_and_spills(binary, Path(folder))[1] <= spilled_bytes
+
+
+def specialised_in(binary):
+    """The arguments that this binary is for certain values of, by its own signature: constexprs aside."""
+    source = binary.src
+    by_value = {name for name, kind in source.signature.items() if kind == "constexpr"}
+    by_divisor = {source.fn.arg_names[index] for (index, *_), attributes in source.attrs.items() if attributes}
+    return (by_value | by_divisor) - {param.name for param in source.fn.params if param.is_constexpr}
 
 
 def instructions(binary):
@@ -101,16 +119,20 @@ BOTH = pytest.mark.parametrize("arch", [80, 90], ids=["sm80", "sm90"])
 ARCHS = pytest.mark.parametrize("arch", [80, 89, 90, 100], ids=["sm80", "sm89", "sm90", "sm100"])
 MOST_SPILLED = 64
 """Bytes a thread, of which some do not hurt where a tile uses all registers."""
+MOST_SPILLED_BY_ATTENTION = 1536
+"""The same, where two accumulators and the scores of a block are more than a thread's registers.
+
+With twice the warps most of it spills nothing, and takes up to twice as long on an H200: each has fewer queries to a key.
+"""
 
 
 def gemm_tiles():
     """Every tile of the tables, on every architecture that may choose it."""
     for arch, device in offline.DEVICES.items():
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            tuned = tiles.TUNED_GEMM.get((arch, dtype.itemsize), {}) if dtype == torch.bfloat16 else {}
+            tuned = tiles.TUNED_GEMM.get((arch, dtype.itemsize), {})
             chosen = {tiles.Tile(*tile) for by_rows in tuned.values() for pair in by_rows.values() for tile in pair}
-            listed = tiles.GEMM_TILES[dtype][:: 4 if dtype in (torch.float16, torch.float64) or arch in (89, 100) else 1]
-            for tile in [*listed, *sorted(chosen)]:
+            for tile in [*tiles.GEMM_TILES[dtype], *sorted(chosen)]:
                 label = "x".join(map(str, tile[:3])) + f"w{tile.num_warps}s{tile.num_stages}" + "t" * tile.tma
                 yield pytest.param(arch, dtype, fitting(tile, dtype, device), id=f"sm{arch}-{str(dtype)[6:]}-{label}")
 
@@ -138,12 +160,11 @@ def main_of(binaries, name="_attention_kernel"):
 
 
 @pytest.mark.parametrize(("arch", "dtype", "tile"), list(gemm_tiles()))
-def check_gemm_tile(arch, dtype, tile, compile_for, monkeypatch, tmp_path):
+def check_gemm_tile(arch, dtype, tile, compile_for, monkeypatch):
     monkeypatch.setattr(matmul, "gemm_tile", lambda *args: tile)
     a, b = tensor(1, 100, 512, dtype=dtype), tensor(1, 256, 512, dtype=dtype).mT
     (binary,) = compile_for(arch, lambda: cuda.gemm(a, b))
-    assert_sound(binary, arch)
-    assert registers_and_spills(binary, tmp_path)[1] <= MOST_SPILLED
+    assert_sound(binary, arch, MOST_SPILLED)
     ptx = binary.asm["ptx"]
     assert binary.name == ("_gemm_tma_kernel" if tile.tma else "_gemm_kernel")
     if arch == 100 and tile.block_m >= 64 and dtype.itemsize == 2:
@@ -211,7 +232,7 @@ def check_gemm_tile_chosen_fits(arch, compile_for):
     for M in (1, 4096):
         a = tensor(1, M, 128, dtype=torch.bfloat16)
         for binary in compile_for(arch, lambda a=a: cuda.gemm(a, b)):
-            assert_sound(binary, arch)
+            assert_sound(binary, arch, MOST_SPILLED)
 
 
 @BOTH
@@ -226,7 +247,7 @@ def check_gemm_odd_and_grouped(arch, compile_for):
     ]
     for launch in launches:
         (binary,) = compile_for(arch, launch)
-        assert_sound(binary, arch)
+        assert_sound(binary, arch, MOST_SPILLED)
         assert instructions(binary) == {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}
 
 
@@ -242,7 +263,7 @@ def check_attention(arch, dtype, head_dim, compile_for):
         binaries = compile_for(arch, lambda q=q: cuda.attention(q, k, k, None, True, 0.1))
         assert len(binaries) == (2 if Sq == 1 else 1)  # few queries: a grid over the keys
         for binary in binaries:
-            assert_sound(binary, arch)
+            assert_sound(binary, arch, MOST_SPILLED_BY_ATTENTION)
         binary = main_of(binaries)
         if dtype == torch.bfloat16:
             kind = "wgmma" if arch == 90 and Sq > 1 else "mma.sync"
@@ -255,8 +276,8 @@ def check_attention_with_masks(arch, compile_for):
     for mask in (torch.ones(1, 1, 1, 100, dtype=torch.bool), tensor(1, 1, 100, 100, dtype=torch.bfloat16)):
         mask = mask.expand(1, 8, 100, 100)
         ranges, main = compile_for(arch, lambda mask=mask: cuda.attention(q, k, k, mask, False, 0.1))
-        assert_sound(ranges, arch)
-        assert_sound(main, arch)
+        assert_sound(ranges, arch, MOST_SPILLED_BY_ATTENTION)
+        assert_sound(main, arch, MOST_SPILLED_BY_ATTENTION)
 
 
 @BOTH
@@ -269,7 +290,7 @@ def check_attention_of_few_programs_has_shared_memory(arch, head_dim, has_mask, 
         binaries = compile_for(arch, lambda q=q, k=k, m=mask: cuda.attention(q, k, k, m, False, 0.1))
         assert ("_merge_parts_kernel" in {binary.name for binary in binaries}) == (heads == 8)
         for binary in binaries:
-            assert_sound(binary, arch)
+            assert_sound(binary, arch, MOST_SPILLED_BY_ATTENTION)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +330,7 @@ def check_attention_packed_and_paged_has_that_order_too(arch, keys, compile_for)
                 arch, lambda most=most, o=options: cuda.packed_attention(q, k, k, starts, starts, most, 0.1, pages=pages, **o)
             )
             for binary in binaries:
-                assert_sound(binary, arch)
+                assert_sound(binary, arch, MOST_SPILLED_BY_ATTENTION)
             if arch != 100:  # tcgen05 has no operands in registers
                 assert set(re.findall(r"kWidth = (\d+)", main_of(binaries).asm["ttgir"])) == {"2"}
 
@@ -408,7 +429,7 @@ def check_row_kernels_of_more_than_2_to_the_31_columns(arch, compile_for):
 def check_index_add_fuses_nothing(arch, compile_for):
     x = tensor(3, 1000, dtype=torch.bfloat16)
     (binary,) = compile_for(arch, lambda: cuda.index_add(x, torch.zeros(3, dtype=torch.int64), x, 0.5))
-    assert_sound(binary, arch)
+    assert_sound(binary, arch, 0)
     assert "fma." not in binary.asm["ptx"]
 
 
@@ -424,6 +445,7 @@ def check_specialised_arguments_are_the_ones_named():
     ]
     assert len(kernels) == 13
     for kernel in kernels:
+        assert type(kernel) is JITFunction, f"{kernel}: tuned or chosen at run time, by sizes that nobody lists"
         specialised = {
             param.name
             for param in kernel.params
