@@ -23,6 +23,7 @@ _DEVICE_ALONE = frozenset(
     for keyset in (_KEY_SET(device), _KEY_SET(device) | _KEY_SET(autograd))
 )
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_COMPLEX = (torch.complex64, torch.complex128)
 
 _hits: dict[str, int] = {}
 
@@ -99,10 +100,12 @@ def _signature(overload: OpOverload) -> list[tuple[str, str]]:
 def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
     """Whether this call computes with integers or booleans alone, which no order can change: torch's own kernel serves it.
 
-    Raises Refused for complex numbers.
+    Raises Refused for complex numbers where the entry does not take them.
     """
     dtype = kwargs.get("dtype") or _first_dtype(args)
     if dtype is None or dtype in _FLOATS:
+        return False
+    if dtype in _COMPLEX and _name(overload) in table.COMPLEX:
         return False
     if dtype.is_complex or dtype.is_floating_point:
         raise Refused(f"batch-invariant mode has no kernel for {overload.name()} in {dtype}.")
@@ -111,8 +114,13 @@ def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
 
 def _makes_floats(overload: OpOverload, args: tuple) -> bool:
     """Whether torch gives floats for integers here. Of ``pow`` the last argument, its exponent, tells."""
-    name = overload.overloadpacket.__name__.removesuffix("_")
+    name = _name(overload)
     return name in table.FLOATS_OF_INTEGERS and (name != "pow" or isinstance(args[-1], float))
+
+
+def _name(overload: OpOverload) -> str:
+    """Without the underscore of what is in place."""
+    return overload.overloadpacket.__name__.removesuffix("_")
 
 
 def _first_dtype(args: tuple) -> torch.dtype | None:

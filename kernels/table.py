@@ -22,7 +22,7 @@ LEAVES = {
     "mv": products.mv,
     "addmv": products.addmv,
     "dot": products.dot,
-    "vdot": products.dot,
+    "vdot": products.vdot,
     "_grouped_mm": products.grouped_mm,
     "convolution": products.convolution,
     "sum": reductions.sum_all,
@@ -71,6 +71,12 @@ POINTWISE = {
 
 FLOATS_OF_INTEGERS = {*_OF_ANY_DTYPE, "pow", "logsumexp"}
 """Entries that make floats of integers, and then compute as for those. ``pow`` does where its exponent is a float."""
+
+COMPLEX = {
+    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "convolution", "index_add", "scatter_add"),
+    *("sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "cumsum"),
+}
+"""Entries that take complex64 and complex128 too (``complex_parts.py``). The others are refused, as is complex32."""
 
 # torch's rules for ``out=``. Elsewhere it must have the result's dtype.
 OUT_GIVES_DTYPE = {"sum.IntList_out", "mean.out", "mean.dtype_out", "cumsum.out"}

@@ -12,12 +12,13 @@ class Refused(NotImplementedError):
 
 
 def kernel_set(x: Tensor) -> ModuleType:
-    """The kernels for this tensor's device: C++ for the CPU, Triton for CUDA. Raises Refused for any other."""
-    return _kernel_set(x.device)
+    """The kernels for this tensor: those of its device, and for complex numbers what is made of them."""
+    return kernels_of_complex_numbers() if x.dtype.is_complex else kernels_of_device(x.device)
 
 
 @functools.cache
-def _kernel_set(device: torch.device) -> ModuleType:
+def kernels_of_device(device: torch.device) -> ModuleType:
+    """C++ for the CPU, Triton for CUDA. Raises Refused for any other."""
     if device.type == "cpu":
         from pytest_batchinv.kernels import cpu
 
@@ -27,6 +28,13 @@ def _kernel_set(device: torch.device) -> ModuleType:
 
         return cuda
     raise Refused(f"batch-invariant mode has kernels for cpu and cuda, not for {device.type}.")
+
+
+@functools.cache
+def kernels_of_complex_numbers() -> ModuleType:
+    from pytest_batchinv.kernels import complex_parts
+
+    return complex_parts
 
 
 def usual(name: str, x: Tensor, *args):
@@ -62,7 +70,8 @@ def wrap_dim(x: Tensor, dim: int) -> int:
     return dim % n_dims
 
 
-def real_factor(scalar: float) -> float:
-    if isinstance(scalar, complex):
-        raise RuntimeError(f"expected a real factor for real matrices, but got {scalar}")
-    return float(scalar)
+def factor(scalar: complex, x: Tensor) -> complex:
+    """A factor of x: real for a real tensor. Raises RuntimeError, as torch does, for one that is not."""
+    if isinstance(scalar, complex) and not x.dtype.is_complex:
+        raise RuntimeError(f"expected a real factor for real numbers, but got {scalar}")
+    return scalar if isinstance(scalar, complex) else float(scalar)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from pytest_batchinv.kernels.aten.common import Refused, kernel_set, real_factor, shape_of, too_few_dims, usual
+from pytest_batchinv.kernels.aten.common import Refused, factor, kernel_set, shape_of, too_few_dims, usual
 from torch import Tensor
 
 
@@ -27,7 +27,7 @@ def addmm(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: f
     if len(a) != 2 or len(b) != 2 or a[1] != b[0] or mat1.dtype != mat2.dtype or mat1.device != mat2.device:
         raise _wrong_product("addmm", mat1, mat2, 2)
     bias = _expanded_bias("addmm", self, (a[0], b[1]), mat1, beta)
-    return kernel_set(mat1).gemm(mat1, mat2, bias, real_factor(alpha), real_factor(beta))
+    return kernel_set(mat1).gemm(mat1, mat2, bias, factor(alpha, mat1), factor(beta, mat1))
 
 
 def addmm_dtype(self: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: torch.dtype, *, beta=1, alpha=1) -> Tensor:
@@ -59,7 +59,7 @@ def bmm_dtype(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
 def baddbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     a, b = _batched_shapes("baddbmm", batch1, batch2)
     bias = _expanded_bias("baddbmm", self, (a[0], a[1], b[2]), batch1)
-    return kernel_set(batch1).gemm(batch1, batch2, bias, real_factor(alpha), real_factor(beta))
+    return kernel_set(batch1).gemm(batch1, batch2, bias, factor(alpha, batch1), factor(beta, batch1))
 
 
 def baddbmm_dtype(self: Tensor, batch1: Tensor, batch2: Tensor, out_dtype: torch.dtype, *, beta=1, alpha=1) -> Tensor:
@@ -93,6 +93,10 @@ def dot(self: Tensor, tensor: Tensor) -> Tensor:
     if self.dim() != 1 or tensor.dim() != 1:
         raise RuntimeError(f"dot: expected two vectors, but got shapes {shape_of(self)} and {shape_of(tensor)}")
     return mm(self[None], tensor[:, None])[0, 0]
+
+
+def vdot(self: Tensor, other: Tensor) -> Tensor:
+    return dot(self.conj(), other)
 
 
 def grouped_mm(

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pytest_batchinv.kernels.aten.common import as_floats, kernel_set, real_factor, shape_of, usual, wrap_dim
+from pytest_batchinv.kernels.aten.common import as_floats, factor, kernel_set, shape_of, usual, wrap_dim
+from pytest_batchinv.kernels.complex_parts import magnitude
 from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
 
@@ -67,9 +68,9 @@ def var_mean(self: Tensor, dim=None, *, correction: float | None = None, keepdim
 
 
 def std_mean(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    rows = _Rows(self, dim, keepdim)
-    var, mean = kernel_set(self).row_var_mean(rows.matrix, _correction(correction), accumulator_dtype(self.dtype))
-    return rows.restore(var.sqrt().to(self.dtype)), rows.restore(mean.to(self.dtype))
+    rows, real_dtype = _Rows(self, dim, keepdim), self.dtype.to_real()
+    var, mean = kernel_set(self).row_var_mean(rows.matrix, _correction(correction), accumulator_dtype(real_dtype))
+    return rows.restore(var.sqrt().to(real_dtype)), rows.restore(mean.to(self.dtype))
 
 
 def logsumexp(self: Tensor, dim, keepdim: bool = False) -> Tensor:
@@ -81,14 +82,14 @@ def logsumexp(self: Tensor, dim, keepdim: bool = False) -> Tensor:
 def vector_norm(self: Tensor, ord: float = 2, dim=None, keepdim: bool = False, *, dtype=None) -> Tensor:
     """p = 1 and p = 2 in one kernel; other p as a sum of powers; 0 counts; infinite p is a maximum, free of any order."""
     dtype = dtype or self.dtype
-    if not self.is_floating_point():  # the errors are of torch's types
-        error = RuntimeError if self.is_complex() or torch.__version__ < "2.14" else NotImplementedError
+    if not self.is_floating_point() and not self.is_complex():  # the errors are of torch's types
+        error = RuntimeError if torch.__version__ < "2.14" else NotImplementedError
         raise error(f"linalg.vector_norm is for floats, not for {self.dtype}: convert it to the dtype {dtype} first")
-    if not dtype.is_floating_point or torch.promote_types(self.dtype, dtype) != dtype:
+    if dtype.is_complex != self.is_complex() or torch.promote_types(self.dtype, dtype) != dtype:
         raise RuntimeError(f"linalg.vector_norm: {self.dtype} cannot be converted without narrowing to the dtype {dtype}")
-    x = self.to(dtype)
+    x = magnitude(self.to(dtype)) if dtype.is_complex else self.to(dtype)
     rows = _Rows(x, dim, keepdim)
-    kernels, p = kernel_set(x), real_factor(ord)
+    kernels, p = kernel_set(x), factor(ord, x)
     if not rows.matrix.shape[1] and (p < 0 or math.isinf(p)):
         raise RuntimeError(f"linalg.vector_norm cannot compute the norm of order {p} of no values: it has no identity")
     if p in (1.0, 2.0):

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from pytest_batchinv.kernels.aten.common import kernel_set, real_factor, shape_of, too_few_dims, wrap_dim
+from pytest_batchinv.kernels.aten.common import factor, kernel_set, shape_of, too_few_dims, wrap_dim
 from torch import Tensor
 
 
@@ -25,9 +25,8 @@ def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: f
         raise RuntimeError(f"index_add: {shape_of(source)} added at {index.numel()} places does not fit {shape_of(self)}")
     moved, index = self.movedim(dim, 0), _checked(index.reshape(-1).long(), self.shape[dim], IndexError)
     n_cols = math.prod(moved.shape[1:])
-    out = kernel_set(self).index_add(
-        moved.reshape(moved.shape[0], n_cols), index, source.movedim(dim, 0).reshape(index.shape[0], n_cols), real_factor(alpha)
-    )
+    rows, sources = moved.reshape(moved.shape[0], n_cols), source.movedim(dim, 0).reshape(index.shape[0], n_cols)
+    out = kernel_set(self).index_add(rows, index, sources, factor(alpha, self))
     return out.view(moved.shape).movedim(0, dim).contiguous()
 
 
