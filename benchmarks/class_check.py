@@ -261,9 +261,9 @@ def _check_long_grids(dtype: torch.dtype, report: Report, tiny: bool) -> None:
     a, b = _randn(most, 2, K, dtype=dtype), _randn(1, K, 40, dtype=dtype)
     want = cuda.gemm(a.view(1, 2 * most, K), b).view(most, 2, 40)
     report.same("gemm: a long batch", cuda.gemm(a, b.expand(most, -1, -1)), want, dtype=dtype, batch=most)
-    b = _randn(1, 64 * most, K, dtype=dtype).mT
-    halves = [cuda.gemm(a[:1], half) for half in b.split(32 * most, dim=2)]
-    report.same("gemm: many columns", cuda.gemm(a[:1], b), torch.cat(halves, dim=2), dtype=dtype, N=64 * most)
+    b = _randn(1, 128 * most, K, dtype=dtype).mT
+    halves = [cuda.gemm(a[:1], half) for half in b.split(64 * most, dim=2)]
+    report.same("gemm: many columns", cuda.gemm(a[:1], b), torch.cat(halves, dim=2), dtype=dtype, N=128 * most)
 
 
 def _check_gemm_shape(report: Report, clock: Clock, a: Tensor, b: Tensor, bias: Tensor, where: dict) -> None:
@@ -339,11 +339,11 @@ def check_tuned_sizes(dtype: torch.dtype, report: Report, clock: Clock, tiny: bo
     """With a bias, and up to as many rows as make several tiles a program; some of them against these rows alone."""
     sizes = {(64, 48): (1, 40)} if tiny else next(iter(tiles.TUNED_GEMM.values()))
     for (K, N), row_counts in sizes.items():
-        b, bias = _randn(1, N, K, dtype=dtype).mT, _randn(N, dtype=dtype)
-        for M in row_counts:
+        b, aligned = _randn(1, N, K, dtype=dtype).mT, _randn(N, dtype=dtype)
+        for turn, M in enumerate(row_counts):
             if clock.over():
                 return
-            a = _randn(1, M, K, dtype=dtype)
+            a, bias = _randn(1, M, K, dtype=dtype), _shifted(aligned, turn % 2)
             got = cuda.gemm(a, b, bias.expand(1, M, N), 0.5, 2.0)
             for rows in (slice(0, min(M, 7)), slice(M // 2, M // 2 + 16), slice(max(0, M - 33), M)):
                 some = a[:, rows]

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, alignment, plan
 from .tiles import GROUP_M, Tile, accumulator, ceil_div, device_of, gemm_tile, next_power_of_2, on_device, tiles_and_programs
+
+INT32_END, MARGIN = 1 << 31, 1 << 9
+"""What int32 cannot count any more, and more than the longest block."""
 
 LONGEST_AXIS = 65_535
 """Programs on the second or the third axis of a grid: no more, says CUDA."""
@@ -273,12 +276,37 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, b
         return out
     if bias is not None and beta == 0:
         bias = None
+    if is_long(shape_a, shape_b):
+        return _long_gemm(a, b, bias, alpha, beta)
     strides_bias = None if bias is None else bias.stride()
     aligned = alignment(a, b, bias, out)
     product = plan_gemm(shape_a, a.stride(), shape_b, b.stride(), strides_bias, aligned, a.dtype, a.device)
     with on_device(a):
         product(a, b, bias, out, alpha, beta)
     return out
+
+
+def is_long(shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> bool:
+    """Whether rows, columns, terms or programs cannot be counted in int32, up to the end of the last block."""
+    batch = shape_a[0] if len(shape_a) == 3 else 1
+    M, K, N = shape_a[-2], shape_b[-2], shape_b[-1]
+    most_programs = batch * ceil_div(M, 16) * ceil_div(N, 16)
+    return max(M, N, most_programs) > INT32_END - MARGIN or INT32_END - MARGIN < K < INT32_END
+
+
+def _long_gemm(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """The same bits by halves of the longest dim, or with zeros behind K, of which then int64 is taken to count."""
+    M, K, N = a.shape[-2], b.shape[-2], b.shape[-1]
+    if INT32_END - MARGIN < K < INT32_END:
+        behind = INT32_END - K
+        return gemm(nn.functional.pad(a, (0, behind)), nn.functional.pad(b, (0, 0, 0, behind)), bias, alpha, beta)
+    dim = max((-2, -1) if a.dim() == 2 else (-2, -1, -3), key=lambda dim: {-2: M, -1: N, -3: a.shape[0]}[dim])
+
+    def halves(x: Tensor | None, is_split: bool) -> tuple[Tensor | None, ...]:
+        return x.chunk(2, dim) if is_split and x is not None else (x, x)
+
+    parts = zip(halves(a, dim != -1), halves(b, dim != -2), halves(bias, True), strict=True)
+    return torch.cat([gemm(*part, alpha, beta) for part in parts], dim)
 
 
 @plan
@@ -295,8 +323,11 @@ def plan_gemm(
     """How this product is computed. aligned: ``alignment`` of a, b, the bias and the result."""
     sizes = Sizes.of(shape_a, strides_a, shape_b, strides_b, strides_bias)
     fits = device_of(device).has_tma and dtype.itemsize == 2 and aligned & 0b1100 == 0b1100 and sizes.fit_tma()
-    has_bias = strides_bias is not None
-    return product(sizes, dtype, device, gemm_tile(dtype, sizes.M, sizes.N, sizes.K, sizes.batch, device, fits, has_bias))
+    bias_blocks = 0
+    if sizes.bias is not None:
+        bias_blocks = 1 if sizes.bias[2] == 1 and sizes.bias[1] % 8 == 0 and aligned & 0b0010 else 2
+    tile = gemm_tile(dtype, sizes.M, sizes.N, sizes.K, sizes.batch, device, fits, bias_blocks)
+    return product(sizes, dtype, device, tile)
 
 
 def product(sizes: "Sizes", dtype: torch.dtype, device: torch.device, tile: Tile) -> "_Product":
@@ -348,7 +379,8 @@ class _Product:
     def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device, tile: Tile) -> None:
         batch, M, N, K, strides_a, strides_b, strides_bias = sizes
         grid = ceil_div(M, tile.block_m), ceil_div(N, tile.block_n), batch
-        tiles_in_grid = grid[0] <= GROUP_M and max(grid) <= LONGEST_AXIS  # then in the order of ``_tile_of``
+        # Then the order of programs is that of ``_tile_of``.
+        tiles_in_grid = grid[0] <= GROUP_M and max(grid) <= LONGEST_AXIS
         arguments = (M, N, K, *strides_a, *strides_b, *(strides_bias or (0, 0, 0)), accumulator(dtype), *tile[:3])
         arguments += (GROUP_M, tiles_in_grid, *(size % block == 0 for size, block in zip((M, N, K), tile[:3], strict=True)))
         arguments += (strides_bias is not None,)
@@ -479,6 +511,10 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     out = torch.zeros((shape_a[0], shape_b[2]), dtype=a.dtype, device=a.device)
     if out.numel() == 0 or shape_b[0] == 0:
         return out
+    if is_long(shape_a, shape_b[1:]):
+        raise ValueError(
+            f"grouped_gemm is there for fewer than {INT32_END - MARGIN} rows, columns and terms, not for {shape_a}."
+        )
     aligned = alignment(a, b, out)
     product = _grouped_plan(shape_a, a.stride(), shape_b, b.stride(), aligned, a.dtype, offs.dtype, a.device)
     with on_device(a):

@@ -31,9 +31,9 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False
-    """Loads and stores through TMA descriptors, on a persistent grid (SM90 and later)."""
+    """Loads and stores through TMA descriptors (SM90 and later)."""
     programs: int = 1
-    """Programs a multiprocessor, of a persistent grid."""
+    """With TMA, the most programs a multiprocessor: where there are more tiles, each takes several."""
 
     @property
     def parts_n(self) -> tuple[int, int]:
@@ -107,26 +107,35 @@ def gemm_tile(
     batch: int,
     device: torch.device,
     fits_tma: bool = False,
-    has_bias: bool = False,
+    bias_blocks: int = 0,
 ) -> Tile:
     """The tile tuned for the nearest product on this architecture, or a rule where nothing has been tuned.
 
     fits_tma: whether the operands are such that descriptors can describe them.
+    bias_blocks: how often a bias is in shared memory, once if it is read 16 bytes at a time, else twice; 0 without one.
     """
     tuned = TUNED_GEMM.get((device_of(device).capability, dtype.itemsize)) if batch == 1 else None
     tile = _nearest(tuned, M, N, K, fits_tma) if tuned else _covering(dtype, M, N, batch, device)
     stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
-    # A bias, as large as the block that is stored, takes the accumulator's layout in shared memory: where the operands
-    # were, unless those of a program's next tile are already being loaded.
-    stored = tile.block_m * tile.columns_stored * dtype.itemsize if tile.tma else 0
+    beside = _beside_stages(tile, dtype, M, N, bias_blocks, device)
+    return tile._replace(num_stages=_stages(tile.num_stages, stage, beside, device))
+
+
+def _beside_stages(tile: Tile, dtype: torch.dtype, M: int, N: int, bias_blocks: int, device: torch.device) -> int:
+    """Bytes of shared memory beside the operands: what waits for a TMA store, and a bias that takes another layout.
+
+    Each is as large as the block that is stored. The bias lies where the operands were, unless those of a program's next
+    tile are already being loaded.
+    """
+    if not tile.tma:
+        return 0
     tiles, programs = tiles_and_programs(tile, M, N, device)
-    if has_bias and tiles > programs:
-        stored *= 2
-    return tile._replace(num_stages=_stages(tile.num_stages, stage, stored, device))
+    blocks = 1 + (bias_blocks if tiles > programs else 0)
+    return blocks * tile.block_m * tile.columns_stored * dtype.itemsize
 
 
 def tiles_and_programs(tile: Tile, M: int, N: int, device: torch.device) -> tuple[int, int]:
-    """How many tiles a product has, and how many programs share them on a persistent grid."""
+    """How many tiles a product has with TMA, and how many programs share them."""
     tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
     return tiles, min(tiles, device_of(device).multiprocessors * tile.programs)
 

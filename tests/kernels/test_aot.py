@@ -213,11 +213,27 @@ def check_gemm_of_sm90_has_shared_memory_for_a_bias(tile, tiles_a_program, compi
     monkeypatch.setattr(tiles, "_nearest", lambda *args: tile)
     M, N = 132 * tile.programs * tile.block_m, tiles_a_program * tile.block_n
     a, b = tensor(1, M, 64, dtype=torch.bfloat16), tensor(1, N, 64, dtype=torch.bfloat16).mT
-    of_row, of_column, of_all = (tensor(*shape, dtype=a.dtype).expand(1, M, N) for shape in ((N,), (1, M, 1), (1, M, N)))
-    for bias in (of_row, of_column, of_all):
-        (binary,) = compile_for(90, lambda bias=bias: cuda.gemm(a, b, bias))
+    values = tensor(M, N + 1, dtype=a.dtype)
+    biases = {
+        "of a row": values[0, :N],
+        "one value": values[0, 0],
+        "unaligned": values.view(-1)[1 : N + 1],
+        "of odd rows": values[:, :N],
+    }
+    for bias in biases.values():
+        (binary,) = compile_for(90, lambda bias=bias: cuda.gemm(a, b, bias.expand(1, M, N)))
         assert binary.name == "_gemm_tma_kernel"
         assert_sound(binary, 90)
+        if tiles_a_program == 1:  # then a bias costs no stage, and there is no loop over tiles
+            assert binary.metadata.num_stages == fitting_with_store(tile).num_stages
+            assert "%nctaid" not in binary.asm["ptx"] and binary.asm["ttgir"].count("scf.for") == 1
+
+
+def fitting_with_store(tile):
+    """As many stages of the tile as fit beside what waits for a TMA store."""
+    stored = 2 * tile.block_m * tile.columns_stored
+    stages = (offline.DEVICES[90].shared_memory - stored) // (2 * (tile.block_m + tile.block_n) * tile.block_k)
+    return tile._replace(num_stages=min(tile.num_stages, stages))
 
 
 def has_tensor_cores_for_float64(arch):

@@ -11,6 +11,7 @@ itself chooses.
 
 import ctypes
 import inspect
+import math
 import mmap
 import os
 import subprocess
@@ -220,6 +221,8 @@ def check_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed, multi
     want, sizes = cuda.gemm(a, b, bias, 0.5, 3.0), matmul.Sizes.of(a.shape, a.stride(), b.shape, b.stride(), bias.stride())
     assert sizes.fit_tma()
     alone = cuda.gemm(a, b)
+    grids, launch = [], matmul._launch
+    monkeypatch.setattr(matmul, "_launch", lambda kernel, grid, *args: grids.append(grid) or launch(kernel, grid, *args))
     for block_n in (64, 128, 192, 256):
         tile = tiles.Tile(64, block_n, 32, 4, 2, True)
         out = torch.full_like(want, torch.nan)
@@ -227,6 +230,8 @@ def check_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed, multi
         assert_same_bits(out, want)
         matmul.product(sizes._replace(bias=None), a.dtype, a.device, tile)(a, b, None, out, 1.0, 1.0)
         assert_same_bits(out, alone)
+        blocks = tiles.ceil_div(M, 64), tiles.ceil_div(N, block_n)
+        assert grids[-1] == ((*blocks, 1) if math.prod(blocks) <= multiprocessors else (multiprocessors, 1, 1))
 
 
 @pytest.mark.parametrize("shape", [(5, 70, 64), (33, 32, 65), (16, 1, 1), (20, 33, 130)])
@@ -239,6 +244,7 @@ def check_gemm_reads_nothing_behind_its_operands(shape):
     assert_same_bits(cuda.gemm(fenced(a.mT).mT, fenced(b.mT).mT, fenced(bias.mT).mT), want)
     offs = torch.tensor([M, M], dtype=torch.int32)
     assert_same_bits(cuda.grouped_gemm(fenced(a[0]), fenced(b), fenced(offs)), cuda.gemm(a[:1], b[:1])[0])
+    assert_same_bits(cuda.grouped_gemm(fenced(a[0]), fenced(b[:1]), fenced(offs[:1])), cuda.gemm(a[:1], b[:1])[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -250,9 +256,28 @@ def check_gemm_of_any_grid_has_the_same_bits(dtype, monkeypatch):
     replace(monkeypatch, matmul, "gemm_tile", lambda *args: tiles.Tile(32, 32, 32, 4, 2))
     few = [cuda.gemm(a[:, rows : rows + 60], b, bias[:, :60]) for rows in range(0, 300, 60)]
     assert_same_bits(cuda.gemm(a, b, bias), torch.cat(few, dim=1))
+    assert matmul.LONGEST_AXIS == 65_535
     replace(monkeypatch, matmul, "LONGEST_AXIS", 2)
-    assert_same_bits(cuda.gemm(a[:, :60], b, bias[:, :60]), few[0])
-    assert {*grids} == {(2, 3, 3), (90, 1, 1), (18, 1, 1)}
+    for batch, N in ((3, 70), (1, 70), (3, 30), (1, 30)):
+        got = cuda.gemm(a[:batch, :60], b[:batch, :, :N], bias[:batch, :60, :N])
+        assert_same_bits(got, few[0][:batch, :, :N].contiguous())
+    assert {*grids} == {(2, 3, 3), (90, 1, 1), (18, 1, 1), (6, 1, 1), (2, 1, 1)}
+
+
+@pytest.mark.parametrize(("M", "N", "K", "batch"), [(1900, 5, 7, 1), (3, 1100, 7, 2), (5, 40, 700, 1), (17, 20, 7, 250)])
+def check_gemm_of_what_int32_cannot_count_has_the_same_bits(M, N, K, batch, monkeypatch):
+    a, b, bias = (randn(*s, dtype=torch.float32) for s in ((batch, M, K), (batch, K, N), (batch, M, N)))
+    want = cuda.gemm(a, b, bias, 0.5, 2.0)
+    monkeypatch.setattr(matmul, "INT32_END", 1000)
+    calls, gemm = [], matmul.gemm
+    monkeypatch.setattr(matmul, "gemm", lambda *args: calls.append(args) or gemm(*args))
+    assert matmul.is_long(a.shape, b.shape)
+    assert_same_bits(gemm(a, b, bias, 0.5, 2.0), want)
+    assert calls and not matmul.is_long(calls[-1][0].shape, calls[-1][1].shape)
+    assert usual.linear(a, b[0].mT, None) is None
+    if max(M, N, K) > 488:
+        with pytest.raises(ValueError, match="fewer than 488 rows"):
+            cuda.grouped_gemm(a[0], b, torch.full((batch,), M, dtype=torch.int32))
 
 
 def check_gemm_block_k_does_not_follow_m():
