@@ -49,7 +49,8 @@ def _row_reduce_kernel(
     """One number of each row, from its statistics. Sums in the order of ``rows.py``.
 
     ``sum``: the sum itself. ``mean``: sum / n_cols. ``root``: sqrt(sum). ``logsumexp``: max + log(sum(exp(x - max))), or
-    the maximum itself where it is infinite. ``var``: sum((x - mean) ** 2) / max(n_cols - correction, 0), and the mean.
+    the maximum itself where it is infinite. ``var``: sum((x - mean) ** 2) / max(n_cols - correction, 0); ``var_mean``
+    writes the mean too.
     """
     rows, is_row = program_rows(n_rows, ROWS)
     row_ptrs = x_ptr + rows * x_row_stride
@@ -62,8 +63,9 @@ def _row_reduce_kernel(
     elif RESULT == "logsumexp":
         # Of an infinite maximum the sum is 0 or inf, and its logarithm the same infinity.
         out = a + tl.log(b)
-    elif RESULT == "var":
-        tl.store(mean_ptr + rows, divide(a, count, ACC).to(mean_ptr.dtype.element_ty), mask=is_row)
+    elif RESULT == "var" or RESULT == "var_mean":
+        if RESULT == "var_mean":
+            tl.store(mean_ptr + rows, divide(a, count, ACC).to(mean_ptr.dtype.element_ty), mask=is_row)
         out = divide(b, tl.maximum(count - tl.full([], correction, ACC), 0.0), ACC)
     else:
         out = a
@@ -103,7 +105,7 @@ def row_logsumexp(x: Tensor, out_dtype: torch.dtype) -> Tensor:
 def row_var_mean(x: Tensor, correction: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``reference.row_var_mean`` on the GPU: about each chunk's mean, then about the row's (Chan, Golub, LeVeque 1979)."""
     mean = x.new_empty(x.shape[0], dtype=out_dtype)
-    return _reduce(x, out_dtype, "moments", "var", mean, correction), mean
+    return _reduce(x, out_dtype, "moments", "var_mean", mean, correction), mean
 
 
 def _reduce(

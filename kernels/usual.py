@@ -106,38 +106,32 @@ def _plan_softmax(x, dim, log, out_dtype) -> Callable[[Tensor], Tensor] | None:
     return call
 
 
-def reduce(x: Tensor, dim: Any, keepdim: bool, result: str) -> Tensor | None:
-    """``row_sum`` or ``row_mean`` (result: ``sum``, ``mean``) over the last dim of a contiguous x, in x's dtype."""
-    call = _plan_reduce(_described(x), _hashable(dim), keepdim, "sum", result, 0.0)
-    return None if call is None else call(x)[0]
+def reduce(x: Tensor, dim: Any, keepdim: bool, result: str, correction: float = 0.0) -> Tensor | None:
+    """``row_sum``, ``row_mean`` or the variance of ``row_var_mean`` over the last dim of a contiguous x, in x's dtype.
 
-
-def var_mean(x: Tensor, dim: Any, keepdim: bool, correction: float) -> tuple[Tensor, Tensor] | None:
-    """``row_var_mean`` over the last dim of a contiguous x, in x's dtype."""
-    call = _plan_reduce(_described(x), _hashable(dim), keepdim, "moments", "var", correction)
+    result: ``sum``, ``mean`` or ``var``, which takes the correction.
+    """
+    dim = dim if dim is None or isinstance(dim, int) else tuple(dim)
+    call = _plan_reduce(_described(x), dim, keepdim, result, correction)
     return None if call is None else call(x)
 
 
-def _hashable(dim: Any) -> Any:
-    return dim if dim is None or isinstance(dim, int) else tuple(dim)
-
-
 @plan
-def _plan_reduce(x, dim, keepdim, statistics, result, correction) -> Callable[[Tensor], tuple[Tensor, Tensor | None]] | None:
+def _plan_reduce(x, dim, keepdim, result, correction) -> Callable[[Tensor], Tensor] | None:
     x = _Description(*x)
-    rows, last, has_mean = x.rows(), len(x.shape) - 1, result == "var"
+    rows, last = x.rows(), len(x.shape) - 1
     if rows is None or dim not in (-1, last, (-1,), (last,)):
         return None
-    bits, dtypes = alignment_bits(x.is_aligned, True, has_mean), (x.dtype, x.dtype if has_mean else None)
+    bits, statistics = alignment_bits(x.is_aligned, True, False), "moments" if result == "var" else "sum"
     how = (float(correction),), (result,), statistics, x.dtype
-    launch = reduce_rows.plan(rows, (rows[1], 1), x.device, x.dtype, dtypes, bits, *how)
+    launch = reduce_rows.plan(rows, (rows[1], 1), x.device, x.dtype, (x.dtype, None), bits, *how)
     out_shape = (*x.shape[:-1], 1) if keepdim else x.shape[:-1]
 
-    def call(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, mean = x.new_empty(out_shape), x.new_empty(out_shape) if has_mean else None
+    def call(x: Tensor) -> Tensor:
+        out = x.new_empty(out_shape)
         with on_device(x):
-            launch(x, out, mean)
-        return out, mean
+            launch(x, out, None)
+        return out
 
     return call
 

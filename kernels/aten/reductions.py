@@ -51,7 +51,8 @@ def mean_of_squares_fake(self: Tensor, dim, keepdim: bool) -> Tensor:
 
 
 def var(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
-    return var_mean(self, dim, correction=correction, keepdim=keepdim)[0]
+    out = usual("reduce", self, dim, keepdim, "var", _correction(correction))
+    return var_mean(self, dim, correction=correction, keepdim=keepdim)[0] if out is None else out
 
 
 def std(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
@@ -59,9 +60,6 @@ def std(self: Tensor, dim=None, *, correction: float | None = None, keepdim: boo
 
 
 def var_mean(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    results = usual("var_mean", self, dim, keepdim, _correction(correction))
-    if results is not None:
-        return results
     rows = _Rows(self, dim, keepdim)
     var, mean = kernel_set(self).row_var_mean(rows.matrix, _correction(correction), self.dtype)
     return rows.restore(var), rows.restore(mean)

@@ -568,7 +568,7 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
                 usual.linear(y, weight, weight[:, 0])
                 usual.linear(y, weight, weight[1:2, :64].reshape(64))
             usual.reduce(y, -1, True, "mean")
-            usual.var_mean(y, -1, False, 1.0)
+            usual.reduce(y, -1, False, "var", 1.0)
             for weight in (None, x[0, : shape[-1]], x[0, 1 : shape[-1] + 1], x[0, : shape[-1]].float()):
                 usual.rms_norm(y, list(shape[-1:]), weight, None)
                 for with_rstd in (False, True):

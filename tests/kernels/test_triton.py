@@ -841,9 +841,9 @@ def check_usual_rows_are_those_of_the_kernels(shape, dtype):
             assert_same_bits(got.flatten(), kernel(matrix, dtype))
             assert got.shape == x.sum(dim, keepdim).shape
     for correction, keepdim in ((1.0, False), (0.0, True), (40.0, False)):
-        got = usual.var_mean(x, [-1], keepdim, correction)
-        assert_same_bits(tuple(y.flatten() for y in got), cuda.row_var_mean(matrix, correction, dtype))
-        assert [y.shape for y in got] == [x.sum(-1, keepdim).shape] * 2
+        got = usual.reduce(x, [-1], keepdim, "var", correction)
+        assert_same_bits(got.flatten(), cuda.row_var_mean(matrix, correction, dtype)[0])
+        assert got.shape == x.sum(-1, keepdim).shape
 
 
 @pytest.mark.parametrize("shape", CONTIGUOUS)
@@ -923,7 +923,6 @@ def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
         assert usual.rms_norm(view, list(view.shape[-1:]), None, 1e-6) is None
         assert usual.layer_norm(view, list(view.shape[-1:]), None, None, 1e-6, True) is None
         assert usual.reduce(view, -1, False, "sum") is None
-        assert usual.var_mean(view, -1, False, 1.0) is None
     assert usual.softmax(x, 0, False, torch.float32) is None
     assert usual.softmax(x, 2, False, torch.float32) is None
     assert usual.rms_norm(x, [5, 37], None, 1e-6) is None
@@ -934,7 +933,6 @@ def check_usual_rows_leave_what_is_not_usual_to_the_general_way():
     assert usual.layer_norm(x, [37], torch.ones(37).double(), None, 1e-6, False) is None
     for dim in (None, 0, 2, [], [0, 1], [-2], [-1, -1]):
         assert usual.reduce(x, dim, False, "sum") is None
-        assert usual.var_mean(x, dim, False, 1.0) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
