@@ -41,10 +41,35 @@ def test_every_row_that_names_a_gpu_names_its_capability():
     assert all(bool(row["gpu"]) == bool(row["capability"]) for row in ROWS)
 
 
+def rows_that_run(folder: Path, **variables: str) -> tuple[list[str], list[str]]:
+    """The names of the rows that CI is given, and the lines of the run's summary, one for each row of the matrix."""
+    outputs = {name: folder / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
+    environment = {**variables, **{name: str(path) for name, path in outputs.items()}}
+    subprocess.run([sys.executable, ROOT / ".github/rows.py"], env=environment, check=True)
+    key, value = outputs["GITHUB_OUTPUT"].read_text().split("=", 1)
+    assert key == "rows"
+    return [row["name"] for row in json.loads(value)["include"]], outputs["GITHUB_STEP_SUMMARY"].read_text().splitlines()[2:]
+
+
+@pytest.mark.parametrize("variables", [{}, {"GPU_RUNNERS": ""}])
+def test_a_row_whose_gpu_has_no_runner_is_not_queued_and_says_that_it_has_not_run(variables, tmp_path):
+    names, lines = rows_that_run(tmp_path, **variables)
+    assert names == [row["name"] for row in ROWS if not row["gpu"]]
+    for row, line in zip(ROWS, lines, strict=True):
+        assert row["name"] in line
+        assert ("not run" in line) == bool(row["gpu"])
+
+
+def test_a_row_whose_runner_is_there_runs(tmp_path):
+    names, lines = rows_that_run(tmp_path, GPU_RUNNERS="gpu-h100, gpu-a100")
+    assert names == [row["name"] for row in ROWS]
+    assert "not run" not in "".join(lines)
+
+
 def test_the_workflow_runs_every_row_of_the_matrix_on_the_reusable_one():
     jobs = yaml.safe_load(CI)["jobs"]
-    commands = [step["run"] for step in jobs["matrix"]["steps"] if "run" in step]
-    assert any("jq -c . .github/gpu-matrix.json" in command for command in commands)
+    (read,) = [step for step in jobs["matrix"]["steps"] if step.get("run") == "python3 .github/rows.py"]
+    assert read["env"] == {"GPU_RUNNERS": "${{ vars.GPU_RUNNERS }}"}
     machine = jobs["machine"]
     assert machine["uses"] == "./.github/workflows/machine.yml"
     assert machine["strategy"]["matrix"] == "${{ fromJSON(needs.matrix.outputs.rows) }}"
@@ -57,15 +82,18 @@ def test_the_reusable_workflow_takes_exactly_what_it_is_given():
     assert set(re.findall(r"inputs\.(\w+)", MACHINE)) == inputs.keys()
 
 
-def test_the_reusable_workflow_tests_everywhere_and_keeps_the_record_of_the_suite_on_a_gpu():
+def test_the_reusable_workflow_tests_everywhere_and_keeps_the_records_of_a_gpu():
     steps = yaml.safe_load(MACHINE)["jobs"]["run"]["steps"]
     (test,) = [step for step in steps if "make test" in step.get("run", "")]
     assert "if" not in test
     (suite,) = [step for step in steps if "make verify" in step.get("run", "")]
+    (bits,) = [step for step in steps if "benchmarks/class_check.py" in step.get("run", "")]
     (kept,) = [step for step in steps if "upload-artifact" in step.get("uses", "")]
-    assert "inputs.gpu != ''" in suite["if"]
-    assert "inputs.gpu != ''" in kept["if"]
-    assert f"REPORT={kept['with']['path']}" in suite["run"]
+    for step in (suite, bits, kept):
+        assert "inputs.gpu != ''" in step["if"]
+    record, check = kept["with"]["path"].split()
+    assert f"REPORT={record}" in suite["run"]
+    assert f"--out {check}" in bits["run"]
 
 
 # --- imports ----------------------------------------------------------------------------------------------------------
