@@ -148,6 +148,7 @@ def operators() -> dict[OpOverload, OpOverload]:
     attend = _define_own(library, attention.ATTENTION_SCHEMA, attention.attention, attention.attention_fake)
     _differentiate(library, "attention", attend, attention.attention_setup_context, attention.attention_backward)
     _define_own(library, reductions.MEAN_OF_SQUARES_SCHEMA, reductions.mean_of_squares, reductions.mean_of_squares_fake)
+    _define_own(library, reductions.CHOSEN_LOGPROBS_SCHEMA, reductions.chosen_logprobs, reductions.chosen_logprobs_fake)
     made = {}
     for name, implementation in table.LEAVES.items():
         overload = overload_of(name)

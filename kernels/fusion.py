@@ -1,19 +1,24 @@
 """Rewrites of a graph that save memory traffic and change no bit: their kernels do the same sums in the same order.
 
 What Inductor would fuse into a reduction, it cannot fuse into an operator of ours, so the squares of a norm would go
-through memory as float32 once for each norm of a model.
+through memory as float32 once for each norm of a model, and all logprobs of a vocabulary for the few that are wanted.
 """
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def fuse(graph: Graph) -> None:
-    """Rewrites ``mean(x * x)``, with x widened from 16 bits or not, to ``batchinv::mean_of_squares``."""
+    """Rewrites to an operator of ours, with x widened from 16 bits or not.
+
+    ``mean(x * x)`` to ``batchinv::mean_of_squares``; ``log_softmax(x, -1).gather(-1, index)`` to ``chosen_logprobs``.
+    """
     means = graph.find_nodes(op="call_function", target=torch.ops.batchinv.mean.dim)
-    fused = [_fuse_mean_of_squares(node) for node in means]
+    gathers = graph.find_nodes(op="call_function", target=aten.gather.default)
+    fused = [_fuse_mean_of_squares(node) for node in means] + [_fuse_chosen_logprobs(node) for node in gathers]
     if any(fused):
         graph.eliminate_dead_code()
 
@@ -26,6 +31,23 @@ def _fuse_mean_of_squares(mean: Node) -> bool:
     mean.target, mean.kwargs = torch.ops.batchinv.mean_of_squares.default, {}
     mean.args = (_before_widening(x), dim, keepdim)
     return True
+
+
+def _fuse_chosen_logprobs(gather: Node) -> bool:
+    logprobs, dim, index = gather.args[:3]
+    if logprobs.target is not torch.ops.batchinv._log_softmax.default or len(logprobs.users) > 1:
+        return False
+    values, places = logprobs.meta["val"], index.meta["val"]
+    last = values.dim() - 1
+    if last < 0 or {dim, logprobs.args[1]} - {-1, last} or not _are_equal(values.shape[:-1], places.shape[:-1]):
+        return False
+    gather.target, gather.kwargs = torch.ops.batchinv.chosen_logprobs.default, {}
+    gather.args = (_before_widening(logprobs.args[0]), index, values.dtype)
+    return True
+
+
+def _are_equal(sizes: torch.Size, others: torch.Size) -> bool:
+    return len(sizes) == len(others) and all(statically_known_true(a == b) for a, b in zip(sizes, others, strict=True))
 
 
 def _arguments(mean: Node) -> tuple[Node, list[int] | None, bool, torch.dtype | None]:

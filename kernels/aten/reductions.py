@@ -131,6 +131,22 @@ def log_softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
     return _softmax(self, dim, half_to_float, True)
 
 
+CHOSEN_LOGPROBS_SCHEMA = "chosen_logprobs(Tensor self, Tensor index, ScalarType dtype) -> Tensor"
+
+
+def chosen_logprobs(self: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """``log_softmax(self.to(dtype), -1).gather(-1, index)``, bit for bit, but on a GPU only what is chosen is ever written.
+
+    self: [..., vocab]; index: int64 [..., k] with the same leading dims -> [..., k].
+    """
+    rows, columns = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (self, index))
+    return kernel_set(self).row_logprobs(rows, columns, dtype).view(index.shape)
+
+
+def chosen_logprobs_fake(self: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    return self.new_empty(index.shape, dtype=dtype)
+
+
 def _softmax(x: Tensor, dim: int, half_to_float: bool, log: bool) -> Tensor:
     out_dtype = _softmax_dtype(x, half_to_float)
     out = usual("softmax", x, dim, log, out_dtype)

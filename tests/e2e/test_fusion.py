@@ -9,6 +9,7 @@ from pytest_batchinv import batch_invariant_mode
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 FUSED = "batchinv::mean_of_squares"
+CHOSEN = "batchinv::chosen_logprobs"
 
 
 def llama_norm(x: Tensor) -> Tensor:
@@ -69,3 +70,68 @@ def test_mean_of_squares_is_an_operator_that_torch_accepts():
     doors.operators()
     for dim, keepdim in ((None, False), ([1], True), ([0, 2], False)):
         torch.library.opcheck(torch.ops.batchinv.mean_of_squares, (torch.randn(2, 3, 4).bfloat16(), dim, keepdim))
+
+
+def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def chosen_by_dtype(logits: Tensor, tokens: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1, dtype=torch.float32).gather(2, tokens[..., None].expand(-1, -1, 3)) * 2
+
+
+def chosen_as_they_are(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.log_softmax(2).gather(-1, tokens[..., None])
+
+
+def nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    return torch.nn.functional.nll_loss(logits.log_softmax(-1).flatten(0, 1), tokens.flatten(), reduction="none")
+
+
+def also_used_elsewhere(logits: Tensor, tokens: Tensor) -> Tensor:
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(-1, tokens[..., None]) + logprobs.amax(-1, keepdim=True)
+
+
+def of_other_rows(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, tokens[:1, :2, None])
+
+
+def along_another_dim(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.log_softmax(1).gather(-1, tokens[..., None])
+
+
+def run_chosen(function, dtype, dynamic: bool | None = None) -> tuple[Tensor, Tensor, bool]:
+    torch.manual_seed(0)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    logits, tokens = torch.randn(3, 5, 301).to(dtype), torch.randint(0, 301, (3, 5))
+    with batch_invariant_mode() as mode:
+        return function(logits, tokens), compiled(logits, tokens), CHOSEN in mode.hits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [chosen, chosen_by_dtype, chosen_as_they_are])
+def test_fused_chosen_logprobs_have_the_bits_of_eager_code(function, dtype):
+    for dynamic in (None, True):
+        eager, compiled, fused = run_chosen(function, dtype, dynamic)
+        assert fused
+        assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("function", [also_used_elsewhere, of_other_rows, along_another_dim])
+def test_logprobs_that_are_not_chosen_by_row_are_left_as_they_are(function):
+    eager, compiled, fused = run_chosen(function, torch.float32)
+    assert not fused
+    assert torch.equal(eager, compiled)
+
+
+def test_the_losses_of_tokens_have_the_bits_of_eager_code():
+    eager, compiled, _ = run_chosen(nll, torch.float32)
+    assert torch.equal(eager, compiled)
+
+
+def test_chosen_logprobs_is_an_operator_that_torch_accepts():
+    doors.operators()
+    logits, index = torch.randn(2, 3, 40).bfloat16(), torch.randint(0, 40, (2, 3, 5))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.batchinv.chosen_logprobs, (logits, index, dtype))
