@@ -150,11 +150,11 @@ def _forward(result: Result):
 def _launch(result: Result):
     """Host time of a call, mode off and on; and of a call in a CUDA graph where there are graphs."""
     whats = list(dict.fromkeys(point.sizes["what"] for point in result.points))
-    figure, panels = _panels(1, len(whats), width=5.0, height=4.2)
+    figure, panels = _panels(len(whats), 1, width=12.0, height=3.4)
     for axes, what in zip(panels, whats, strict=True):
         points = [point for point in result.points if point.sizes["what"] == what]
-        _bars(axes, points, [point.work for point in points], unit=1.0, names={STOCK: "mode off", OURS: "mode on"}, excess=True)
-        axes.tick_params(axis="x", rotation=30)
+        labels = [point.work.replace(" ", "\n") for point in points]
+        _bars(axes, points, labels, unit=1.0, names={STOCK: "mode off", OURS: "mode on"}, excess=True)
         axes.margins(y=0.12)
         axes.set_ylabel("us a call")
         axes.set_title(f"{what}, M=1; above: on - off, us")
