@@ -12,7 +12,7 @@ verify: $(VENV)/.installed
 	$(VENV)/bin/python -P -m pytest -n 2 --batch-invariant --pyargs pytest_batchinv.suite $(if $(REPORT),--batchinv-report $(REPORT))
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -P -m pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -P -m pytest -n 2 --dist worksteal
 
 # torch first and pinned: a range would let pip take a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
