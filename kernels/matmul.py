@@ -276,37 +276,12 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, b
         return out
     if bias is not None and beta == 0:
         bias = None
-    if is_long(shape_a, shape_b):
-        return _long_gemm(a, b, bias, alpha, beta)
     strides_bias = None if bias is None else bias.stride()
     aligned = alignment(a, b, bias, out)
     product = plan_gemm(shape_a, a.stride(), shape_b, b.stride(), strides_bias, aligned, a.dtype, a.device)
     with on_device(a):
         product(a, b, bias, out, alpha, beta)
     return out
-
-
-def is_long(shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> bool:
-    """Whether rows, columns, terms or programs cannot be counted in int32, up to the end of the last block."""
-    batch = shape_a[0] if len(shape_a) == 3 else 1
-    M, K, N = shape_a[-2], shape_b[-2], shape_b[-1]
-    most_programs = batch * ceil_div(M, 16) * ceil_div(N, 16)
-    return max(M, N, most_programs) > INT32_END - MARGIN or INT32_END - MARGIN < K < INT32_END
-
-
-def _long_gemm(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """The same bits by halves of the longest dim, or with zeros behind K, of which then int64 is taken to count."""
-    M, K, N = a.shape[-2], b.shape[-2], b.shape[-1]
-    if INT32_END - MARGIN < K < INT32_END:
-        behind = INT32_END - K
-        return gemm(nn.functional.pad(a, (0, behind)), nn.functional.pad(b, (0, 0, 0, behind)), bias, alpha, beta)
-    dim = max((-2, -1) if a.dim() == 2 else (-2, -1, -3), key=lambda dim: {-2: M, -1: N, -3: a.shape[0]}[dim])
-
-    def halves(x: Tensor | None, is_split: bool) -> tuple[Tensor | None, ...]:
-        return x.chunk(2, dim) if is_split and x is not None else (x, x)
-
-    parts = zip(halves(a, dim != -1), halves(b, dim != -2), halves(bias, True), strict=True)
-    return torch.cat([gemm(*part, alpha, beta) for part in parts], dim)
 
 
 @plan
@@ -319,9 +294,11 @@ def plan_gemm(
     aligned: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> "_Product":
+) -> "_Product | _TmaProduct | _LongProduct":
     """How this product is computed. aligned: ``alignment`` of a, b, the bias and the result."""
     sizes = Sizes.of(shape_a, strides_a, shape_b, strides_b, strides_bias)
+    if sizes.are_long():
+        return _LongProduct(sizes)
     fits = device_of(device).has_tma and dtype.itemsize == 2 and aligned & 0b1100 == 0b1100 and sizes.fit_tma()
     bias_blocks = 0
     if sizes.bias is not None:
@@ -363,6 +340,11 @@ class Sizes(NamedTuple):
         rows_of_b = _has_tma_rows(*self.b[1:], self.N) or _has_tma_rows(*self.b[:0:-1], self.K)
         return _has_tma_rows(*self.a[1:], self.K) and rows_of_b
 
+    def are_long(self) -> bool:
+        """Whether rows, columns, terms or programs cannot be counted in int32, up to the end of the last block."""
+        most_programs = self.batch * ceil_div(self.M, 16) * ceil_div(self.N, 16)
+        return max(self.M, self.N, most_programs) > INT32_END - MARGIN or INT32_END - MARGIN < self.K < INT32_END
+
 
 def _batched(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     strides = tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
@@ -390,6 +372,32 @@ class _Product:
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
         launch = self._plain if bias is None and alpha == 1.0 else self._scaled
         launch(a, b, bias, out, numbers=(alpha, beta))
+
+
+class _LongProduct:
+    """The same bits by halves of the longest dim, or with zeros behind K, which int64 counts then."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, alpha: float, beta: float) -> None:
+        batch, M, N, K, strides_a, strides_b, strides_bias = self._sizes
+        a, b = a.as_strided((batch, M, K), strides_a), b.as_strided((batch, K, N), strides_b)
+        bias = None if bias is None else bias.as_strided((batch, M, N), strides_bias)
+        out = out.view(batch, M, N)
+        if INT32_END - MARGIN < K < INT32_END:
+            behind = INT32_END - K
+            a, b = nn.functional.pad(a, (0, behind)), nn.functional.pad(b, (0, 0, 0, behind))
+            out.copy_(gemm(a, b, bias, alpha, beta))
+            return
+        dim = max(range(3), key=out.shape.__getitem__)
+
+        def halves(x: Tensor | None, is_split: bool = True) -> tuple[Tensor | None, ...]:
+            return x.chunk(2, dim) if is_split and x is not None else (x, x)
+
+        parts = zip(halves(a, dim != 2), halves(b, dim != 1), halves(bias), halves(out), strict=True)
+        for some_a, some_b, some_bias, some_out in parts:
+            some_out.copy_(gemm(some_a, some_b, some_bias, alpha, beta))
 
 
 _Descriptor = tuple[list[int], list[int], list[int]]
@@ -511,10 +519,6 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     out = torch.zeros((shape_a[0], shape_b[2]), dtype=a.dtype, device=a.device)
     if out.numel() == 0 or shape_b[0] == 0:
         return out
-    if is_long(shape_a, shape_b[1:]):
-        raise ValueError(
-            f"grouped_gemm is there for fewer than {INT32_END - MARGIN} rows, columns and terms, not for {shape_a}."
-        )
     aligned = alignment(a, b, out)
     product = _grouped_plan(shape_a, a.stride(), shape_b, b.stride(), aligned, a.dtype, offs.dtype, a.device)
     with on_device(a):
@@ -526,6 +530,9 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 def _grouped_plan(shape_a, strides_a, shape_b, strides_b, aligned, dtype, dtype_offs, device) -> Launch:
     """How this product is computed: (a, b, offs, out). aligned: ``alignment`` of a, b and the result."""
     (T, K), (G, _, N) = shape_a, shape_b
+    if Sizes.of(shape_a, strides_a, shape_b[1:], strides_b[1:]).are_long():
+        sizes = f"{list(shape_a)} by {list(shape_b)}"
+        raise ValueError(f"grouped_gemm takes fewer than {INT32_END - MARGIN} rows, columns and terms, not {sizes}.")
     tile = gemm_tile(dtype, ceil_div(T, G), N, K, G, device)
     # 0 where the size is 1: torch leaves anything there, and it would only make Triton compile again.
     strides = [0 if n == 1 else stride for n, stride in zip((*shape_a, *shape_b), (*strides_a, *strides_b), strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attention import plan_attention
 from .launch import alignment_bits, plan
-from .matmul import is_long, plan_gemm
+from .matmul import plan_gemm
 from .norm import norm_rows
 from .reduce import reduce_rows
 from .reference import accumulator_dtype
@@ -64,8 +64,6 @@ def _plan_linear(x, weight, bias) -> Callable[[Tensor, Tensor, Tensor | None], T
     if rows is None or len(weight.shape) != 2 or 0 in weight.shape or weight.shape[1] != rows[1]:
         return None
     (N, K), (stride_n, stride_k) = weight.shape, weight.strides
-    if is_long(rows, (K, N)):
-        return None
     given = (weight, bias) if has_bias else (weight,)
     if any((p.dtype, p.device) != (x.dtype, x.device) for p in given) or has_bias and bias.shape != (N,):
         return None

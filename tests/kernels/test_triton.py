@@ -268,13 +268,13 @@ def check_gemm_of_any_grid_has_the_same_bits(dtype, monkeypatch):
 def check_gemm_of_what_int32_cannot_count_has_the_same_bits(M, N, K, batch, monkeypatch):
     a, b, bias = (randn(*s, dtype=torch.float32) for s in ((batch, M, K), (batch, K, N), (batch, M, N)))
     want = cuda.gemm(a, b, bias, 0.5, 2.0)
-    monkeypatch.setattr(matmul, "INT32_END", 1000)
-    calls, gemm = [], matmul.gemm
-    monkeypatch.setattr(matmul, "gemm", lambda *args: calls.append(args) or gemm(*args))
-    assert matmul.is_long(a.shape, b.shape)
-    assert_same_bits(gemm(a, b, bias, 0.5, 2.0), want)
-    assert calls and not matmul.is_long(calls[-1][0].shape, calls[-1][1].shape)
-    assert usual.linear(a, b[0].mT, None) is None
+    want_of_rows = cuda.gemm(a.view(1, -1, K), b[:1])
+    replace(monkeypatch, matmul, "INT32_END", 1000)
+    launched, product = [], matmul.product
+    monkeypatch.setattr(matmul, "product", lambda sizes, *args: launched.append(sizes) or product(sizes, *args))
+    assert_same_bits(cuda.gemm(a, b, bias, 0.5, 2.0), want)
+    assert_same_bits(usual.linear(a, b[0].mT, None).view(want_of_rows.shape), want_of_rows)
+    assert launched and not any(sizes.are_long() for sizes in launched)
     if max(M, N, K) > 488:
         with pytest.raises(ValueError, match="fewer than 488 rows"):
             cuda.grouped_gemm(a[0], b, torch.full((batch,), M, dtype=torch.int32))
