@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten.common import Refused
-from pytest_batchinv.kernels.doors import Implementation, Sibling, count, is_exact, is_straight, overload_of, refusal, siblings
+from pytest_batchinv.kernels.counters import count
+from pytest_batchinv.kernels.operators import is_straight
+from pytest_batchinv.kernels.overloads import Implementation, Sibling, is_exact, overload_of, refusal, siblings
 from pytest_batchinv.patches.dispatcher import COMPOSITE, Holding, Registration, foreign
 from torch._ops import OpOverload
 

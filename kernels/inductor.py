@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from pytest_batchinv.kernels import fusion, table
 from pytest_batchinv.kernels.aten.common import as_floats
-from pytest_batchinv.kernels.doors import is_exact, operators, overload_of, refusal, siblings
+from pytest_batchinv.kernels.operators import operators
+from pytest_batchinv.kernels.overloads import is_exact, overload_of, refusal, siblings
 from pytest_batchinv.patches import rules
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import torch_version

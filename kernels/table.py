@@ -3,7 +3,7 @@
 ``LEAVES`` are installed below autograd, ``COMPOSITES`` above it (they are made of leaves, so gradients flow), ``POINTWISE``
 on the CPU only, whose stock kernels treat the tail of a vector differently, ``REFUSED`` raise with the reason.
 `OUT_GIVES_DTYPE` and `OUT_MAY_CAST` say which dtypes an ``out=`` may have.
-A functional overload stands for its ``.out`` and in-place siblings too: ``doors.py`` finds them by their schemas.
+A functional overload stands for its ``.out`` and in-place siblings too: ``overloads.py`` finds them by their schemas.
 """
 
 from pytest_batchinv.kernels.aten import attention, norms, pointwise, products, reductions, scatter

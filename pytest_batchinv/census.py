@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytest_batchinv.kernels import doors, rowlocal, table
+from pytest_batchinv.kernels import overloads, rowlocal, table
 
 
 class _Census(TorchDispatchMode):
@@ -35,5 +35,5 @@ def _is_vouched_for(overload: torch._ops.OpOverload, on_cpu: bool) -> bool:
 
 
 def _covered() -> set[torch._ops.OpOverload]:
-    leaves = [overload for name in (*table.LEAVES, *table.POINTWISE) if (overload := doors.overload_of(name)) is not None]
-    return {*leaves, *(sibling.overload for overload in leaves for sibling in doors.siblings(overload))}
+    leaves = [overload for name in (*table.LEAVES, *table.POINTWISE) if (overload := overloads.overload_of(name)) is not None]
+    return {*leaves, *(sibling.overload for overload in leaves for sibling in overloads.siblings(overload))}

@@ -19,7 +19,7 @@ from torch import Tensor
 from pytest_batchinv import census, explain, mode, progress, records, settings, strategies
 from pytest_batchinv.compare import Difference, first_difference
 from pytest_batchinv.engines import Engine, NotRun
-from pytest_batchinv.kernels import doors
+from pytest_batchinv.kernels import counters
 from pytest_batchinv.records import Record
 from pytest_batchinv.shapes import TRIED_SIZES, BatchShape, Row, as_ranges
 
@@ -68,7 +68,7 @@ def check_engine(
             continue  # eager against itself shows nothing
         ledger = _Ledger(engine)
         started = time.perf_counter()
-        before = doors.hits()
+        before = counters.hits()
         error: Exception | None = None
         try:
             checks[relation](engine, ledger, max_examples or settings.active.get().max_examples, shape)
@@ -130,9 +130,7 @@ def _check_eager_equals_compiled(engine: Engine, ledger: "_Ledger", max_examples
     _check_twice(engine.in_eager_mode(), engine, ledger, "X", _first_batches(engine, shape, every=3))
 
 
-def _check_twice(
-    first: Engine, second: Engine, ledger: "_Ledger", relation: str, batches: Iterable[BatchShape]
-) -> None:
+def _check_twice(first: Engine, second: Engine, ledger: "_Ledger", relation: str, batches: Iterable[BatchShape]) -> None:
     """The same batches by two engines, or by one engine twice."""
     __tracebackhide__ = _hide_variance
     for batch in batches:
@@ -161,9 +159,7 @@ def _check_batches(engine: Engine, ledger: "_Ledger", max_examples: int, shape: 
         if error is not None:
             smallest = _smallest(batch, _simpler_shapes, lambda b: _varies(engine, ledger, b))
             raise _variance_of(lambda batch=smallest: _check_batch(engine, ledger, batch)) or error
-    random_batches = strategies.batch_shapes(
-        max_length=engine.max_length, max_tokens=engine.max_tokens, layouts=engine.layouts
-    )
+    random_batches = strategies.batch_shapes(max_length=engine.max_length, max_tokens=engine.max_tokens, layouts=engine.layouts)
 
     def check(batch: BatchShape) -> None:
         __tracebackhide__ = _hide_variance
@@ -312,8 +308,7 @@ def _variance(
         f"  difference  {difference.n_differ} of {difference.n_total} logprobs; the first at token {token}, "
         f"vocabulary index {vocabulary}:",
         f"              {difference.expected} ({difference.expected_hex}) against "
-        f"{difference.actual} ({difference.actual_hex})"
-        + ("" if difference.ulp is None else f", {difference.ulp} ulp apart"),
+        f"{difference.actual} ({difference.actual_hex})" + ("" if difference.ulp is None else f", {difference.ulp} ulp apart"),
     ]
     if relation == "I":
         lines.append(f"  sizes       {_sizes_in_words(sizes)}")
@@ -345,7 +340,7 @@ def _verdict(error: Exception | None) -> str:
 
 
 def _grown(before: dict[str, int]) -> dict[str, int]:
-    return {name: n - before.get(name, 0) for name, n in doors.hits().items() if n > before.get(name, 0)}
+    return {name: n - before.get(name, 0) for name, n in counters.hits().items() if n > before.get(name, 0)}
 
 
 # --- functions of rows -------------------------------------------------------------------------------------------------
@@ -391,7 +386,7 @@ def check_rows(
     subject = ModuleEngine(fn, inputs, batch_dim)
     alone = _AloneOutputs(subject)
     tally = Record(subject=name, relation="".join(relations), verdict="equal", engine="module", machine=records.machine())
-    started, before = time.perf_counter(), doors.hits()
+    started, before = time.perf_counter(), counters.hits()
 
     def check(rows: list[int]) -> None:
         __tracebackhide__ = _hide_variance
@@ -521,7 +516,8 @@ def _simpler_shapes(shape: BatchShape) -> Iterator[BatchShape]:
         yield shape.with_rows(*rows)
     for simple in (BatchShape(shape.rows), BatchShape(shape.rows, shape.layout)):
         if (strategies.LAYOUTS.index(simple.layout), simple.extra_padding) < (
-            strategies.LAYOUTS.index(shape.layout), shape.extra_padding
+            strategies.LAYOUTS.index(shape.layout),
+            shape.extra_padding,
         ):
             yield simple
     alike = shape.with_rows(*[Row(0)] * len(shape))

@@ -49,4 +49,3 @@ class _Recorder(TorchDispatchMode):
 def _is_pointwise_on_floats(overload: OpOverload, args: tuple) -> bool:
     floats = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
     return torch.Tag.pointwise in overload.tags and bool(floats) and not overload._schema.is_mutable
-

@@ -17,8 +17,7 @@ HELP = (
     f"names. relations: from {', '.join(RELATIONS)}, as 'R,I'. dtype: {', '.join(DTYPES)}.",
     f"compile_mode(*modes): run this test once for each mode of {', '.join(COMPILE_MODES)}. The test asks for the "
     f"fixture compile_mode or batchinv_engine. {' and '.join(GPU_COMPILE_MODES)} are skipped where there is no GPU.",
-    "sm(*capabilities): run this test only on GPUs of these compute capabilities, such as sm(80, 90); it is skipped "
-    "elsewhere.",
+    "sm(*capabilities): run this test only on GPUs of these compute capabilities, such as sm(80, 90); it is skipped elsewhere.",
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pytest_batchinv import kernels, patches
-from pytest_batchinv.kernels import doors, eager
+from pytest_batchinv.kernels import counters, eager, operators
 from pytest_batchinv.patches import registry, rules
 from pytest_batchinv.patches.dispatcher import Holding, Registration
 
@@ -23,19 +23,19 @@ class Mode:
     """The mode as one ``with`` block sees it."""
 
     def __init__(self) -> None:
-        self._before = doors.hits()
+        self._before = counters.hits()
 
     @property
     def hits(self) -> dict[str, int]:
         """Calls by overload since this block was entered: ``aten::`` from eager code, ``batchinv::`` from compiled code."""
-        grown = {name: count - self._before.get(name, 0) for name, count in doors.hits().items()}
+        grown = {name: count - self._before.get(name, 0) for name, count in counters.hits().items()}
         return {name: count for name, count in grown.items() if count > 0}
 
     def status(self) -> list[str]:
         """Lines that tell what is installed here."""
         devices = "cpu and cuda" if torch.backends.cuda.is_built() else "cpu"
         return [
-            f"batch-invariant mode: {len(doors.operators())} overloads and their .out and in-place forms on {devices}, "
+            f"batch-invariant mode: {len(operators.operators())} overloads and their .out and in-place forms on {devices}, "
             f"{len(eager.table.COMPOSITES)} composites, {len(eager.table.REFUSED)} refused; fingerprint {fingerprint()}",
             *(f"patch {row.name}: {row.state} ({row.why})" for row in registry.status()),
             *(f"given back on exit: {registration}" for registration in _process.entries_of_others),
@@ -94,7 +94,7 @@ class _Process:
             stack.enter_context(registry.bits_kept([rule.name for rule in rules.RULES if rule.value is True]))
             stack.enter_context(registry.applied("inductor"))
             stack.enter_context(_backend_flags())
-            doors.operators()
+            operators.operators()
             self.entries_of_others = eager.entries_of_others()
             self.holding = stack.enter_context(eager.installed())
             stack.enter_context(inductor.installed(fingerprint))
@@ -202,7 +202,7 @@ _MOST_NAMED = 5
 def _canary() -> None:
     """Runs a few operators through every eager door and checks that the table answered."""
     x = torch.ones(2, 2)
-    with doors.counting_apart() as answered:
+    with counters.counting_apart() as answered:
         torch.mm(x, x, out=torch.empty(2, 2))
         torch.nn.functional.linear(x, x, x[0])
         x.softmax(-1).mean(-1)

@@ -41,9 +41,7 @@ def parse_relations(text: str) -> tuple[str, ...]:
     unknown = sorted(asked - RELATIONS.keys())
     if unknown:
         known = ", ".join(f"{name} ({words})" for name, words in RELATIONS.items())
-        raise ValueError(
-            f"no such relation as {', '.join(map(repr, unknown))}; ask for one or more of {known}, as in R,I"
-        )
+        raise ValueError(f"no such relation as {', '.join(map(repr, unknown))}; ask for one or more of {known}, as in R,I")
     return tuple(name for name in RELATIONS if name in asked)
 
 

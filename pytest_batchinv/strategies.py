@@ -62,6 +62,4 @@ def sweep(layouts: Sequence[str], max_length: int, max_tokens: int) -> Iterator[
 
 def row_choices(pool: int, max_rows: int) -> st.SearchStrategy[list[int]]:
     """Which rows of a pool stand in a batch, and in which order: lists of indices, repeats allowed, shrinking to few."""
-    return sizes(max_rows).flatmap(
-        lambda n_rows: st.lists(st.integers(0, pool - 1), min_size=n_rows, max_size=n_rows)
-    )
+    return sizes(max_rows).flatmap(lambda n_rows: st.lists(st.integers(0, pool - 1), min_size=n_rows, max_size=n_rows))

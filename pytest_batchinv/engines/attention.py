@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from pytest_batchinv.kernels import doors
+from pytest_batchinv.kernels import operators
 
 NAME = "batch_invariant"
 
@@ -23,7 +23,7 @@ _UNCOVERED = {"position_bias": "a learned position bias"}
 
 def register() -> None:
     """Makes the name known to transformers, and the operator behind it to torch. To call it again changes nothing."""
-    doors.operators()
+    operators.operators()
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask_2d)
 

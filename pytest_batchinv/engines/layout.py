@@ -39,13 +39,9 @@ class Sheet:
     def packing(self) -> tuple[list[list[int]], list[int]]:
         """Of a packed sheet: the columns of each row, -1 behind its end, and each column's cell in that matrix."""
         longest = max(place.stop - place.start for place in self.places)
-        columns = [
-            [*range(place.start, place.stop), *[-1] * (longest - place.stop + place.start)] for place in self.places
-        ]
+        columns = [[*range(place.start, place.stop), *[-1] * (longest - place.stop + place.start)] for place in self.places]
         cells = [
-            row * longest + position
-            for row, place in enumerate(self.places)
-            for position in range(place.stop - place.start)
+            row * longest + position for row, place in enumerate(self.places) for position in range(place.stop - place.start)
         ]
         return columns, cells
 

@@ -43,8 +43,7 @@ class ModuleEngine:
         if len(set(sizes)) > 1 or not sizes[0]:
             shapes = ", ".join(str(list(x.shape)) for x in self.inputs)
             raise ValueError(
-                f"all inputs need the same number of rows, at least 1, in dimension {self.batch_dim}; "
-                f"their shapes are {shapes}"
+                f"all inputs need the same number of rows, at least 1, in dimension {self.batch_dim}; their shapes are {shapes}"
             )
         return sizes[0]
 

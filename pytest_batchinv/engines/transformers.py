@@ -221,9 +221,7 @@ def _choose_attention(model: nn.Module, device: str, dtype: str, asked: str) -> 
     offered = attention_implementations(model, device, dtype)
     if asked == "auto":
         return attention.NAME if attention.NAME in offered else "eager"
-    _require(
-        asked in offered, f"this model has no attention implementation {asked!r}; use auto or {', '.join(offered)}"
-    )
+    _require(asked in offered, f"this model has no attention implementation {asked!r}; use auto or {', '.join(offered)}")
     return asked
 
 
@@ -254,15 +252,11 @@ def _no_silent_eager() -> contextlib.AbstractContextManager:
     """One graph for each new combination of shapes is wanted; past the limit Dynamo would run eager without a word."""
     import torch._dynamo
 
-    return torch._dynamo.config.patch(
-        recompile_limit=64, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True
-    )
+    return torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True)
 
 
 def _require_device(device: str) -> None:
-    _require(
-        device.partition(":")[0] in _BOUNDS, f"there is no device {device!r} to test on; use one of cpu, cuda, cuda:N"
-    )
+    _require(device.partition(":")[0] in _BOUNDS, f"there is no device {device!r} to test on; use one of cpu, cuda, cuda:N")
     if device.startswith("cuda"):
         count = torch.cuda.device_count()
         index = torch.device(device).index or 0

@@ -117,9 +117,7 @@ def _difference(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _controls(records: list[Record]) -> Iterator[str]:
     for record in records:
-        searched = (
-            f"{_count(record.examples, 'example')}, {_count(record.rows, 'row')}, {_bytes(record.compared_bytes)}"
-        )
+        searched = f"{_count(record.examples, 'example')}, {_count(record.rows, 'row')}, {_bytes(record.compared_bytes)}"
         if record.verdict == "caught":
             yield f"negative control: stock torch was caught, after {searched}"
         elif record.verdict == "inconclusive":

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis.database import DirectoryBasedExampleDatabase, InMemoryExampleDatabase
-from pytest_batchinv.kernels import doors, inductor, table
+from pytest_batchinv.kernels import counters, inductor, overloads, table
 
 from pytest_batchinv import BatchVarianceError, assert_batch_invariant, batch_invariant_mode, records
 from pytest_batchinv.check import check_engine, check_negative_control
@@ -519,7 +519,7 @@ def test_relation_x_names_the_operators_whose_compiled_bits_are_others(monkeypat
 
 
 def _pointwise():
-    return {doors.overload_of(name) for name in table.POINTWISE}
+    return {overloads.overload_of(name) for name in table.POINTWISE}
 
 
 # --- the negative control -------------------------------------------------------------------------------------------
@@ -544,7 +544,7 @@ def test_the_negative_control_runs_with_the_mode_off_and_leaves_it_on():
     hits = []
 
     def counts(shape, position, row):
-        with doors.counting_apart() as counted:
+        with counters.counting_apart() as counted:
             torch.ones(2, 2) @ torch.ones(2, 2)
             hits.append(dict(counted))
         return row

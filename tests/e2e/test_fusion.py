@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pytest_batchinv.kernels import doors
+from pytest_batchinv.kernels import operators
 from torch import Tensor
 
 from pytest_batchinv import batch_invariant_mode
@@ -67,7 +67,7 @@ def test_what_is_no_mean_of_squares_in_the_accumulators_dtype_is_left_as_it_is(f
 
 
 def test_mean_of_squares_is_an_operator_that_torch_accepts():
-    doors.operators()
+    operators.operators()
     for dim, keepdim in ((None, False), ([1], True), ([0, 2], False)):
         torch.library.opcheck(torch.ops.batchinv.mean_of_squares, (torch.randn(2, 3, 4).bfloat16(), dim, keepdim))
 
@@ -131,7 +131,7 @@ def test_the_losses_of_tokens_have_the_bits_of_eager_code():
 
 
 def test_chosen_logprobs_is_an_operator_that_torch_accepts():
-    doors.operators()
+    operators.operators()
     logits, index = torch.randn(2, 3, 40).bfloat16(), torch.randint(0, 40, (2, 3, 5))
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(torch.ops.batchinv.chosen_logprobs, (logits, index, dtype))

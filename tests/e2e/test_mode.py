@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from pytest_batchinv.kernels import doors, eager, inductor, table
+from pytest_batchinv.kernels import eager, inductor, overloads, table
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.patches import registry, sources
 from pytest_batchinv.patches.compilation import around_compilation
@@ -35,10 +35,10 @@ def dispatcher_state() -> dict[str, str]:
 
 def _touched():
     for name in (*table.LEAVES, *table.POINTWISE, *table.REFUSED, *table.COMPOSITES):
-        overload = doors.overload_of(name)
+        overload = overloads.overload_of(name)
         if overload is not None:
             yield overload
-            yield from (sibling.overload for sibling in doors.siblings(overload))
+            yield from (sibling.overload for sibling in overloads.siblings(overload))
 
 
 def global_state() -> dict:

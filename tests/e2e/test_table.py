@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pytest_batchinv.kernels import doors, table
+from pytest_batchinv.kernels import overloads, table
 from torch.nn import functional as F
 
 from pytest_batchinv import batch_invariant_mode
@@ -104,7 +104,7 @@ def test_the_entry_gives_torchs_values_and_is_counted(name):
     with batch_invariant_mode() as mode:
         actual = as_tuple(call(name))
         hits = mode.hits
-    assert hits.get(doors.overload_of(name).name(), 0) >= 1
+    assert hits.get(overloads.overload_of(name).name(), 0) >= 1
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
@@ -137,13 +137,13 @@ def test_integers_that_become_floats_have_the_bits_of_those_floats(name, compile
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n in table.LEAVES or n in table.POINTWISE])
 def test_out_and_in_place_forms_are_the_same_entry(name):
-    overload = doors.overload_of(name)
+    overload = overloads.overload_of(name)
     fn, args, *rest = CALLS[name]
     kwargs = rest[0] if rest else {}
     with batch_invariant_mode() as mode:
         expected = as_tuple(fn(*args, **kwargs))
         positional, named = _schema_arguments(overload, args, kwargs)
-        for sibling in doors.siblings(overload):
+        for sibling in overloads.siblings(overload):
             if sibling.out_names:
                 outs = {n: torch.empty(0, dtype=e.dtype) for n, e in zip(sibling.out_names, expected, strict=True)}
                 actual = as_tuple(sibling.overload(*positional, **named, **outs))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pytest_batchinv.kernels import doors, table
+from pytest_batchinv.kernels import overloads, table
 from pytest_batchinv.kernels.aten import products
 from pytest_batchinv.kernels.aten.common import Refused
 from torch._dynamo.exc import BackendCompilerFailed
@@ -500,8 +500,8 @@ def mutated(draw, value: Any, schema_type: str) -> Any:
 @st.composite
 def good_calls(draw, name: str) -> Call:
     """Of the functional overload, or of its ``.out`` or in-place sibling."""
-    functional = doors.overload_of(name)
-    siblings = [s for s in doors.siblings(functional) if name not in table.COMPOSITES]
+    functional = overloads.overload_of(name)
+    siblings = [s for s in overloads.siblings(functional) if name not in table.COMPOSITES]
     sibling = draw(st.sampled_from([None, None, *siblings]))
     in_place = sibling is not None and not sibling.out_names
     outs = tuple(Out(True, None, "contiguous", False) for _ in sibling.out_names) if sibling is not None else ()

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from pytest_batchinv.kernels import doors
+from pytest_batchinv.kernels import operators
 from pytest_batchinv.patches import registry
 from pytest_batchinv.patches.inductor_fallback_list import fast_namespaces
 from pytest_batchinv.patches.registry import applied
@@ -85,7 +85,7 @@ def test_with_the_patch_none_is_written_and_after_it_both_names_hold_the_same_ob
 def test_the_operators_of_the_mode_are_on_the_list_and_namespaces_only_while_they_are_named(library, written):
     from torch._inductor import lowering
 
-    doors.operators()
+    operators.operators()
     stock = set(lowering.FALLBACK_ALLOW_LIST)
     with applied("inductor"):
         patched = lowering.FALLBACK_ALLOW_LIST

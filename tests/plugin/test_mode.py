@@ -76,9 +76,7 @@ def test_the_mode_is_left_after_a_failure(pytester):
         def test_after(): assert Mode.depth == 0
         """
     )
-    pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu").assert_outcomes(
-        failed=1, errors=1, passed=1
-    )
+    pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu").assert_outcomes(failed=1, errors=1, passed=1)
 
 
 def test_a_test_whose_mode_did_nothing_fails(pytester, run):
@@ -218,9 +216,7 @@ def test_compile_mode_without_its_fixture_is_an_error(pytester):
     )
     result = pytester.runpytest_inprocess()
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(
-        ["*test_it: compile_mode has no effect: let the test request the fixture compile_mode or*"]
-    )
+    result.stdout.fnmatch_lines(["*test_it: compile_mode has no effect: let the test request the fixture compile_mode or*"])
 
 
 def test_sm_skips_with_what_is_needed_and_what_is_there(pytester, monkeypatch):

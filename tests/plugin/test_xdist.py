@@ -101,9 +101,7 @@ def test_cuda_that_started_too_early_ends_the_run_with_the_reason(pytester, monk
     pytester.makepyfile("def test_it(): pass")
     result = pytester.runpytest_inprocess("--batch-invariant", "-n2")
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(
-        ["This worker cannot be given a GPU of its own, because CUDA has started in it already.*"]
-    )
+    result.stdout.fnmatch_lines(["This worker cannot be given a GPU of its own, because CUDA has started in it already.*"])
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
@@ -119,8 +117,6 @@ def test_gpus_are_counted_without_starting_cuda(monkeypatch):
     monkeypatch.setattr(gpu, "_device_files", lambda: 3)
     assert gpu.visible({}) == ["0", "1", "2"]
     monkeypatch.setattr(gpu, "_device_files", lambda: 0)
-    listing = (
-        "GPU 0: NVIDIA H200 (UUID: GPU-1)\n  MIG 1g.18gb Device 0: (UUID: MIG-2)\nGPU 1: NVIDIA H200 (UUID: GPU-3)\n"
-    )
+    listing = "GPU 0: NVIDIA H200 (UUID: GPU-1)\n  MIG 1g.18gb Device 0: (UUID: MIG-2)\nGPU 1: NVIDIA H200 (UUID: GPU-3)\n"
     monkeypatch.setattr(gpu.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=listing))
     assert gpu.visible({}) == ["0", "1"]

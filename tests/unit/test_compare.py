@@ -66,6 +66,4 @@ def test_other_shapes_and_dtypes_are_refused(other):
 
 def test_a_difference_reads_as_a_sentence():
     text = str(first_difference(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 3.0]])))
-    assert text.startswith(
-        "1 of 2 values differ; the first at [0, 1]: 2.0 (0x40000000) against 3.0 (0x40400000), 4194304"
-    )
+    assert text.startswith("1 of 2 values differ; the first at [0, 1]: 2.0 (0x40000000) against 3.0 (0x40400000), 4194304")

@@ -19,9 +19,7 @@ def test_presets_need_no_torch():
         "import sys, runpy; names = runpy.run_path(sys.argv[1]); names['preset_config']('tiny-qwen3'); "
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", code, presets.__file__], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-P", "-c", code, presets.__file__], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
 

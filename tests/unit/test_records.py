@@ -13,9 +13,7 @@ from pytest_batchinv.settings import DEFAULTS
 
 
 def test_json_there_and_back():
-    record = Record(
-        "m", "I", "differs", hits={"aten::mm": 3}, difference={"index": [1, 2]}, not_run=[{"reason": "memory"}]
-    )
+    record = Record("m", "I", "differs", hits={"aten::mm": 3}, difference={"index": [1, 2]}, not_run=[{"reason": "memory"}])
     assert Record.from_json(record.to_json()) == record
 
 

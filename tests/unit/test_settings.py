@@ -27,9 +27,7 @@ def test_the_command_line_comes_before_the_environment_before_the_ini_file():
 
 def test_every_option_has_a_field_and_three_doors_of_one_name():
     assert [option.name for option in options.OPTIONS] == list(settings.Settings.__dataclass_fields__)
-    assert {option.flag for option in options.OPTIONS if not option.flag.startswith("--batchinv-")} == {
-        "--batch-invariant"
-    }
+    assert {option.flag for option in options.OPTIONS if not option.flag.startswith("--batchinv-")} == {"--batch-invariant"}
     for option in options.OPTIONS:
         assert (option.ini, option.env) == (f"batchinv_{option.name}", f"BATCHINV_{option.name.upper()}")
 

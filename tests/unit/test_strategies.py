@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from pytest_batchinv.shapes import CONTENTS, LAYOUTS, BatchShape, Row
 from pytest_batchinv.strategies import BOUNDARIES, SWEPT_SIZES, batch_shapes, row_choices, sizes, sweep
 
-SEARCH = hypothesis.settings(
-    max_examples=2000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
-)
+SEARCH = hypothesis.settings(max_examples=2000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 FEW = hypothesis.settings(SEARCH, max_examples=40)
 
 

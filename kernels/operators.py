@@ -1,20 +1,17 @@
-"""What the two installers share: the overloads behind the table's names, their siblings, and the ``batchinv`` operators."""
+"""The ``batchinv`` operators: the table's entries as opaque operators for compiled code, and those that aten lacks."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten import attention, norms, reductions
-from pytest_batchinv.kernels.aten.common import Refused
+from pytest_batchinv.kernels.counters import count
+from pytest_batchinv.kernels.overloads import Implementation, overload_of
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-Implementation = Callable[..., Any]
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 _KEYS, _KEY_SET = torch._C.DispatchKey, torch._C.DispatchKeySet
 _DEVICE_ALONE = frozenset(
@@ -22,119 +19,6 @@ _DEVICE_ALONE = frozenset(
     for device, autograd in ((_KEYS.CPU, _KEYS.AutogradCPU), (_KEYS.CUDA, _KEYS.AutogradCUDA))
     for keyset in (_KEY_SET(device), _KEY_SET(device) | _KEY_SET(autograd))
 )
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_COMPLEX = (torch.complex64, torch.complex128)
-
-_hits: dict[str, int] = {}
-
-
-def count(name: str) -> None:
-    """Counts one call. A lost update between threads would only make a count smaller, never zero."""
-    _hits[name] = _hits.get(name, 0) + 1
-
-
-@contextlib.contextmanager
-def counting_apart() -> Iterator[dict[str, int]]:
-    """Calls inside are counted in the dict that is handed out, and in nothing else."""
-    global _hits
-    before, _hits = _hits, {}
-    try:
-        yield _hits
-    finally:
-        _hits = before
-
-
-def hits() -> dict[str, int]:
-    """Calls by overload since the process began: ``aten::`` from eager code, ``batchinv::`` from compiled code."""
-    return dict(_hits)
-
-
-@dataclass(frozen=True)
-class Sibling:
-    """An overload that computes the same as a functional one and writes its result to an argument."""
-
-    overload: OpOverload
-    out_names: tuple[str, ...]  # empty: in place, into the first argument
-
-
-def overload_of(name: str) -> OpOverload | None:
-    """The aten overload of this name ("mm", "mean.dim"), or None where this torch has none."""
-    packet_name, _, overload_name = name.partition(".")
-    packet = getattr(torch.ops.aten, packet_name, None)
-    return getattr(packet, overload_name or "default", None) if packet is not None else None
-
-
-@cache
-def siblings(overload: OpOverload) -> tuple[Sibling, ...]:
-    """The ``.out`` and in-place overloads with the same arguments."""
-    return tuple(_out_siblings(overload)) + tuple(_inplace_siblings(overload))
-
-
-def _out_siblings(overload: OpOverload) -> Iterator[Sibling]:
-    wanted = _signature(overload)
-    for other in _overloads(overload.overloadpacket):
-        outs = tuple(a.name for a in other._schema.arguments if a.is_out)
-        if outs and _signature(other) == wanted:
-            yield Sibling(other, outs)
-
-
-def _inplace_siblings(overload: OpOverload) -> Iterator[Sibling]:
-    packet = getattr(torch.ops.aten, f"{overload._schema.name.split('::')[1]}_", None)
-    wanted = _signature(overload)
-    for other in _overloads(packet) if packet is not None else ():
-        if _signature(other) == wanted:
-            yield Sibling(other, ())
-
-
-def _overloads(packet) -> Iterator[OpOverload]:
-    for name in packet.overloads():
-        overload = getattr(packet, name)
-        if torch._C._dispatch_has_kernel(overload.name()):
-            yield overload
-
-
-def _signature(overload: OpOverload) -> list[tuple[str, str]]:
-    return [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
-
-
-def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
-    """Whether this call computes with integers or booleans alone, which no order can change: torch's own kernel serves it.
-
-    Raises Refused for complex numbers where the entry does not take them.
-    """
-    dtype = kwargs.get("dtype") or _first_dtype(args)
-    if dtype is None or dtype in _FLOATS:
-        return False
-    if dtype in _COMPLEX and _name(overload) in table.COMPLEX:
-        return False
-    if dtype.is_complex or dtype.is_floating_point:
-        raise Refused(f"batch-invariant mode has no kernel for {overload.name()} in {dtype}.")
-    return not _makes_floats(overload, args)
-
-
-def _makes_floats(overload: OpOverload, args: tuple) -> bool:
-    """Whether torch gives floats for integers here. Of ``pow`` the last argument, its exponent, tells."""
-    name = _name(overload)
-    return name in table.FLOATS_OF_INTEGERS and (name != "pow" or isinstance(args[-1], float))
-
-
-def _name(overload: OpOverload) -> str:
-    """Without the underscore of what is in place."""
-    return overload.overloadpacket.__name__.removesuffix("_")
-
-
-def _first_dtype(args: tuple) -> torch.dtype | None:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg.dtype
-    return None
-
-
-def refusal(overload: OpOverload, reason: str) -> Implementation:
-    def refuse(*args, **kwargs):
-        raise Refused(f"batch-invariant mode does not cover {overload.name()}: {reason}.")
-
-    return refuse
 
 
 @cache
