@@ -1,8 +1,11 @@
 """Batch shapes: which rows stand in a batch, in which order and layout. Pure data, JSON in and JSON out; no torch."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
 
 BOUNDARIES = (
     1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 21, 28, 31, 32, 33, 35, 42, 45, 48, 49, 63, 64, 65, 80, 96, 100, 112,
@@ -10,19 +13,16 @@ BOUNDARIES = (
 )  # fmt: skip
 """Tile edges and their neighbours, multiples of 7 and of 16, and sizes known from bug reports (9, 45, 65, 100, 257)."""
 
-TRIED_SIZES = tuple(size for size in BOUNDARIES if size <= 65)
-"""Batch sizes at which a row that differed is looked at again, to tell where its bits change."""
-
 CONTENTS = ("random", "repeated", "extreme")
 LAYOUTS = ("right", "left", "packed")
+MAX_ROWS = 300
 
 
-@dataclass(frozen=True, order=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, order=True, omit_defaults=True, forbid_unknown_fields=True):
     """One logical sequence, known by identity: equal rows have equal content wherever they stand.
 
-    id: seeds the content. length: tokens (1 for the rows of a function). content: one of ``CONTENTS``; "extreme" rows
-    hold activations about a thousand times larger than the others.
+    id: seeds the content, or is the index in a pool of rows. length: tokens (1 for the rows of a function). content: one of
+    ``CONTENTS``; "extreme" rows hold activations about a thousand times larger than the others. Raises ValueError.
     """
 
     id: int
@@ -35,16 +35,17 @@ class Row:
         _require(self.content in CONTENTS, f"a row's content is one of {', '.join(CONTENTS)}, not {self.content!r}")
 
 
-@dataclass(frozen=True)
-class BatchShape:
-    """A batch as data: rows in order, the layout that brings them together, and columns of padding behind the longest.
+class BatchShape(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A batch as data: rows in order, the layout that brings them together, and columns of padding after the longest.
 
-    layout: "right" or "left" name the side of the padding; "packed" puts the rows one behind the other, without padding.
+    layout: "right" or "left" name the side of the padding; "packed" puts the rows one after the other, without padding.
+    pool: digest of the pool that the rows were taken from, where a finding names one; a replay compares it. Raises ValueError.
     """
 
     rows: tuple[Row, ...]
     layout: str = "right"
     extra_padding: int = 0
+    pool: str = ""
 
     def __post_init__(self) -> None:
         _require(len(self.rows) > 0, "a batch has at least one row")
@@ -66,39 +67,63 @@ class BatchShape:
         """Tokens that a forward pass computes, padding included."""
         return self.width if self.layout == "packed" else self.width * len(self.rows)
 
-    def alone(self, position: int) -> "BatchShape":
+    def alone(self, position: int) -> BatchShape:
         """The row at this position as a batch of its own, without padding."""
         return BatchShape((self.rows[position],))
 
-    def with_rows(self, *rows: Row) -> "BatchShape":
-        return replace(self, rows=rows)
+    def with_rows(self, *rows: Row) -> BatchShape:
+        return msgspec.structs.replace(self, rows=rows)
+
+    def from_pool(self, digest: str) -> BatchShape:
+        return msgspec.structs.replace(self, pool=digest)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        """One line of JSON. A row of length 1 and random content is written as its id alone."""
+        plain = msgspec.to_builtins(self)
+        plain["rows"] = [row["id"] if row.keys() == {"id"} else row for row in plain["rows"]]
+        return msgspec.json.encode(plain).decode()
 
     @classmethod
-    def from_json(cls, text: str) -> "BatchShape":
+    def from_json(cls, text: str) -> BatchShape:
         """The batch shape that ``to_json`` wrote. Raises ValueError, with what is wrong, on anything else."""
         try:
-            data = json.loads(text)
-            rows = tuple(Row(**row) for row in data.pop("rows"))
-            return cls(rows=rows, **data)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            data = msgspec.json.decode(text, type=_Written)
+            rows = tuple(Row(row) if isinstance(row, int) else row for row in data.rows)
+            return cls(rows, data.layout, data.extra_padding, data.pool)
+        except msgspec.DecodeError as error:
             raise ValueError(
-                f"not a batch shape: {error}. It looks like "
-                f'{{"rows":[{{"id":0,"length":5,"content":"random"}}],"layout":"right","extra_padding":0}}'
+                f'not a batch shape: {error}. It looks like {{"rows":[0,{{"id":1,"length":5}}],"layout":"left"}}'
             ) from error
 
 
-def as_ranges(sizes: Sequence[int], tried: Sequence[int]) -> str:
-    """Sizes in short: "2-9, 33" where every tried size from 2 to 9 is among them, and 33."""
+class _Written(msgspec.Struct, forbid_unknown_fields=True):
+    rows: list[int | Row]
+    layout: str = "right"
+    extra_padding: int = 0
+    pool: str = ""
+
+
+def of_rows(ids: Iterable[int]) -> BatchShape:
+    """The batch of these rows of a pool, for a function of rows."""
+    return BatchShape(tuple(Row(i) for i in ids))
+
+
+def as_ranges(sizes: Iterable[int]) -> str:
+    """Whole numbers in short: "2-9, 33"."""
     runs: list[list[int]] = []
-    for before, size in zip((None, *tried), tried, strict=False):
-        if size in sizes and runs and runs[-1][-1] == before:
+    for size in sorted(sizes):
+        if runs and runs[-1][-1] == size - 1:
             runs[-1].append(size)
-        elif size in sizes:
+        else:
             runs.append([size])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
+
+
+def chosen_evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` of the items, spread over all of them, the first and the last included."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _require(condition: bool, message: str) -> None:

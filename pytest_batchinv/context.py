@@ -1,0 +1,76 @@
+"""What surrounds a check: its defaults, the case that it replays, and who takes its records. The plugin sets it.
+
+Outside of a test of the plugin the defaults hold, and nobody takes the records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_batchinv.report.record import Record
+    from pytest_batchinv.shapes import BatchShape
+    from pytest_batchinv.subjects.base import SubjectInfo
+
+DEFAULT_EXAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a check is. done, total: cases; total 0 where it is not known."""
+
+    subject: str
+    relation: str
+    phase: str
+    done: int
+    total: int
+    rows: int
+    seconds: float
+
+
+def _nobody(*_: object) -> None:
+    pass
+
+
+def _no_command(info: SubjectInfo, relation: str, case: BatchShape) -> str:
+    return f"pass case=BatchShape.from_json('{case.to_json()}') to the check"
+
+
+@dataclass(frozen=True)
+class Context:
+    """case: the one batch shape to run instead of a search. replay: the line that repeats a finding, from its case."""
+
+    max_examples: int = DEFAULT_EXAMPLES
+    case: BatchShape | None = None
+    seed: int | None = None
+    emit: Callable[[Record], None] = _nobody
+    progress: Callable[[Progress], None] = _nobody
+    replay: Callable[[SubjectInfo, str, BatchShape], str] = field(default=_no_command)
+
+
+_current: ContextVar[Context] = ContextVar("batchinv_context", default=Context())
+
+
+def current() -> Context:
+    return _current.get()
+
+
+@contextlib.contextmanager
+def surrounding(context: Context) -> Iterator[None]:
+    """Checks inside have this context."""
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def collecting(sink: Callable[[Record], None]) -> Iterator[None]:
+    """Hands every record made inside to ``sink``, and to nobody else."""
+    with surrounding(replace(current(), emit=sink)):
+        yield

@@ -1,0 +1,70 @@
+"""The account of what was found: the finding, with what explains it. A diagnosis that fails says so, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from pytest_batchinv import context
+from pytest_batchinv.compare import first_row_that_differs
+from pytest_batchinv.diagnose import diverging, sizes
+from pytest_batchinv.relations.base import Relation
+from pytest_batchinv.report.record import Breakpoints, Finding, Section
+from pytest_batchinv.search.runs import SubjectRuns
+from pytest_batchinv.shapes import BatchShape
+from pytest_batchinv.subjects.base import NotRun, RowOutputs
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from pytest_batchinv.search.find import Broken
+
+
+def bare(broken: Broken, relation: Relation, runs: SubjectRuns, digest: str = "") -> Finding:
+    """The finding, without any diagnosis."""
+    difference, case = broken.found.difference, broken.case.from_pool(digest)
+    return Finding(
+        case=case.to_json(),
+        position=broken.found.position,
+        n_rows=len(case),
+        row=msgspec.json.encode(case.rows[broken.found.position]).decode(),
+        output=broken.found.output,
+        sides=relation.side_names,
+        replay=context.current().replay(runs.subject.info, relation.letter, case),
+        **msgspec.structs.asdict(difference),
+    )
+
+
+def of(broken: Broken, relation: Relation, runs: SubjectRuns, digest: str) -> Finding:
+    """The finding and its diagnosis: breakpoints where the relation follows the batch size, diverging ops of compiled code."""
+    finding = bare(broken, relation, runs, digest)
+    sections: list[Section] = []
+    found = _guarded("sizes", sections, lambda: _breakpoints(broken, runs)) if relation.follows_size else None
+    if relation.letter == "X":
+        ops = _guarded("operators", sections, lambda: diverging.diverging_ops(runs.subject, broken.case))
+        if ops is not None:
+            named = ", ".join(ops) or "none"
+            sections.append(Section("operators", (f"compiled alone, other bits than in eager code: {named}",)))
+    return msgspec.structs.replace(finding, breakpoints=found, sections=tuple(sections))
+
+
+def _guarded(title: str, sections: list[Section], diagnose: Callable[[], T]) -> T | None:
+    try:
+        return diagnose()
+    except Exception as error:
+        sections.append(Section(title, (f"could not be told: {type(error).__name__}: {error}",)))
+        return None
+
+
+def _breakpoints(broken: Broken, runs: SubjectRuns) -> Breakpoints:
+    def differs_at(case: BatchShape, position: int) -> bool:
+        try:
+            outputs = runs.run(case)
+        except NotRun:
+            return False
+        expected = runs.alone((case.rows[position],))
+        return first_row_that_differs(expected, RowOutputs(rows=[dict(outputs[position])])) is not None
+
+    return sizes.breakpoints(broken.case, broken.found.position, runs.subject.space, differs_at)

@@ -1,0 +1,82 @@
+"""What a relation is: one promise about bits, with the cases that test it and the two sides that must be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from hypothesis import strategies as st
+
+from pytest_batchinv.search import strategies, sweep
+from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.subjects.base import RowOutputs, Space, Subject
+
+
+class Runs(Protocol):
+    """A subject's outputs, as the sides of a relation ask for them."""
+
+    subject: Subject
+
+    def run(self, case: BatchShape) -> RowOutputs: ...
+
+    def run_eager(self, case: BatchShape) -> RowOutputs: ...
+
+    def alone(self, rows: tuple[Row, ...]) -> RowOutputs:
+        """Each row run as a batch of its own; a row is run once and remembered."""
+        ...
+
+
+class Comparison(NamedTuple):
+    """Two outputs that must be equal. positions: where in the case their rows stand; None: all of them, in order."""
+
+    expected: RowOutputs
+    actual: RowOutputs
+    positions: tuple[int, ...] | None = None
+
+
+class Cases(NamedTuple):
+    """first: cases that always run, in this order. then: parts that take turns while there is time. drawn: by Hypothesis."""
+
+    first: list[BatchShape]
+    then: list[Iterator[BatchShape]]
+    drawn: st.SearchStrategy[BatchShape]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted fault that the relation must catch: ``make()`` gives a function of rows and its pool."""
+
+    name: str
+    make: Callable[[], tuple[Callable[..., Any], Any]]
+
+
+class Relation:
+    """One promise. share: of the drawn examples that were asked for, this relation takes one in ``share``."""
+
+    letter: ClassVar[str]
+    words: ClassVar[str]
+    meaning: ClassVar[str]
+    side_names: ClassVar[tuple[str, str]]
+    share: ClassVar[int] = 1
+    stock_varies: ClassVar[bool] = False
+    """Whether stock torch can be expected to break it, so that a search under stock torch is its negative control."""
+    follows_size: ClassVar[bool] = False
+    """Whether it asks at which batch sizes the bits change."""
+
+    def applies(self, subject: Subject) -> bool:
+        """False where there is nothing to compare: the relation is left out without a record."""
+        return True
+
+    def obstacle(self, subject: Subject) -> str:
+        """Why the subject cannot be asked, as a sentence; empty where it can. The record says so."""
+        return ""
+
+    def cases(self, space: Space) -> Cases:
+        return Cases(sweep.few_cases(space, 12), [], strategies.cases(space))
+
+    def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
+        raise NotImplementedError
+
+    def mutants(self) -> tuple[Mutant, ...]:
+        raise NotImplementedError

@@ -1,0 +1,27 @@
+"""I: a row alone and in any batch: its size, its composition, the row's position."""
+
+from collections.abc import Iterator
+
+from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
+from pytest_batchinv.search import strategies, sweep
+from pytest_batchinv.shapes import BatchShape
+from pytest_batchinv.subjects.base import Space
+
+
+class Batch(Relation):
+    letter = "I"
+    words = "alone == in a batch"
+    meaning = "a row has other bits in a batch than alone (relation I, batch size, composition and position)"
+    side_names = ("alone", "in the batch")
+    stock_varies = True
+    follows_size = True
+
+    def cases(self, space: Space) -> Cases:
+        return Cases(sweep.boundary_cases(space), sweep.covering(space), strategies.cases(space))
+
+    def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
+        yield Comparison(runs.alone(case.rows), runs.run(case))
+
+    def mutants(self) -> tuple[Mutant, ...]:
+        return tuple(Mutant(name, make) for name, make in planted.BATCH.items())

@@ -1,0 +1,76 @@
+"""S: the same shapes, other content in the neighbours. Equal even in stock torch: a difference is a leak, not rounding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
+from pytest_batchinv.search import strategies, sweep
+from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.subjects.base import RowOutputs, Space, Subject
+
+_CASES = 8
+_MOST_ROWS = 65
+
+
+class Isolation(Relation):
+    letter = "S"
+    words = "other content beside it"
+    meaning = "a row's bits follow the content of its neighbours, whose shapes are the same (relation S, isolation)"
+    side_names = ("beside these neighbours", "beside neighbours of other content")
+    share = 10
+
+    def obstacle(self, subject: Subject) -> str:
+        space = subject.space
+        if space.max_rows < 2:
+            return "a batch of one row has no neighbours"
+        if space.pool is not None and all(_other(row, space) == row for row in space.palette):
+            return "no two rows of the pool have the same length, so no neighbour can be replaced by another one"
+        return ""
+
+    def cases(self, space: Space) -> Cases:
+        """Batches of up to 65 rows: a case costs a run for each bit of a position, twice."""
+        several = [case for case in sweep.boundary_cases(space) if 1 < len(case) <= _MOST_ROWS]
+        few = several[:: max(1, len(several) // _CASES)]
+        drawn = strategies.cases(space).filter(lambda case: 1 < len(case) <= _MOST_ROWS)
+        return Cases(few, [], drawn)
+
+    def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
+        """For each bit of a position, those with it keep their rows while the others are replaced, and the other way round.
+
+        Any two positions differ in a bit, so each row is kept once while each of its neighbours is another.
+        """
+        expected = runs.run(case)
+        for bit in range((len(case) - 1).bit_length()):
+            for value in (0, 1):
+                kept = tuple(p for p in range(len(case)) if p >> bit & 1 == value)
+                rows = [
+                    row if p in kept else _other(row, runs.subject.space, p) for p, row in enumerate(case.rows)
+                ]
+                if kept and tuple(rows) != case.rows:
+                    actual = runs.run(case.with_rows(*rows))
+                    yield Comparison(_at(expected, kept), _at(actual, kept), kept)
+
+    def mutants(self) -> tuple[Mutant, ...]:
+        return (
+            Mutant("scaled by the largest of the batch", planted.scaled_by_the_largest),
+            Mutant("reads the row before it", planted.reads_the_row_before),
+            Mutant("follows the last row", planted.follows_the_last_row),
+        )
+
+
+def _other(row: Row, space: Space, salt: int = 0) -> Row:
+    """A row of the same length and other content: of the pool, or made up. The row itself where the pool has none."""
+    if space.pool is None:
+        return Row(row.id + 1000 + salt, row.length, "random" if row.content == "extreme" else "extreme")
+    length = space.pool[row.id]
+    others = [i for i, other in enumerate(space.pool) if other == length and i != row.id]
+    return Row(random.Random(f"{row.id} {salt}").choice(others)) if others else row
+
+
+def _at(outputs: RowOutputs, positions: tuple[int, ...]) -> RowOutputs:
+    if outputs.stacked is not None:
+        return RowOutputs({name: tensor[list(positions)] for name, tensor in outputs.stacked.items()})
+    return RowOutputs(rows=[outputs.rows[p] for p in positions])

@@ -1,0 +1,21 @@
+"""R: the same batch twice."""
+
+from collections.abc import Iterator
+
+from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.relations.base import Comparison, Mutant, Relation, Runs
+from pytest_batchinv.shapes import BatchShape
+
+
+class RunToRun(Relation):
+    letter = "R"
+    words = "run to run"
+    meaning = "the same batch gave other bits when it was run again (relation R, run to run)"
+    side_names = ("the first run", "the second run")
+    share = 10
+
+    def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
+        yield Comparison(runs.run(case), runs.run(case))
+
+    def mutants(self) -> tuple[Mutant, ...]:
+        return (Mutant("noise", planted.noise), Mutant("noise in batches only", planted.noise_in_batches))

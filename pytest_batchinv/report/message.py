@@ -1,0 +1,63 @@
+"""A finding in words: for the error that a test fails with, and for the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from pytest_batchinv.relations import RELATIONS
+from pytest_batchinv.report.record import Breakpoints, Finding, Record
+from pytest_batchinv.shapes import BatchShape, Row, as_ranges
+from pytest_batchinv.subjects.base import SubjectInfo
+
+
+def describe(record: Record) -> str:
+    """All of a finding, as lines."""
+    assert record.finding is not None
+    found = record.finding
+    lines = [f"{subject_words(record.subject)}: {RELATIONS[record.relation].meaning}."]
+    lines += [f"  {title:<11} {text}" for title, text in _parts(record, found)]
+    for section in found.sections:
+        lines += [f"  {section.title:<11} {section.lines[0]}", *(" " * 14 + line for line in section.lines[1:])]
+    lines += [f"  {'batch':<11} {found.case}", f"  {'replay':<11} {found.replay}"]
+    return "\n".join(lines)
+
+
+def subject_words(info: SubjectInfo) -> str:
+    about = [info.dtype, f"attention {info.attention}" * bool(info.attention), info.compile_mode, info.device]
+    return f"{info.name} ({', '.join(filter(None, about))})"
+
+
+def _parts(record: Record, found: Finding) -> Iterator[tuple[str, str]]:
+    yield "row", row_words(record.subject, found)
+    yield "difference", difference_lines(found)[0]
+    yield from (("", line) for line in difference_lines(found)[1:])
+    if found.breakpoints is not None:
+        yield "sizes", sizes_words(found.breakpoints)
+    if record.mode != "on":
+        yield "mode", "off: this is torch as it is" if record.mode == "off" else "suspended, for the negative control"
+
+
+def row_words(info: SubjectInfo, found: Finding) -> str:
+    case, row = BatchShape.from_json(found.case), msgspec.json.decode(found.row, type=Row)
+    if info.kind == "transformers":
+        what = f"id {row.id}, {row.length} tokens, {row.content}; at position {found.position} of {found.n_rows}"
+        return what + (", packed" if case.layout == "packed" else f", {case.layout} padding to {case.width} columns")
+    return f"{row.id}, at position {found.position} of {found.n_rows}; {found.output}"
+
+
+def difference_lines(found: Finding) -> list[str]:
+    one, other = found.sides
+    if found.kind == "shape":
+        return [f"{found.expected} {one} against {found.actual} {other}"]
+    distance = "" if found.ulp is None else f", {found.ulp:,} ulp apart"
+    return [
+        f"{found.n_differ:,} of {found.n_total:,} values; the first at {list(found.index)}:",
+        f"{found.expected} ({found.expected_hex}) {one}, {found.actual} ({found.actual_hex}) {other}{distance}",
+    ]
+
+
+def sizes_words(found: Breakpoints) -> str:
+    tried = f"{found.tried} sizes from 1 to {found.bound} were run, changes between them bisected"
+    return f"bits change at batch sizes {as_ranges(found.sizes)}; {tried}"

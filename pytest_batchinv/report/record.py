@@ -1,0 +1,192 @@
+"""Records: an immutable account of one check, JSON out and JSON in. The reports are made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+from functools import cache
+from importlib import metadata
+from typing import Literal
+
+import msgspec
+
+from pytest_batchinv.subjects.base import SubjectInfo
+
+SCHEMA = 2
+
+Verdict = Literal[
+    "equal", "differs", "shape_differs", "error", "refused", "interrupted", "not_run", "caught", "inconclusive"
+]
+"""equal, differs: what was compared. shape_differs: a row's shape or dtype follows its batch. error: the subject or the check
+raised. refused: the mode does not cover an operator of the subject. interrupted: it was ended from outside before a verdict.
+not_run: no batch could run. Of a negative control: caught (stock torch varies here) or inconclusive."""
+
+Mode = Literal["on", "off", "stock"]
+"""Whether batch-invariant mode was on in the check; stock: it was suspended, for a negative control."""
+
+
+class Breakpoints(msgspec.Struct, frozen=True):
+    """The batch sizes at which a row's bits differ from those alone: ranges [first, last] of sizes up to ``bound``.
+
+    tried: sizes that were run. Between two of them with equal bits no change was looked for.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    tried: int
+    bound: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(size for first, last in self.ranges for size in range(first, last + 1))
+
+
+class Section(msgspec.Struct, frozen=True):
+    """One result of a diagnosis: it explains a finding, and never changes it."""
+
+    title: str
+    lines: tuple[str, ...]
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """Two outputs that should be equal and are not, with the smallest case found that shows it.
+
+    case: the batch shape as JSON. position, row: where in the case, and which row as JSON. sides: what the two outputs are.
+    """
+
+    case: str
+    position: int
+    n_rows: int
+    row: str
+    output: str
+    sides: tuple[str, str]
+    kind: str
+    index: tuple[int, ...]
+    expected: str
+    actual: str
+    expected_hex: str
+    actual_hex: str
+    ulp: int | None
+    n_differ: int
+    n_total: int
+    breakpoints: Breakpoints | None = None
+    sections: tuple[Section, ...] = ()
+    replay: str = ""
+
+
+class OpCoverage(msgspec.Struct, frozen=True):
+    """Operators that ran in the subject's forward, by how the mode vouches for them; calls by overload for ``covered``.
+
+    bypassed: covered operators that ran, and that the table did not answer. error: why nothing is known.
+    """
+
+    covered: dict[str, int] = {}
+    row_local: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
+    error: str = ""
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What was compared. compared_bytes counts the bytes of both sides once; forwards counts runs of the subject."""
+
+    examples: int = 0
+    rows: int = 0
+    compared_bytes: int = 0
+    nan_rows: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+
+    def per_second(self, count: int) -> float:
+        return count / self.seconds if self.seconds else 0.0
+
+
+class Skipped(msgspec.Struct, frozen=True):
+    """A case that could not be run, and why."""
+
+    case: str
+    reason: str
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One check of one relation on one subject.
+
+    covered: what the sweep covered, as words. case: the finding's, or the one at which the subject raised. fingerprint: op
+    table, versions, GPU and patches in one word; ``receipt`` has them apart. hits: calls that the table answered.
+    """
+
+    subject: SubjectInfo
+    relation: str
+    verdict: Verdict
+    mode: Mode
+    control: bool = False
+    counts: Counts = Counts()
+    covered: tuple[str, ...] = ()
+    finding: Finding | None = None
+    error: str = ""
+    case: str = ""
+    replayed: bool = False
+    ops: OpCoverage | None = None
+    hits: dict[str, int] = {}
+    not_run: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+    seed: int | None = None
+    nodeid: str = ""
+    machine: dict[str, str] = {}
+    fingerprint: str = ""
+    receipt: dict[str, str] = {}
+    schema: int = SCHEMA
+
+    @property
+    def unclassified_ops(self) -> list[str]:
+        """Operators that ran and that the mode does not vouch for."""
+        return list(self.ops.unverified) if self.ops else []
+
+    @property
+    def compared_something(self) -> bool:
+        return self.counts.compared_bytes > 0
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Raises ValueError for what is no record of this schema."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"not a record of schema {SCHEMA}: {error}") from None
+
+
+@cache
+def machine() -> dict[str, str]:
+    """Versions and hardware, as strings. Imports torch; does not start CUDA where nothing has started it."""
+    import torch
+
+    facts = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+    }
+    for name in ("torch", "triton", "transformers", "hypothesis", "pytest", "pytest-batchinv"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts[name] = metadata.version(name)
+    facts["torch"] = torch.__version__
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts["gpu"] = properties.name
+        facts["gpu_count"] = str(torch.cuda.device_count())
+        facts["capability"] = f"sm_{properties.major}{properties.minor}"
+        facts["sm_count"] = str(properties.multi_processor_count)
+        facts["cuda"] = str(torch.version.cuda)
+    return facts
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor()

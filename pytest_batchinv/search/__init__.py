@@ -1,0 +1,1 @@
+"""The search: a covering sweep first, then Hypothesis, then the smallest case."""

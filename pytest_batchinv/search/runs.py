@@ -1,0 +1,115 @@
+"""A subject's outputs while it is checked: rows alone are remembered, and what is compared is counted."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+
+from pytest_batchinv.compare import RowDifference, first_row_that_differs
+from pytest_batchinv.relations.base import Comparison
+from pytest_batchinv.report.record import Counts, Skipped
+from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.subjects.base import RowOutputs, Subject
+
+ALONE_BYTES = 2 << 30
+
+
+@dataclass
+class Stats:
+    """What one check of one relation has run and compared so far."""
+
+    examples: int = 0
+    rows: int = 0
+    compared_bytes: int = 0
+    nan_rows: int = 0
+    forwards: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def counts(self) -> Counts:
+        return Counts(self.examples, self.rows, self.compared_bytes, self.nan_rows, self.forwards, self.seconds)
+
+
+class SubjectRuns:
+    """Runs of one subject. ``stats`` is replaced for each relation; the rows alone are kept for all of them.
+
+    last: the case that ran last, for the account of an error.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.stats = Stats()
+        self.last: BatchShape | None = None
+        self._eager = subject.in_eager_mode()
+        self._alone: OrderedDict[Row, RowOutputs] = OrderedDict()
+        self._alone_bytes = 0
+
+    def run(self, case: BatchShape) -> RowOutputs:
+        return self._run(self.subject, case)
+
+    def run_eager(self, case: BatchShape) -> RowOutputs:
+        return self._run(self._eager, case)
+
+    def alone(self, rows: tuple[Row, ...]) -> RowOutputs:
+        for row in dict.fromkeys(rows):
+            if row in self._alone:
+                self._alone.move_to_end(row)
+            else:
+                self._remember(row, self.run(BatchShape((row,))))
+        return _joined([self._alone[row] for row in rows])
+
+    def compare(self, comparison: Comparison) -> RowDifference | None:
+        expected, actual, positions = comparison
+        self.stats.compared_bytes += expected.nbytes
+        self.stats.nan_rows += _nan_rows(expected)
+        found = first_row_that_differs(expected, actual)
+        if found is None or positions is None:
+            return found
+        return found._replace(position=positions[found.position])
+
+    def _run(self, subject: Subject, case: BatchShape) -> RowOutputs:
+        self.last = case
+        self.stats.forwards += 1
+        return subject.run(case)
+
+    def _remember(self, row: Row, outputs: RowOutputs) -> None:
+        self._alone[row] = outputs
+        self._alone_bytes += outputs.nbytes
+
+    def forget_most(self) -> None:
+        """Between two cases: the rows alone that were not asked for lately, past ``ALONE_BYTES``."""
+        while self._alone_bytes > ALONE_BYTES and len(self._alone) > 1:
+            self._alone_bytes -= self._alone.popitem(last=False)[1].nbytes
+
+
+def _joined(alone: list[RowOutputs]) -> RowOutputs:
+    """Batches of one row each as one batch: stacked where all rows have outputs of one shape and dtype."""
+    parts = [outputs.stacked for outputs in alone]
+    if all(part is not None for part in parts):
+        kinds = {tuple((name, t.shape, t.dtype) for name, t in part.items()) for part in parts if part is not None}
+        tensors = [t for part in parts[:1] if part is not None for t in part.values()]
+        if len(kinds) == 1 and not any(t.is_quantized for t in tensors):
+            return RowOutputs({name: torch.cat([part[name] for part in parts]) for name in parts[0]})  # type: ignore
+    return RowOutputs(rows=[dict(outputs[0]) for outputs in alone])
+
+
+def _nan_rows(outputs: RowOutputs) -> int:
+    if outputs.stacked is not None:
+        rows = [_nan_by_row(t) for t in outputs.stacked.values() if t.is_floating_point() or t.is_complex()]
+        return int(torch.stack(rows).any(0).sum()) if rows else 0
+    return sum(any(_has_nan(t) for t in row.values()) for row in outputs.rows)
+
+
+def _nan_by_row(x: torch.Tensor) -> torch.Tensor:
+    return (x != x).reshape(len(x), -1).any(1) if x.element_size() > 1 else torch.zeros(len(x), dtype=torch.bool)
+
+
+def _has_nan(x: torch.Tensor) -> bool:
+    return (x.is_floating_point() or x.is_complex()) and x.element_size() > 1 and bool((x != x).any())

@@ -1,0 +1,139 @@
+"""What is tested: a subject turns batch shapes into the outputs of their rows. The checks know nothing else of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import msgspec
+
+from pytest_batchinv.shapes import BOUNDARIES, MAX_ROWS, BatchShape, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Observer = contextlib.AbstractContextManager[object]
+"""Entered around the forward of a subject alone, not around the building of its inputs: a recorder of operators, say."""
+
+RowOutput = Mapping[str, "Tensor"]
+"""What a subject gives for one row: tensors by name."""
+
+
+class NotRun(Exception):
+    """This batch could not be run here (out of memory, say): it is reported as not run, and the check goes on."""
+
+
+class SubjectInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Words that name a subject in records. kind: "function", "module" or "transformers"; attention: "" where it has none."""
+
+    name: str
+    kind: str
+    device: str
+    dtype: str
+    attention: str = ""
+    compile_mode: str = "eager"
+
+
+class Span(NamedTuple):
+    """Where a row lies in the tensors of a case: columns ``start`` to ``stop`` of this sequence (the index in dim 0)."""
+
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """The batch shapes that a subject can run.
+
+    pool: for a function of rows, the length of each row of its pool, and ``palette`` is that pool; None where rows of any
+    identity can be made. palette: distinct rows that a search takes its batches from, so that each runs alone only once.
+    """
+
+    palette: tuple[Row, ...]
+    pool: tuple[int, ...] | None = None
+    layouts: tuple[str, ...] = ("right",)
+    max_rows: int = MAX_ROWS
+    max_length: int = 1
+    max_tokens: int = 1 << 30
+
+    def sizes(self) -> range:
+        """Batch sizes that can be run with the shortest row."""
+        return range(1, min(self.max_rows, self.max_tokens) + 1)
+
+    def boundaries(self) -> list[int]:
+        return [size for size in BOUNDARIES if size in self.sizes()]
+
+    def fits(self, case: BatchShape) -> bool:
+        return len(case) <= self.max_rows and case.tokens <= self.max_tokens
+
+    def holds(self, case: BatchShape) -> str:
+        """Why this case is not one of the space's, as a sentence; empty where it is."""
+        if case.layout not in self.layouts:
+            return f"the subject has no layout {case.layout!r}, only {', '.join(self.layouts)}"
+        if self.pool is None:
+            longest = max(row.length for row in case.rows)
+            return f"its longest row has {longest} tokens, the subject takes {self.max_length}" * (longest > self.max_length)
+        outside = sorted({row.id for row in case.rows if row.id >= len(self.pool)})
+        return f"there is no row {outside[0]} in a pool of {len(self.pool)}" if outside else ""
+
+
+@dataclass
+class RowOutputs(Sequence[RowOutput]):
+    """The outputs of a batch, row by row.
+
+    stacked: where all rows have outputs of one shape, each output as one tensor [n_rows, ...]; else None, and ``rows`` holds
+    them one by one. What is read must not be written to by a later run of the subject.
+    """
+
+    stacked: dict[str, Tensor] | None = None
+    rows: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.stacked.values()))) if self.stacked is not None else len(self.rows)
+
+    def __getitem__(self, position):  # type: ignore[no-untyped-def, override]
+        if self.stacked is None:
+            return self.rows[position]
+        return {name: tensor[position] for name, tensor in self.stacked.items()}
+
+    @property
+    def nbytes(self) -> int:
+        parts = [self.stacked] if self.stacked is not None else self.rows
+        return sum(tensor.nbytes for part in parts for tensor in part.values())
+
+
+class Subject(Protocol):
+    """A subject that is ready to run."""
+
+    @property
+    def info(self) -> SubjectInfo: ...
+
+    @property
+    def space(self) -> Space: ...
+
+    def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
+        """The outputs of each row of the case, in the order of ``case.rows``. Raises NotRun, Refused, ValueError."""
+        ...
+
+    def spans(self, case: BatchShape) -> list[Span]:
+        """Where each row lies in the tensors that the case is run with."""
+        ...
+
+    def in_eager_mode(self) -> Subject:
+        """The same subject with the same weights, run by eager code."""
+        ...
+
+    def digest(self) -> str:
+        """Names the pool's content; empty where rows are made from the case alone."""
+        ...
+
+
+
+@contextlib.contextmanager
+def observed(observer: Observer | None) -> Iterator[None]:
+    """The forward of a subject, with whoever watches it."""
+    with observer or contextlib.nullcontext():
+        yield

@@ -1,0 +1,45 @@
+"""Compile modes: their names, and what they are to ``torch.compile``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+COMPILE_MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "dynamic": {"dynamic": True},
+    "fullgraph": {"fullgraph": True},
+    "reduce-overhead": {"mode": "reduce-overhead"},
+    "max-autotune": {"mode": "max-autotune"},
+}
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def compiled(fn: Callable[..., Any], compile_mode: str) -> Callable[..., Any]:
+    """``torch.compile`` of fn in this mode; fn itself for "eager". Raises ValueError."""
+    if compile_mode == "eager":
+        return fn
+    if compile_mode not in COMPILE_MODES:
+        raise ValueError(f"there is no compile mode {compile_mode!r}; use one of eager, {', '.join(COMPILE_MODES)}")
+    return torch.compile(fn, **COMPILE_MODES[compile_mode])
+
+
+def eager_of(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """What was compiled, for a module or function that ``torch.compile`` made; fn itself otherwise."""
+    if isinstance(fn, torch._dynamo.eval_frame.OptimizedModule):
+        return fn._orig_mod
+    return getattr(fn, "_torchdynamo_orig_callable", fn)
+
+
+def no_silent_eager() -> contextlib.AbstractContextManager[None]:
+    """One graph for each new combination of shapes is wanted; past the limit Dynamo would run eager without a word."""
+    return torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True)
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """ "bf16" for torch.bfloat16, and so on; torch's own name where there is no short one."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+    return names.get(dtype, str(dtype).removeprefix("torch."))

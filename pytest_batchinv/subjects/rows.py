@@ -1,0 +1,194 @@
+"""The subject for functions and modules: its rows are indices into a pool, along one dimension of every input."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_batchinv.compare import as_bits, refuse_uncomparable
+from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.subjects.base import Observer, RowOutputs, Space, Span, SubjectInfo, observed
+from pytest_batchinv.subjects.compiled import COMPILE_MODES, compiled, eager_of, no_silent_eager, short_dtype
+
+POOL_DIGITS = 12
+
+
+class RowsSubject:
+    """A function of rows over a pool of them.
+
+    inputs: tensors whose ``batch_dim`` indexes the pool, given to fn side by side; with ``collate`` lists of the pool's
+    rows, of which ``collate(chosen_list, ...)`` makes the arguments of fn. fn returns a tensor, or a tuple, list or mapping
+    of tensors (a ModelOutput of transformers is one), row i of each along ``batch_dim`` belonging to row i of the batch; a
+    nested tensor, or with ``collate`` a list, has an entry for each row. Raises ValueError for inputs that are no pool.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[Any],
+        batch_dim: int = 0,
+        *,
+        name: str = "",
+        compile_mode: str | None = None,
+        collate: Callable[..., Any] | None = None,
+    ) -> None:
+        self.fn, self.inputs, self.batch_dim, self.collate = fn, tuple(inputs), batch_dim, collate
+        plain = eager_of(fn)
+        self._eager = plain
+        mode = compile_mode or ("compiled" if plain is not fn else "eager")
+        self._run = fn if compile_mode is None else compiled(plain, compile_mode)
+        lengths = _pool_of_lists(self.inputs) if collate else _pool_of_tensors(self.inputs, batch_dim)
+        sample = _first_tensor(self.inputs)
+        self.info = SubjectInfo(
+            name=name or _name(plain),
+            kind="module" if isinstance(plain, nn.Module) else "function",
+            device=sample.device.type if sample is not None else "cpu",
+            dtype=short_dtype(sample.dtype) if sample is not None else "",
+            compile_mode=mode,
+        )
+        self.space = Space(palette=tuple(Row(i) for i in range(len(lengths))), pool=lengths)
+
+    def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
+        """fn on these rows of the pool, in this order (repeats allowed): what belongs to each row, copied."""
+        batch = self._batch([row.id for row in case.rows])
+        guard = no_silent_eager() if self.info.compile_mode in COMPILE_MODES else observed(None)
+        with guard, observed(observer):
+            result = self._run(*batch)
+        return self._rows(result, len(case))
+
+    def spans(self, case: BatchShape) -> list[Span]:
+        """Each row is a sequence of its own, as long as its entry in the pool."""
+        assert self.space.pool is not None
+        return [Span(position, 0, self.space.pool[row.id]) for position, row in enumerate(case.rows)]
+
+    def in_eager_mode(self) -> RowsSubject:
+        """The function that was compiled, where it is known; itself otherwise."""
+        if self._run is self._eager:
+            return self
+        return RowsSubject(self._eager, self.inputs, self.batch_dim, name=self.info.name, collate=self.collate)
+
+    def digest(self) -> str:
+        """Of the bytes of all tensors of the pool."""
+        digest = hashlib.sha256()
+        for x in _tensors_of(self.inputs):
+            digest.update(f"{x.dtype}{list(x.shape)}".encode())
+            digest.update(as_bits(x.detach().cpu()).numpy().tobytes())
+        return digest.hexdigest()[:POOL_DIGITS]
+
+    def _batch(self, row_ids: list[int]) -> list[Any]:
+        if self.collate is not None:
+            batch = self.collate(*([pool[i] for i in row_ids] for pool in self.inputs))
+            return list(batch) if isinstance(batch, tuple) else [batch]
+        ids = torch.tensor(row_ids)
+        return [x.index_select(self.batch_dim, ids.to(x.device)) for x in self.inputs]
+
+    def _rows(self, result: Any, n_rows: int) -> RowOutputs:
+        if self.collate is not None and isinstance(result, list):
+            return self._listed(result, n_rows)
+        stacked, by_row = {}, {}
+        for name, tensor in _named_tensors(result):
+            refuse_uncomparable(name, tensor)
+            if tensor.is_nested:
+                by_row[name] = self._of_nested(name, tensor, n_rows)
+                continue
+            self._check_output(name, tensor, n_rows)
+            # A copy: a CUDA graph, or a function with a buffer of its own, writes the next result to the same memory.
+            stacked[name] = tensor.detach().movedim(self.batch_dim, 0).clone(memory_format=torch.contiguous_format)
+        if not by_row:
+            return RowOutputs(stacked)
+        every = by_row | {name: list(tensor) for name, tensor in stacked.items()}
+        return RowOutputs(rows=[{name: rows[i] for name, rows in every.items()} for i in range(n_rows)])
+
+    def _listed(self, result: list[Any], n_rows: int) -> RowOutputs:
+        if len(result) != n_rows:
+            raise ValueError(
+                f"{self.info.name} returned a list of {len(result)} for a batch of {n_rows} rows: with collate= a list has "
+                f"an entry for each row"
+            )
+        rows = [{name: t.detach().clone() for name, t in _named_tensors(entry)} for entry in result]
+        for name, tensor in rows[0].items():
+            refuse_uncomparable(name, tensor)
+        return RowOutputs(rows=rows)
+
+    def _of_nested(self, name: str, tensor: Tensor, n_rows: int) -> list[Tensor]:
+        rows = [row.detach().clone() for row in tensor.unbind()]
+        if len(rows) != n_rows:
+            raise ValueError(f"{name} of {self.info.name} holds {len(rows)} tensors for a batch of {n_rows} rows")
+        return rows
+
+    def _check_output(self, name: str, tensor: Tensor, n_rows: int) -> None:
+        if _size(tensor, self.batch_dim) != n_rows:
+            raise ValueError(
+                f"{name} of {self.info.name} has the shape {list(tensor.shape)} for a batch of {n_rows} rows: its "
+                f"dimension {self.batch_dim} must hold a row for each row of the input; return per-row results only, "
+                f"or set batch_dim"
+            )
+
+
+def _pool_of_tensors(inputs: Sequence[Any], batch_dim: int) -> tuple[int, ...]:
+    """The length of each row: 1, for rows of one shape."""
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        kinds = ", ".join(type(x).__name__ for x in inputs) or "none"
+        raise ValueError(
+            f"the inputs are one or more tensors whose dimension {batch_dim} indexes the rows, not {kinds}; bind other "
+            f"arguments with functools.partial, and give ragged rows as lists with collate="
+        )
+    sizes = [_size(x, batch_dim) for x in inputs]
+    if len(set(sizes)) > 1 or not sizes[0]:
+        shapes = ", ".join(str(list(x.shape)) for x in inputs)
+        raise ValueError(
+            f"all inputs need the same number of rows, at least 1, in dimension {batch_dim}; their shapes are {shapes}"
+        )
+    return (1,) * sizes[0]
+
+
+def _pool_of_lists(inputs: Sequence[Any]) -> tuple[int, ...]:
+    sizes = {len(x) for x in inputs if isinstance(x, (list, tuple))}
+    if not inputs or not all(isinstance(x, (list, tuple)) for x in inputs) or len(sizes) != 1 or 0 in sizes:
+        raise ValueError("with collate= the inputs are one or more lists of rows, all of the same length, at least 1")
+    return tuple(len(row) if isinstance(row, Tensor) and row.dim() else 1 for row in inputs[0])
+
+
+def _tensors_of(inputs: Any) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+
+
+def _first_tensor(inputs: Any) -> Tensor | None:
+    tensors = _tensors_of(inputs)
+    floats = [x for x in tensors if x.is_floating_point() or x.is_complex()]
+    return (floats or tensors or [None])[0]
+
+
+def _size(x: Tensor, dim: int) -> int | None:
+    return x.shape[dim] if -x.ndim <= dim < x.ndim else None
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__name__
+
+
+def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a result, with words that name them. None is left out."""
+    if isinstance(result, Tensor):
+        return [("the output", result)]
+    if isinstance(result, Mapping):
+        items = [(f"output {key!r}", value) for key, value in result.items()]
+    elif isinstance(result, (tuple, list)):
+        items = [(f"output {number}", value) for number, value in enumerate(result)]
+    else:
+        raise ValueError(f"the function returns a tensor, or a tuple, list or mapping of tensors, not {_kind(result)}")
+    named = [(name, value) for name, value in items if value is not None]
+    for name, value in named:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is {_kind(value)}, not a tensor; return the tensors alone")
+    if not named:
+        raise ValueError("the function returns no tensor, so there is nothing to compare")
+    return named
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
