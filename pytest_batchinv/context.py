@@ -6,9 +6,11 @@ Outside of a test of the plugin the defaults hold, and nobody takes the records.
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,8 +38,12 @@ def _nobody(*_: object) -> None:
     pass
 
 
-def _no_command(info: SubjectInfo, relation: str, case: BatchShape) -> str:
-    return f"pass case=BatchShape.from_json('{case.to_json()}') to the check"
+def _without_the_plugin(info: SubjectInfo, relation: str, case: BatchShape) -> str:
+    """The line for a test that pytest runs without --batch-invariant; outside of pytest, what to give to the check."""
+    nodeid = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+    if not nodeid:
+        return f"pass case=BatchShape.from_json({case.to_json()!r}) to the check"
+    return shlex.join(["pytest", "--batch-invariant", "--batchinv-shape", case.to_json(), nodeid])
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Context:
     seed: int | None = None
     emit: Callable[[Record], None] = _nobody
     progress: Callable[[Progress], None] = _nobody
-    replay: Callable[[SubjectInfo, str, BatchShape], str] = field(default=_no_command)
+    replay: Callable[[SubjectInfo, str, BatchShape], str] = _without_the_plugin
 
 
 _current: ContextVar[Context] = ContextVar("batchinv_context", default=Context())

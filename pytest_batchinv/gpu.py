@@ -1,16 +1,37 @@
 """Which GPUs there are. Nothing here starts CUDA."""
 
-import ctypes
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pytest_batchinv.markers import LOWEST_CAPABILITY
-
+LOWEST_CAPABILITY = 80  # A100
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+
+@dataclass
+class Share:
+    """How many processes of this run use the GPU of this one."""
+
+    workers: int = 1
+
+    @property
+    def fraction(self) -> float:
+        """Of the GPU's memory, with some left for what each process takes before its first tensor."""
+        return 1.0 if self.workers == 1 else 0.9 / self.workers
+
+
+SHARE = Share()
+
+
+def take_share() -> None:
+    """Limits this process to its share of the GPU's memory. Starts CUDA."""
+    import torch
+
+    if SHARE.workers > 1:
+        torch.cuda.set_per_process_memory_fraction(SHARE.fraction)
 
 
 def visible(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -45,6 +66,8 @@ def capability() -> int | None:
 
     Asks the driver, not torch: torch would start CUDA, and what has to be set before that would come too late.
     """
+    import ctypes
+
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -79,6 +102,8 @@ def _device_files() -> int:
 
 
 def _listed_by_nvidia_smi() -> int:
+    import subprocess
+
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 
 from torch._ops import OpOverload
 
@@ -37,29 +38,29 @@ def op_coverage(subject: Subject, cases: Iterable[BatchShape]) -> OpCoverage:
 def sort_calls(calls: Iterable[Call], answered: Counter[str]) -> OpCoverage:
     """answered: calls by overload that reached the table."""
     covered: Counter[str] = Counter()
-    row_local, unverified = set(), set()
+    row_local, unverified, bypassed = set(), set(), set()
     for call in calls:
-        name = call.overload.name()
-        if _is_covered(call.overload):
+        name, on_cpu = call.overload.name(), call.device == "cpu"
+        if call.overload.namespace == "batchinv" or call.overload in _covered(on_cpu):
             covered[name] += 1
-        elif rowlocal.is_row_local(call.overload, call.on_cpu_floats):
+            if call.gives_floats and not answered[name]:
+                bypassed.add(name)
+        elif rowlocal.is_row_local(call.overload, on_cpu and call.gives_floats):
             row_local.add(name)
         else:
             unverified.add(name)
-    floats = {call.overload.name() for call in calls if call.on_cpu_floats}
     return OpCoverage(
         covered=dict(sorted(covered.items())),
         row_local=tuple(sorted(row_local)),
         unverified=tuple(sorted(unverified)),
-        bypassed=tuple(sorted(name for name in covered if name in floats and not answered[name])),
+        bypassed=tuple(sorted(bypassed)),
     )
 
 
-def _is_covered(overload: OpOverload) -> bool:
-    return overload.namespace == "batchinv" or overload in _covered()
-
-
-def _covered() -> set[OpOverload]:
-    names = (*table.LEAVES, *table.POINTWISE)
+@cache
+def _covered(on_cpu: bool) -> frozenset[OpOverload]:
+    """The table's overloads and their siblings. Pointwise entries are the CPU's alone."""
+    names = (*table.LEAVES, *table.POINTWISE) if on_cpu else tuple(table.LEAVES)
     entries = [overload for name in names if (overload := overloads.overload_of(name)) is not None]
-    return {*entries, *(sibling.overload for overload in entries for sibling in overloads.siblings(overload))}
+    siblings = (sibling.overload for overload in entries for sibling in overloads.siblings(overload))
+    return frozenset((*entries, *siblings))

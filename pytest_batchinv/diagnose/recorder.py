@@ -16,7 +16,8 @@ class Call:
     """One operator of a forward. args, kwargs: copies of its inputs; empty unless they were kept."""
 
     overload: OpOverload
-    on_cpu_floats: bool
+    device: str
+    gives_floats: bool = False
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -34,13 +35,19 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        call = Call(func, _on_cpu_floats(args, kwargs))
+        call = Call(func, _device(args, kwargs))
         if self._keeps_inputs is not None and self._keeps_inputs(func, args):
             call.args, call.kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         self.calls.append(call)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        call.gives_floats = any(x.is_floating_point() or x.is_complex() for x in _tensors(out))
+        return out
 
 
-def _on_cpu_floats(args: Any, kwargs: Any) -> bool:
-    tensors = (x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-    return any(x.device.type == "cpu" and (x.is_floating_point() or x.is_complex()) for x in tensors)
+def _device(args: Any, kwargs: Any) -> str:
+    """The type of the device of the first tensor; "" without one."""
+    return next((x.device.type for x in _tensors((args, kwargs))), "")
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]

@@ -1,41 +1,53 @@
-"""The fixtures. What a test asks for here it gets for its own run only; engines are kept for the session."""
+"""The fixtures. What a test asks for here it gets for its own run only; models are kept for the session."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_batchinv import items
-from pytest_batchinv.keys import MAKE_ENGINE, RUN, SETTINGS
-from pytest_batchinv.markers import GPU_COMPILE_MODES
-from pytest_batchinv.settings import Settings
+from pytest_batchinv.plugin import lifecycle
+from pytest_batchinv.plugin.markers import GPU_COMPILE_MODES
+from pytest_batchinv.plugin.stash import MODELS, RUN, SETTINGS
 
-KEPT_ENGINES = 4  # one for each compile mode of a usual test; more of them would fill a GPU
+if TYPE_CHECKING:
+    from pytest_batchinv.mode import Mode
+    from pytest_batchinv.plugin.settings import Settings
+
+KEPT_MODELS = 2
+DEFAULT_MODELS = {"cpu": ("tiny-qwen3", "tiny-llama"), "cuda": ("wide-qwen3", "wide-llama")}
+"""What "auto" is by device: small enough for a CPU; on a GPU wide enough that stock torch varies in bf16. The first one is
+the model of a test of one's own, and the packaged suite runs both."""
 
 
-def engine_maker() -> Callable[..., Any]:
-    return lru_cache(maxsize=KEPT_ENGINES)(_build_engine)
+def model_loader() -> Callable[..., Any]:
+    """Loads a subject in eager mode, or gives one that it has loaded; its compile modes share the model."""
+    return lru_cache(maxsize=KEPT_MODELS)(_load)
 
 
-def _build_engine(**words: str) -> Any:
-    from pytest_batchinv.engines.transformers import TransformersEngine
+def _load(**words: str) -> Any:
+    from pytest_batchinv.kernels import counters
+    from pytest_batchinv.subjects.transformers import TransformersSubject
 
-    return TransformersEngine(**words)
+    with counters.counting_apart():  # to build a model is no test of it
+        return TransformersSubject(**words)
 
 
 @pytest.fixture
 def batchinv_settings(request: pytest.FixtureRequest) -> Settings:
     """The Settings of this test: the options, and the arguments of its batch_invariant marker."""
     if not request.config.stash[SETTINGS].enabled:
-        pytest.skip(items.NEEDS_OPTION)
+        pytest.skip(lifecycle.NEEDS_OPTION)
     return request.node.stash[RUN].settings
 
 
 @pytest.fixture
-def batch_invariant(request: pytest.FixtureRequest, batchinv_settings: Settings) -> Any:
+def batch_invariant(request: pytest.FixtureRequest, batchinv_settings: Settings) -> Iterator[Mode]:
     """The Mode that this test runs in; its ``hits`` count the replaced operations. Needs --batch-invariant."""
-    return items.enter_mode(request.node)
+    with lifecycle.mode_of(request.node) as mode:
+        yield mode
 
 
 @pytest.fixture
@@ -43,7 +55,7 @@ def compile_mode(request: pytest.FixtureRequest) -> str:
     """The compile mode of this test item: from @pytest.mark.compile_mode, else "eager"."""
     mode = getattr(request, "param", "eager")
     if mode in GPU_COMPILE_MODES:
-        device = items.resolve_device(request.config.stash[SETTINGS])
+        device = lifecycle.resolve_device(request.config.stash[SETTINGS])
         if device != "cuda":
             pytest.skip(f"compile mode {mode} needs a CUDA GPU; this run is on the {device}")
     return mode
@@ -51,22 +63,19 @@ def compile_mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def batchinv_engine(request: pytest.FixtureRequest, batchinv_settings: Settings, compile_mode: str) -> Any:
-    """The model under test in this item's compile mode, ready for batch shapes. Needs --batch-invariant.
+    """The model under test in this item's compile mode, as a subject of the checks. Needs --batch-invariant.
 
     It does not turn the mode on by itself: the marker batch_invariant does, and a negative control goes without.
     """
-    device = items.resolve_device(batchinv_settings)
-    dtype = batchinv_settings.dtype
+    device = lifecycle.resolve_device(batchinv_settings)
+    dtype, model = batchinv_settings.dtype, batchinv_settings.model
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
+    if model == "auto":
+        model = DEFAULT_MODELS[device][0]
     try:
-        with items.heavy_imports():
-            return request.config.stash[MAKE_ENGINE](
-                model=batchinv_settings.model,
-                device=device,
-                dtype=dtype,
-                attn=batchinv_settings.attn,
-                compile_mode=compile_mode,
-            )
+        with lifecycle.heavy_imports():
+            loaded = request.config.stash[MODELS](model=model, device=device, dtype=dtype, attn=batchinv_settings.attn)
+        return loaded.in_compile_mode(compile_mode)
     except ValueError as error:
         pytest.fail(str(error), pytrace=False)

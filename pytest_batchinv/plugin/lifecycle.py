@@ -1,22 +1,32 @@
-"""What happens around one test: its markers are read, the mode is entered and left, its records are gathered."""
+"""What happens around one test: its markers are read, its checks get their context, the mode is entered and left."""
+
+from __future__ import annotations
 
 import contextlib
+import os
+import random
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_batchinv import markers
-from pytest_batchinv.keys import RUN, SETTINGS, Run
-from pytest_batchinv.settings import Settings, active
+from pytest_batchinv.plugin import markers
+from pytest_batchinv.plugin.stash import RESULTS, RUN, SETTINGS, Run
 
 if TYPE_CHECKING:
-    from pytest_batchinv.records import Record
+    from pytest_batchinv.mode import Mode
+    from pytest_batchinv.plugin.settings import Settings
+    from pytest_batchinv.report.record import Record
+    from pytest_batchinv.shapes import BatchShape
+    from pytest_batchinv.subjects.base import SubjectInfo
 
+_SEED_OF_A_NEW_PROCESS = 67280421310721
+"""torch's own (c10::detail default_rng_seed_val): what a test draws alone, without this plugin, it draws with it."""
 NEEDS_OPTION = "needs --batch-invariant"
-RECORD = "batchinv_record"  # the name of the user property that carries a record to the controller
+RECORD = "batchinv_record"  # the name of the user property that carries a record from a worker to the controller
 
 
 def in_mode(item: Any) -> bool:
@@ -65,32 +75,20 @@ def skip_on_other_gpus(item: Any) -> None:
 
 
 def begin(item: Any) -> None:
-    """From here to ``end`` the test's settings are active, its records are kept, and it is in the mode if it asks."""
-    from pytest_batchinv.progress import listening
-    from pytest_batchinv.records import collecting
+    """From here to ``end`` the checks of this test have its settings, and their records are kept."""
+    from pytest_batchinv import context
+    from pytest_batchinv.plugin import progress
 
-    run = item.stash[RUN] = Run(_settings(item))
-    run.stack.enter_context(_active(run.settings))
-    run.stack.enter_context(collecting(lambda record: _keep(item, record)))
-    run.stack.enter_context(listening(lambda text: _show(item.config, text)))
-    if in_mode(item):
-        enter_mode(item)
-
-
-def enter_mode(item: Any) -> Any:
-    """The Mode that this test runs in, entered now unless it has been."""
-    run = item.stash[RUN]
-    if run.mode is None:
-        resolve_device(run.settings)
-        with heavy_imports():
-            from pytest_batchinv.mode import ModeError, batch_invariant_mode
-
-            try:
-                run.mode = run.stack.enter_context(batch_invariant_mode())
-            except ModeError as error:
-                pytest.fail(str(error), pytrace=False)
-        run.calls_before = _calls(run.mode)
-    return run.mode
+    settings = _settings(item)
+    run = item.stash[RUN] = Run(settings)
+    surrounding = context.Context(
+        max_examples=settings.max_examples,
+        case=settings.shape,
+        emit=lambda record: _keep(item, record),
+        progress=progress.teller(item),
+        replay=lambda info, relation, case: replay_command(item, info, relation, case),
+    )
+    run.stack.enter_context(context.surrounding(surrounding))
 
 
 def end(item: Any) -> None:
@@ -98,15 +96,60 @@ def end(item: Any) -> None:
         item.stash[RUN].stack.close()
 
 
+def seed(item: Any) -> None:
+    """Every phase starts from the same random numbers, so that a test alone draws what it drew among others."""
+    if RUN not in item.stash or "torch" not in sys.modules:
+        return
+    import torch
+
+    given = item.stash[RUN].settings.seed
+    number = _SEED_OF_A_NEW_PROCESS if given is None else given
+    torch.manual_seed(number)
+    random.seed(number)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(number % 2**32)
+
+
+@contextlib.contextmanager
+def mode_of(item: Any) -> Iterator[Mode]:
+    """The Mode that this test runs in, entered now unless it has been."""
+    run = item.stash[RUN]
+    if run.mode is not None:
+        yield run.mode
+        return
+    resolve_device(run.settings)
+    with heavy_imports():
+        from pytest_batchinv.mode import ModeError, batch_invariant_mode
+    block = batch_invariant_mode()
+    try:
+        run.mode = block.__enter__()
+    except ModeError as error:
+        pytest.fail(str(error), pytrace=False)
+    try:
+        yield run.mode
+    finally:
+        block.__exit__(None, None, None)
+
+
+def is_in_mode_now(item: Any) -> bool:
+    """Whether this test has entered the mode."""
+    return item is not None and RUN in item.stash and item.stash[RUN].mode is not None
+
+
 def nothing_happened(item: Any) -> str:
-    """Why a pass of this test proves nothing, as a sentence; empty where the mode did something, or is off."""
+    """Why a pass of this test proves nothing, as a sentence; empty where a check or the mode did something, or is off."""
     run = item.stash.get(RUN, None)
-    if run is None or run.mode is None or _calls(run.mode) > run.calls_before:
+    if run is None:
+        return ""
+    if run.records and not any(record.compared_something for record in run.records):
+        reasons = "; ".join(dict.fromkeys(record.error or record.verdict for record in run.records))
+        return f"{item.nodeid} passed, but its checks compared nothing, so it proves nothing: {reasons}."
+    if run.mode is None or run.records or sum(run.mode.hits.values()) > 0:
         return ""
     return (
-        f"{item.nodeid} passed, but batch-invariant mode replaced no operation in it, so it proves nothing.\n"
-        "Let it run an operation that the mode covers (a matmul, a softmax, a norm, a model), "
-        "or take the marker batch_invariant off."
+        f"{item.nodeid} passed, but batch-invariant mode replaced no operation in it and no check compared anything, so it "
+        "proves nothing.\nLet it run an operation that the mode covers (a matmul, a softmax, a norm, a model), or check your "
+        "own kernel with assert_batch_invariant, or take the marker batch_invariant off."
     )
 
 
@@ -117,13 +160,16 @@ def outcome(report: pytest.TestReport) -> list[str]:
     return {"passed": [], "failed": ["error"], "skipped": ["skipped"]}[report.outcome]
 
 
-def records(report: pytest.TestReport) -> list["Record"]:
-    """The records of a test. The report of its teardown, which always comes, carries them all."""
+def records(report: pytest.TestReport) -> list[Record]:
+    """The records that a worker sent. The report of a test's teardown, which always comes, carries them all."""
     if report.when != "teardown":
         return []
-    from pytest_batchinv.records import Record
+    sent = [text for name, text in report.user_properties if name == RECORD]
+    if not sent:
+        return []
+    from pytest_batchinv.report.record import Record
 
-    return [Record.from_json(text) for name, text in report.user_properties if name == RECORD]
+    return [Record.from_json(str(text)) for text in sent]
 
 
 @contextlib.contextmanager
@@ -144,40 +190,39 @@ def resolve_device(settings: Settings) -> str:
         pytest.fail(str(error), pytrace=False)
 
 
+def replay_command(item: Any, info: SubjectInfo, relation: str, case: BatchShape) -> str:
+    """The line that repeats a finding in a fresh process, from the folder in which pytest was started."""
+    settings = item.stash[RUN].settings
+    words = ["pytest", "--batch-invariant"]
+    if info.kind == "transformers":
+        words += ["--batchinv-model", info.name, "--batchinv-attn", info.attention, "--batchinv-dtype", info.dtype]
+        words += ["--batchinv-device", info.device.partition(":")[0]]
+    if settings.seed is not None:
+        words += ["--batchinv-seed", str(settings.seed)]
+    words += ["--batchinv-shape", case.to_json(), _path_and_name(item)]
+    return shlex.join(words)
+
+
+def _path_and_name(item: Any) -> str:
+    """The node id with a path that is right where pytest was started: its own one begins at the root of the run."""
+    path = os.path.relpath(item.path, item.config.invocation_params.dir)
+    return "::".join([path, *item.nodeid.split("::")[1:]])
+
+
 def _settings(item: Any) -> Settings:
     settings, mark = item.config.stash[SETTINGS], _marker(item, "batch_invariant")
     return markers.parse_batch_invariant(mark.args, mark.kwargs).applied_to(settings) if mark else settings
 
 
-@contextlib.contextmanager
-def _active(settings: Settings) -> Iterator[None]:
-    token = active.set(settings)
-    try:
-        yield
-    finally:
-        active.reset(token)
+def _keep(item: Any, record: Record) -> None:
+    import msgspec
 
-
-def _keep(item: Any, record: "Record") -> None:
-    from pytest_batchinv.records import machine
-
-    stamped = replace(record, nodeid=item.nodeid, machine=record.machine or machine())
-    item.user_properties.append((RECORD, stamped.to_json()))
-
-
-def _show(config: Any, text: str) -> None:
-    """A line while the test runs; nowhere on xdist's workers, which have no terminal, nor with -q."""
-    terminal = config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is None or config.get_verbosity() < 0:
-        return
-    capture = config.pluginmanager.get_plugin("capturemanager")
-    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-        terminal.ensure_newline()
-        terminal.write_line(text)
-
-
-def _calls(mode: Any) -> int:
-    return sum(mode.hits.values())
+    record = msgspec.structs.replace(record, nodeid=item.nodeid)
+    item.stash[RUN].records.append(record)
+    if RESULTS in item.config.stash:
+        item.config.stash[RESULTS].records.append(record)
+    else:
+        item.user_properties.append((RECORD, record.to_json()))
 
 
 def _marker(item: Any, name: str) -> pytest.Mark | None:

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pytest_batchinv.options import DTYPES, RELATIONS, parse_count, parse_dtype, parse_relations
-from pytest_batchinv.settings import Settings
+from pytest_batchinv.gpu import LOWEST_CAPABILITY
+from pytest_batchinv.plugin.options import DTYPES, RELATIONS, parse_count, parse_dtype, parse_relations
+from pytest_batchinv.plugin.settings import Settings
 
 COMPILE_MODES = ("eager", "default", "dynamic", "fullgraph", "reduce-overhead", "max-autotune")
 GPU_COMPILE_MODES = ("reduce-overhead", "max-autotune")
-LOWEST_CAPABILITY = 80
 
 HELP = (
     "batch_invariant(relations=..., max_examples=..., dtype=...): run this test in batch-invariant mode; it is skipped "

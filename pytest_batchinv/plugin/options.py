@@ -7,10 +7,12 @@ from typing import Any
 
 RELATIONS = {
     "R": "run to run",
+    "S": "other content beside it",
     "I": "alone == in a batch",
     "X": "eager == compiled",
     "N": "stock torch is caught",
 }
+"""The letters and words of the relations, which are not imported for a look at the options, and the negative control."""
 ENGINES = ("transformers",)
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
@@ -51,6 +53,12 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_seed(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
 def parse_report(text: str) -> Path:
     path = Path(text).expanduser().absolute()
     if path.suffix not in REPORTS:
@@ -78,7 +86,7 @@ def parse_name(text: str) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """One setting with its three doors: ``--batchinv-NAME``, ``BATCHINV_NAME`` and the ini option ``batchinv_name``.
+    """One setting with its three sources: ``--batchinv-NAME``, ``BATCHINV_NAME`` and the ini option ``batchinv_name``.
 
     parse: text -> value; raises ValueError with a sentence. form: "value", "switch" (no argument), "list" (repeatable).
     """
@@ -116,9 +124,9 @@ OPTIONS = (
     Option(
         "model",
         parse_name,
-        "tiny-qwen3",
+        "auto",
         "The causal language model under test: a preset (tiny-qwen3, random:qwen3-0.6b, ...), a local path, or a hub "
-        "id such as org/name.",
+        "id such as org/name. auto is tiny-qwen3 on the CPU and wide-qwen3 on a GPU; the packaged suite adds a llama.",
         "NAME",
     ),
     Option("engine", one_of(ENGINES), "transformers", f"What runs the model: {', '.join(ENGINES)}.", "NAME"),
@@ -152,7 +160,20 @@ OPTIONS = (
         "What to check, of " + ", ".join(f"{name} ({words})" for name, words in RELATIONS.items()) + ".",
         "R,I,...",
     ),
-    Option("max_examples", parse_count, 100, "Batch shapes to try for each relation.", "N"),
+    Option(
+        "max_examples",
+        parse_count,
+        100,
+        "Batch shapes to draw, after the sweep, for relation I; R, S and X draw one for ten of them.",
+        "N",
+    ),
+    Option(
+        "seed",
+        parse_seed,
+        None,
+        "The seed that every test starts from with --batch-invariant (torch, random, numpy). Without it torch's own.",
+        "N",
+    ),
     Option(
         "shape",
         parse_shape,
@@ -172,7 +193,7 @@ OPTIONS = (
 
 
 def declare(parser: Any) -> None:
-    """Adds the table to pytest's parser. Texts stay texts: ``settings.resolve`` parses those of all doors alike."""
+    """Adds the table to pytest's parser. Texts stay texts: ``settings.resolve`` parses all of them alike."""
     group = parser.getgroup("batchinv", "batch invariance", after="general")
     actions: dict[str, dict[str, Any]] = {
         "value": {"metavar": "..."},

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pytest_batchinv import gpu
-from pytest_batchinv.settings import Settings
+from pytest_batchinv import gpu, hub
+from pytest_batchinv.plugin.settings import Settings
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -28,12 +28,16 @@ def no_reruns(config: Any) -> None:
 
 
 def model_can_be_meant(model: str) -> None:
-    """Presets are known by name; anything else must be a path that exists, or look like a hub id."""
-    from pytest_batchinv.engines.presets import UnknownModel, is_preset
+    """Presets are known by name; anything else must be a path that exists, or look like a hub id that can be loaded."""
+    if model == "auto":
+        return
+    from pytest_batchinv.subjects.transformers.presets import UnknownModel, is_preset
 
     try:
         if not is_preset(model) and not Path(model).exists() and not _HUB_ID.fullmatch(model):
             raise UnknownModel(model)
+        if not is_preset(model) and not Path(model).exists() and (why := hub.out_of_reach(model)):
+            raise UnknownModel(model, why)
     except UnknownModel as error:
         raise ValueError(f"--batchinv-model: {error}") from None
 

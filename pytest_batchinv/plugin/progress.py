@@ -1,30 +1,124 @@
-"""Signs of life on long runs: a line now and then, for whoever listens."""
+"""Signs of life on long runs: on a terminal one line that rewrites itself, elsewhere a plain line now and then.
+
+Under xdist each worker leaves its line in a file, and the controller, which has the terminal, shows those of all.
+"""
+
+from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_batchinv.context import Progress
 
 SECONDS_BETWEEN_LINES = 15.0
-
-_listener: Callable[[str], None] | None = None
-_last = 0.0
-
-
-def report(text: str) -> None:
-    """Tells the listener, at most every ``SECONDS_BETWEEN_LINES``."""
-    global _last
-    now = time.monotonic()
-    if _listener is not None and now - _last >= SECONDS_BETWEEN_LINES:
-        _last = now
-        _listener(text)
+SECONDS_BETWEEN_REWRITES = 0.5
+_FOLDER = "batchinv_progress"  # in a worker's input
 
 
-@contextlib.contextmanager
-def listening(listener: Callable[[str], None]) -> Iterator[None]:
-    """Hands every reported line inside to ``listener``; the first at the earliest after ``SECONDS_BETWEEN_LINES``."""
-    global _listener, _last
-    before, _listener, _last = _listener, listener, time.monotonic()
-    try:
-        yield
-    finally:
-        _listener = before
+def words(progress: Progress) -> str:
+    """ "tiny-qwen3 I sweep 12 of 60, 480 rows/s, 3 s left"."""
+    speed = progress.rows / progress.seconds if progress.seconds > 0 else 0.0
+    far = f"{progress.done} of {progress.total}" if progress.total else f"{progress.done}"
+    text = f"{progress.subject} {progress.relation} {progress.phase} {far}, {speed:,.0f} rows/s"
+    if progress.total > progress.done > 0:
+        text += f", {progress.seconds / progress.done * (progress.total - progress.done):.0f} s left"
+    return text
+
+
+def teller(item: Any) -> Callable[[Progress], None]:
+    """What takes the progress of this test's checks: the display here, or on a worker the file that the controller reads."""
+    display = item.config.pluginmanager.get_plugin("batchinv-progress")
+    if display is not None:
+        return lambda progress: display.show(words(progress))
+    folder = getattr(item.config, "workerinput", {}).get(_FOLDER)
+    return _Note(Path(folder, item.config.workerinput["workerid"])) if folder else lambda progress: None
+
+
+class _Note:
+    """A worker's line, in a file of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._last = path, 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_REWRITES:
+            return
+        self._last = now
+        with contextlib.suppress(OSError):
+            self._path.write_text(words(progress), encoding="utf-8")
+
+
+class Display:
+    """Where the terminal is. Silent with -q."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._last = time.monotonic()
+        self._drawn = False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._ended = threading.Event()
+
+    def show(self, text: str) -> None:
+        """At most as often as the kind of terminal asks for."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None or self._config.get_verbosity() < 0:
+            return
+        rewrites = terminal.isatty
+        now = time.monotonic()
+        if now - self._last < (SECONDS_BETWEEN_REWRITES if rewrites else SECONDS_BETWEEN_LINES):
+            return
+        self._last = now
+        capture = self._config.pluginmanager.get_plugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            if rewrites:
+                if not self._drawn:
+                    terminal.ensure_newline()
+                terminal.rewrite(text[: terminal._tw.fullwidth - 1], erase=True)
+                self._drawn = True
+            else:
+                terminal.ensure_newline()
+                terminal.write_line(text)
+
+    def pytest_runtest_logreport(self) -> None:
+        self._clear()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """xdist's hook: a folder for the workers' lines, and a thread that shows them."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="batchinv-progress-")
+            threading.Thread(target=self._watch, daemon=True).start()
+        node.workerinput[_FOLDER] = self._folder.name
+
+    def pytest_sessionfinish(self) -> None:
+        self._ended.set()
+        self._clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _clear(self) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if self._drawn and terminal is not None:
+            terminal.rewrite("", erase=True)
+            terminal.rewrite("")
+            self._drawn = False
+
+    def _watch(self) -> None:
+        assert self._folder is not None
+        folder = Path(self._folder.name)
+        while not self._ended.wait(SECONDS_BETWEEN_REWRITES):
+            lines = []
+            with contextlib.suppress(OSError):
+                for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+                    lines.append(f"{entry.name} {Path(entry.path).read_text(encoding='utf-8')}")
+            if lines:
+                self.show("; ".join(lines))

@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_batchinv.options import OPTIONS, Option
+from pytest_batchinv.plugin.options import OPTIONS, Option
 
 if TYPE_CHECKING:
     from pytest_batchinv.shapes import BatchShape
@@ -26,18 +25,17 @@ class Settings:
     attn: str
     relations: tuple[str, ...]
     max_examples: int
+    seed: int | None
     shape: "BatchShape | None"
     report: tuple[Path, ...]
 
 
 DEFAULTS = Settings(**{option.name: option.default for option in OPTIONS})
 
-# The settings of the test that runs now, its marker's arguments included.
-active: ContextVar[Settings] = ContextVar("batchinv_settings", default=DEFAULTS)
-
 
 def resolve(config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
-    """The settings of a pytest config. Raises ValueError that names the door through which a bad value came."""
+    """The settings of a pytest config. Raises ValueError that names the source of a bad value."""
+    _refuse_unknown_names(config, environ)
     settings = Settings(**{option.name: _value(option, config, environ) for option in OPTIONS})
     if settings.url is not None:
         raise ValueError(f"--batchinv-url: the engine {settings.engine} loads the model itself and takes no URL")
@@ -45,16 +43,16 @@ def resolve(config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def _value(option: Option, config: Any, environ: Mapping[str, str]) -> Any:
-    for door, given in _doors(option, config, environ):
+    for source, given in _sources(option, config, environ):
         if given is not None:
             try:
                 return _parse(option, given)
             except ValueError as error:
-                raise ValueError(f"{door}: {error}") from None
+                raise ValueError(f"{source}: {error}") from None
     return option.default
 
 
-def _doors(option: Option, config: Any, environ: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+def _sources(option: Option, config: Any, environ: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     yield option.flag, config.getoption(option.ini)
     text = environ.get(option.env) or None
     yield option.env, text.split(os.pathsep) if text and option.form == "list" else text
@@ -68,3 +66,18 @@ def _parse(option: Option, given: Any) -> Any:
     if isinstance(given, list):
         return tuple(option.parse(text) for text in given)
     return option.parse(given) if isinstance(given, str) else given
+
+
+OTHER_VARIABLES = ("BATCHINV_CACHE_DIR",)
+"""Read elsewhere: where the CPU's kernels are kept."""
+
+
+def _refuse_unknown_names(config: Any, environ: Mapping[str, str]) -> None:
+    """A name of ours that nobody reads is a typo, and would be obeyed by nobody."""
+    known = {"environment variable": {*(option.env for option in OPTIONS), *OTHER_VARIABLES}}
+    known["ini option"] = {option.ini for option in OPTIONS}
+    given = {"environment variable": environ, "ini option": getattr(config, "inicfg", None) or {}}
+    for kind, prefix in (("environment variable", "BATCHINV_"), ("ini option", "batchinv_")):
+        unknown = sorted(name for name in given[kind] if name.startswith(prefix) and name not in known[kind])
+        if unknown:
+            raise ValueError(f"there is no {kind} {', '.join(unknown)}; there are {', '.join(sorted(known[kind]))}")

@@ -1,25 +1,31 @@
 """What the plugin keeps on pytest's objects."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_batchinv.settings import Settings
+if TYPE_CHECKING:
+    from pytest_batchinv.mode import Mode
+    from pytest_batchinv.plugin.settings import Settings
+    from pytest_batchinv.report.record import Record
+    from pytest_batchinv.report.results import Results
 
 
-@dataclass
 class Run:
-    """One run of one test. settings: with its marker's arguments. calls_before: the mode's hits when it was entered."""
+    """One run of one test. settings: with its marker's arguments. records: what its checks found so far."""
 
-    settings: Settings
-    stack: ExitStack = field(default_factory=ExitStack)
-    mode: Any = None
-    calls_before: int = 0
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.stack = ExitStack()
+        self.records: list[Record] = []
+        self.mode: Mode | None = None
 
 
 RUN = pytest.StashKey[Run]()  # on an item
-SETTINGS = pytest.StashKey[Settings]()  # on the config
-MAKE_ENGINE = pytest.StashKey[Callable[..., Any]]()  # on the config: builds an engine, or gives one that it has built
+SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()  # on the config
+RESULTS: pytest.StashKey[Results] = pytest.StashKey()  # on the config, where the run is reported: not on xdist's workers
+MODELS = pytest.StashKey[Callable[..., Any]]()  # on the config: loads a model, or gives one that it has loaded

@@ -1,4 +1,4 @@
-"""pytest-xdist: one GPU and a share of the cores for each worker. Records travel on the tests' own reports."""
+"""pytest-xdist: a GPU and a share of the cores for each worker. Records travel on the tests' own reports."""
 
 import itertools
 import os
@@ -19,10 +19,12 @@ class WorkerSlots:
     def __init__(self) -> None:
         self._taken: dict[str, int] = {}
 
+    @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         slot = next(i for i in itertools.count() if i not in self._taken.values())
         self._taken[node.gateway.id] = node.workerinput[_SLOT] = slot
 
+    @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         self._taken.pop(node.gateway.id, None)
 
@@ -42,7 +44,10 @@ def is_worker(config: Any) -> bool:
 
 
 def take_gpu(config: Any, environ: MutableMapping[str, str] = os.environ) -> str:
-    """On a worker: leaves one GPU visible, by the worker's number. Returns why that cannot be, or nothing."""
+    """On a worker: leaves one GPU visible, by the worker's number. Returns why that cannot be, or nothing.
+
+    Where there are more workers than GPUs several share one, and each takes its share of the memory.
+    """
     gpus = gpu.visible(environ)
     if not gpus:
         return ""
@@ -51,7 +56,9 @@ def take_gpu(config: Any, environ: MutableMapping[str, str] = os.environ) -> str
             "This worker cannot be given a GPU of its own, because CUDA has started in it already. "
             "Let no conftest.py and no plugin use CUDA while it is imported, or run without -n."
         )
-    environ["CUDA_VISIBLE_DEVICES"] = gpus[config.workerinput[_SLOT] % len(gpus)]
+    slot, workers = config.workerinput[_SLOT], config.workerinput["workercount"]
+    environ["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    gpu.SHARE.workers = len(range(slot % len(gpus), max(workers, slot + 1), len(gpus)))
     return ""
 
 

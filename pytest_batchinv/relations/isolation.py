@@ -46,9 +46,7 @@ class Isolation(Relation):
         for bit in range((len(case) - 1).bit_length()):
             for value in (0, 1):
                 kept = tuple(p for p in range(len(case)) if p >> bit & 1 == value)
-                rows = [
-                    row if p in kept else _other(row, runs.subject.space, p) for p, row in enumerate(case.rows)
-                ]
+                rows = [row if p in kept else _other(row, runs.subject.space, p) for p, row in enumerate(case.rows)]
                 if kept and tuple(rows) != case.rows:
                     actual = runs.run(case.with_rows(*rows))
                     yield Comparison(_at(expected, kept), _at(actual, kept), kept)

@@ -15,9 +15,7 @@ from pytest_batchinv.subjects.base import SubjectInfo
 
 SCHEMA = 2
 
-Verdict = Literal[
-    "equal", "differs", "shape_differs", "error", "refused", "interrupted", "not_run", "caught", "inconclusive"
-]
+Verdict = Literal["equal", "differs", "shape_differs", "error", "refused", "interrupted", "not_run", "caught", "inconclusive"]
 """equal, differs: what was compared. shape_differs: a row's shape or dtype follows its batch. error: the subject or the check
 raised. refused: the mode does not cover an operator of the subject. interrupted: it was ended from outside before a verdict.
 not_run: no batch could run. Of a negative control: caught (stock torch varies here) or inconclusive."""

@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pytest_batchinv.report.record import Record
 from pytest_batchinv.plugin.settings import Settings
+from pytest_batchinv.report.record import Record
 
 
 @dataclass

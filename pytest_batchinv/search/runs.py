@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +39,13 @@ class Stats:
         return Counts(self.examples, self.rows, self.compared_bytes, self.nan_rows, self.forwards, self.seconds)
 
 
+class _Alone(NamedTuple):
+    """One row's outputs alone. kind: equal for rows whose outputs can be stacked."""
+
+    outputs: RowOutputs
+    kind: str
+
+
 class SubjectRuns:
     """Runs of one subject. ``stats`` is replaced for each relation; the rows alone are kept for all of them.
 
@@ -48,7 +57,7 @@ class SubjectRuns:
         self.stats = Stats()
         self.last: BatchShape | None = None
         self._eager = subject.in_eager_mode()
-        self._alone: OrderedDict[Row, RowOutputs] = OrderedDict()
+        self._alone: OrderedDict[Row, _Alone] = OrderedDict()
         self._alone_bytes = 0
 
     def run(self, case: BatchShape) -> RowOutputs:
@@ -80,24 +89,28 @@ class SubjectRuns:
         return subject.run(case)
 
     def _remember(self, row: Row, outputs: RowOutputs) -> None:
-        self._alone[row] = outputs
+        self._alone[row] = _Alone(outputs, _kind(outputs))
         self._alone_bytes += outputs.nbytes
 
     def forget_most(self) -> None:
         """Between two cases: the rows alone that were not asked for lately, past ``ALONE_BYTES``."""
         while self._alone_bytes > ALONE_BYTES and len(self._alone) > 1:
-            self._alone_bytes -= self._alone.popitem(last=False)[1].nbytes
+            self._alone_bytes -= self._alone.popitem(last=False)[1].outputs.nbytes
 
 
-def _joined(alone: list[RowOutputs]) -> RowOutputs:
+def _joined(alone: list[_Alone]) -> RowOutputs:
     """Batches of one row each as one batch: stacked where all rows have outputs of one shape and dtype."""
-    parts = [outputs.stacked for outputs in alone]
-    if all(part is not None for part in parts):
-        kinds = {tuple((name, t.shape, t.dtype) for name, t in part.items()) for part in parts if part is not None}
-        tensors = [t for part in parts[:1] if part is not None for t in part.values()]
-        if len(kinds) == 1 and not any(t.is_quantized for t in tensors):
-            return RowOutputs({name: torch.cat([part[name] for part in parts]) for name in parts[0]})  # type: ignore
-    return RowOutputs(rows=[dict(outputs[0]) for outputs in alone])
+    if alone[0].kind and len({row.kind for row in alone}) == 1:
+        parts = [row.outputs.stacked or {} for row in alone]
+        return RowOutputs({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return RowOutputs(rows=[dict(row.outputs[0]) for row in alone])
+
+
+def _kind(outputs: RowOutputs) -> str:
+    """Names, shapes and dtypes of outputs that can be stacked; empty for others."""
+    if outputs.stacked is None or any(t.is_quantized for t in outputs.stacked.values()):
+        return ""
+    return sys.intern(" ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in outputs.stacked.items()))
 
 
 def _nan_rows(outputs: RowOutputs) -> int:

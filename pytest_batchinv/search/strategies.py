@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ _PALETTE = 5
 _PADDINGS = (0, 1, 3, 13, 16, 40)
 
 
+@cache
 def sizes(most: int) -> st.SearchStrategy[int]:
     """Integers from 1 to ``most``, boundaries a few times as often as others; shrinking to 1."""
     # One choice from one ascending list: with several branches a failure would shrink to a boundary only.
@@ -54,9 +56,7 @@ def cases(draw: st.DrawFn, space: Space) -> BatchShape:
     return _laid_out(draw, chosen, n_rows, space.layouts, space.max_tokens if space.pool is None else 0)
 
 
-def _laid_out(
-    draw: st.DrawFn, palette: Sequence[Row], n_rows: int, layouts: Sequence[str], max_tokens: int
-) -> BatchShape:
+def _laid_out(draw: st.DrawFn, palette: Sequence[Row], n_rows: int, layouts: Sequence[str], max_tokens: int) -> BatchShape:
     # The order is one choice, not one for each row: Hypothesis gives up on a long sequence of choices.
     order = draw(st.integers(0, 1 << 16))
     rows = random.Random(order).choices(palette, k=n_rows) if order else (list(palette) * n_rows)[:n_rows]

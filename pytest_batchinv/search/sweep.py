@@ -23,11 +23,7 @@ PADDINGS = (1, 3, 13, 16, 40)
 
 def boundary_cases(space: Space) -> list[BatchShape]:
     """Every boundary of the batch size in every layout, the rows of the palette in turn; and columns of padding."""
-    cases = [
-        batch(space, n_rows, start, layout)
-        for n_rows in space.boundaries()
-        for start, layout in enumerate(space.layouts)
-    ]
+    cases = [batch(space, n_rows, start, layout) for n_rows in space.boundaries() for start, layout in enumerate(space.layouts)]
     padded = [layout for layout in space.layouts if layout != "packed" and space.pool is None]
     for columns, layout, n_rows in itertools.product(PADDINGS, padded, (1, 3)):
         cases.append(BatchShape(batch(space, n_rows, columns, layout).rows, layout, columns))

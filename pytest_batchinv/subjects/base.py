@@ -131,7 +131,6 @@ class Subject(Protocol):
         ...
 
 
-
 @contextlib.contextmanager
 def observed(observer: Observer | None) -> Iterator[None]:
     """The forward of a subject, with whoever watches it."""

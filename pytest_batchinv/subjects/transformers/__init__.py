@@ -1,159 +1,177 @@
-"""The engine for causal language models of transformers: presets, local checkpoints and models of the hub."""
+"""The subject for causal language models of transformers: presets, local checkpoints and models of the hub."""
 
-import contextlib
+from __future__ import annotations
+
 import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from pytest_batchinv.engines import NotRun, attention, masks
-from pytest_batchinv.engines.layout import Sheet, lay_out, pad_lines, row_cells
-from pytest_batchinv.engines.masks import Windows
-from pytest_batchinv.engines.presets import UnknownModel, is_preset
-from pytest_batchinv.engines.weights import build_preset
+from pytest_batchinv import gpu
 from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.subjects.base import NotRun, Observer, RowOutputs, Space, Span, SubjectInfo, observed
+from pytest_batchinv.subjects.compiled import COMPILE_MODES, CUDA_GRAPHS, compiled, no_silent_eager
+from pytest_batchinv.subjects.transformers import attention, masks
+from pytest_batchinv.subjects.transformers.layout import BatchLayout, lay_out, padded, row_slots
+from pytest_batchinv.subjects.transformers.masks import Windows
+from pytest_batchinv.subjects.transformers.presets import UnknownModel, is_preset
+from pytest_batchinv.subjects.transformers.weights import build_preset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-COMPILE_MODES: dict[str, dict[str, Any] | None] = {
-    "eager": None,
-    "default": {},
-    "dynamic": {"dynamic": True},
-    "fullgraph": {"fullgraph": True},
-    "reduce-overhead": {"mode": "reduce-overhead"},
-    "max-autotune": {"mode": "max-autotune"},
-}
-_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 # Longest row, tokens of a padded batch, bytes of its logprobs.
 _BOUNDS = {"cpu": (300, 2048, 2 << 30), "cuda": (1024, 16384, 6 << 30)}
+_PALETTE_LENGTHS = (13, 1, 5, 16, 17, 31, 33, 2, 7, 64, 65, 100, 128, 200, 257, 300, 3, 8, 15, 32, 48, 9, 27, 63)
+_PALETTE_CONTENTS = ("random", "random", "extreme", "random", "repeated")
 _PROBE_LENGTH, _PROBE_PADDING = 24, 16
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-class TransformersEngine:
+class TransformersSubject:
     """A causal language model under one attention implementation and one compile mode.
 
     model: a preset, a local path or a hub id. attn: "auto" takes "batch_invariant" where it covers the model, else
     "eager". Raises UnknownModel, or ValueError with what is allowed.
     """
 
-    name = "transformers"
-
     def __init__(self, model: str, *, device: str, dtype: str, attn: str = "auto", compile_mode: str = "eager") -> None:
         _require(dtype in DTYPES, f"there is no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-        modes = ", ".join(COMPILE_MODES)
-        _require(compile_mode in COMPILE_MODES, f"there is no compile mode {compile_mode!r}; use one of {modes}")
         _require_device(device)
-        self.subject, self.device, self.dtype, self.compile_mode = model, device, dtype, compile_mode
+        if device.startswith("cuda"):
+            gpu.take_share()
         attention.register()
         self.model = _load(model, device, DTYPES[dtype])
-        self.attn = _choose_attention(self.model, device, dtype, attn)
-        self.model.set_attn_implementation(self.attn)
+        attn = _choose_attention(self.model, device, dtype, attn)
+        self.info = SubjectInfo(model, "transformers", device, dtype, attn)
+        self.model.set_attn_implementation(attn)
         if dtype == "fp64" and self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # grouped_mm, the default, has no fp64
 
         config = self.model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
-        self.loud = self.vocabulary - 1 if is_preset(model) else _loudest_token(self.model)
-        self.max_length, self.max_tokens = _bounds(config, device, graphs=compile_mode in _CUDA_GRAPHS)
+        self.outlier = self.vocabulary - 1 if is_preset(model) else _outlier_token(self.model)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._forward = _Logprobs(self.model)
-        self._windows = self._probe(None if _is_flash(self.attn) else masks.windows_of(config))
-        self.layouts = self._layouts()
-        options = COMPILE_MODES[compile_mode]
-        self._run = self._forward if options is None else torch.compile(self._forward, **options)
+        self._run: Callable[..., Tensor] = self._forward
+        length, tokens = _bounds(config, device, graphs=False)
+        self._windows = self._probe(None if _is_flash(attn) else masks.windows_of(config), length)
+        self.space = Space(_palette(length), None, self._layouts(), max_length=length, max_tokens=tokens)
+        if compile_mode != "eager":
+            self._set_compile_mode(compile_mode)
+
+    def in_compile_mode(self, compile_mode: str) -> TransformersSubject:
+        """The same model in this compile mode: the weights are shared. Raises ValueError."""
+        if compile_mode == self.info.compile_mode:
+            return self
+        other = copy.copy(self)
+        other._set_compile_mode(compile_mode)
+        return other
+
+    def in_eager_mode(self) -> TransformersSubject:
+        return self.in_compile_mode("eager")
+
+    def _set_compile_mode(self, compile_mode: str) -> None:
+        self._run = compiled(self._forward, compile_mode)
+        self.info = msgspec.structs.replace(self.info, compile_mode=compile_mode)
+        graphs = compile_mode in CUDA_GRAPHS
+        length, tokens = _bounds(self.model.config.get_text_config(), self.info.device, graphs)
+        self.space = Space(_palette(length), None, self.space.layouts, max_length=length, max_tokens=tokens)
+
+    def digest(self) -> str:
+        """Rows are made from the case alone."""
+        return ""
+
+    def spans(self, case: BatchShape) -> list[Span]:
+        return list(lay_out(case, self.vocabulary, self.outlier).spans)
 
     def _layouts(self) -> tuple[str, ...]:
         """The layouts under which a row is promised to have one order of sums.
 
         Our own attention counts keys from the start of the row, the CPU's kernels skip what is hidden. On CUDA a product
-        over padded keys counts from the start of the line: sdpa's mask tells where a row starts, that of eager does not.
+        over padded keys counts from the start of the sequence: sdpa's mask tells where a row starts, that of eager does not.
         """
-        if self.attn == attention.NAME or torch.device(self.device).type == "cpu":
+        if self.info.attention == attention.NAME or torch.device(self.info.device).type == "cpu":
             return ("right", "left") if self._windows is None else ("right", "left", "packed")
-        return ("right", "left") if self.attn == "sdpa" else ("right",)
+        return ("right", "left") if self.info.attention == "sdpa" else ("right",)
 
     @property
     def attention_implementations(self) -> tuple[str, ...]:
         """What ``attn`` may be for this model on this device, besides "auto"."""
-        return attention_implementations(self.model, self.device, self.dtype)
+        return attention_implementations(self.model, self.info.device, self.info.dtype)
 
-    def in_eager_mode(self) -> "TransformersEngine":
-        """The same model, not compiled."""
-        eager = copy.copy(self)
-        eager.compile_mode, eager._run = "eager", self._forward
-        return eager
+    def logprobs(self, case: BatchShape) -> list[Tensor]:
+        """Logprobs over the full vocabulary of every real token: [length, vocabulary] for each row of the batch."""
+        return [row["logprobs"] for row in self.run(case)]
 
-    def logprobs(self, shape: BatchShape) -> list[Tensor]:
-        """Logprobs over the full vocabulary of every real token: [length, vocabulary] for each row of the batch.
-
-        fp64 for a model in fp64, else fp32. Raises NotRun where the batch does not fit into memory.
-        """
-        if shape.layout not in self.layouts:
-            raise NotRun(f"{self.subject} with {self.attn} attention has no layout {shape.layout!r}")
-        sheet = lay_out(shape, self.vocabulary, self.loud)
+    def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
+        """``logprobs`` of each row: fp64 for a model in fp64, else fp32. Raises NotRun where the batch does not fit into memory."""
+        if why := self.space.holds(case):
+            raise NotRun(why)
+        layout = lay_out(case, self.vocabulary, self.outlier)
         try:
-            with _no_silent_eager() if self._run is not self._forward else contextlib.nullcontext():
-                return self._rows(self._run, sheet, self._windows)
+            with no_silent_eager() if self.info.compile_mode in COMPILE_MODES else observed(None):
+                rows = self._rows(self._run, layout, self._windows, observer)
+                return RowOutputs(rows=[{"logprobs": row} for row in rows])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         # Here, not in the handler: the error held the tensors of the forward that failed.
-        if self.compile_mode in _CUDA_GRAPHS:
+        if self.info.compile_mode in CUDA_GRAPHS:
             torch._dynamo.reset()  # a recording that ran out of memory leaves the tree of CUDA graphs unusable
-        if torch.device(self.device).type == "cuda":
+        if torch.device(self.info.device).type == "cuda":
             torch.cuda.empty_cache()
-        raise NotRun(f"out of memory: {len(shape)} rows, {shape.width} columns, {shape.tokens} tokens with padding")
+        raise NotRun(f"out of memory: {len(case)} rows, {case.width} columns, {case.tokens} tokens with padding")
 
     @torch.no_grad()
-    def _rows(self, run: Callable[..., Tensor], sheet: Sheet, windows: Windows | None) -> list[Tensor]:
-        graphs = self.compile_mode in _CUDA_GRAPHS and run is not self._forward
+    def _rows(self, run: Callable[..., Tensor], layout: BatchLayout, windows: Windows | None) -> list[Tensor]:
+        graphs = self.info.compile_mode in CUDA_GRAPHS and run is not self._forward
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        out = run(*self._inputs(sheet, windows))
-        rows = [out[place.line, place.start : place.stop] for place in sheet.places]
+        out = run(*self._inputs(layout, windows))
+        rows = [out[place.line, place.start : place.stop] for place in layout.places]
         return [row.clone() for row in rows] if graphs else rows  # a CUDA graph writes every result to the same memory
 
-    def _inputs(self, sheet: Sheet, windows: Windows | None) -> tuple[Tensor, Any, Tensor | None, Any]:
+    def _inputs(self, layout: BatchLayout, windows: Windows | None) -> tuple[Tensor, Any, Tensor | None, Any]:
         tokens, rows, positions = (
-            torch.tensor(layer, device=self.device) for layer in (sheet.tokens, sheet.rows, sheet.positions)
+            torch.tensor(layer, device=self.info.device) for layer in (layout.tokens, layout.rows, layout.positions)
         )
         if windows is None:
             mask = masks.padding_mask(rows)
         else:
-            form = masks.additive(DTYPES[self.dtype]) if self.attn == "eager" else masks.boolean
+            form = masks.additive(DTYPES[self.info.dtype]) if self.info.attention == "eager" else masks.boolean
             mask = masks.causal_masks(rows, positions, windows, form)
         packing = None
-        if sheet.is_packed and self.attn == attention.NAME:
-            packing = tuple(torch.tensor(layer, device=self.device) for layer in sheet.packing())
+        if layout.is_packed and self.info.attention == attention.NAME:
+            packing = tuple(torch.tensor(layer, device=self.info.device) for layer in layout.packing())
         return tokens, mask, positions if self._takes_positions else None, packing
 
-    def _probe(self, windows: Windows | None) -> Windows | None:
+    def _probe(self, windows: Windows | None, longest: int) -> Windows | None:
         """Asks the model, with a tolerance, whether it reads our 4-d masks and whether it heeds a mask at all.
 
         Returns the windows, or None where the model wants the 2-d mask. Raises ValueError where padding changes a row.
         """
-        length = min(_PROBE_LENGTH, self.max_length)
-        row = row_cells(0, Row(0, length), self.vocabulary, self.loud)
-        alone = pad_lines([row], ["right"], length, [0])
-        padded = pad_lines([row, row], ["right", "left"], length + _PROBE_PADDING, [0, self.loud])
+        length = min(_PROBE_LENGTH, longest)
+        row = row_slots(0, Row(0, length), self.vocabulary, self.outlier)
+        alone = padded([row], ["right"], length, [0])
+        both_sides = padded([row, row], ["right", "left"], length + _PROBE_PADDING, [0, self.outlier])
         (expected,) = self._rows(self._forward, alone, None)
         if windows is not None and not (self._takes_positions and self._reads(windows, alone, expected)):
             windows = None
-        distance = max(_distance(expected, other) for other in self._rows(self._forward, padded, windows))
+        distance = max(_distance(expected, other) for other in self._rows(self._forward, both_sides, windows))
         _require(
             distance <= self._tolerance,
-            f"the forward of {self.subject} ignores the attention mask: padding moves a row's logprobs by "
+            f"the forward of {self.info.name} ignores the attention mask: padding moves a row's logprobs by "
             f"{distance:.2g} times their spread, so a batch cannot give what the row gives alone; test a model that "
-            f"masks its padding, or another attention implementation than {self.attn!r}",
+            f"masks its padding, or another attention implementation than {self.info.attention!r}",
         )
         return windows
 
-    def _reads(self, windows: Windows, alone: Sheet, expected: Tensor) -> bool:
+    def _reads(self, windows: Windows, alone: BatchLayout, expected: Tensor) -> bool:
         try:
             (actual,) = self._rows(self._forward, alone, windows)
         except Exception as error:  # whatever a model that knows no 4-d mask trips over
@@ -164,7 +182,7 @@ class TransformersEngine:
 
     @property
     def _tolerance(self) -> float:
-        return 0.01 if self.dtype in ("fp32", "fp64") else 0.15
+        return 0.01 if self.info.dtype in ("fp32", "fp64") else 0.15
 
 
 class _Logprobs(nn.Module):
@@ -229,13 +247,20 @@ def _is_flash(attn: str) -> bool:
     return attn.startswith("flash_")
 
 
-def _loudest_token(model: nn.Module) -> int:
+def _outlier_token(model: nn.Module) -> int:
     weight = model.get_input_embeddings().weight.detach()
     return int(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).argmax())
 
 
+def _palette(longest: int) -> tuple[Row, ...]:
+    """Distinct rows of many lengths and all contents: a search takes its batches from these."""
+    lengths = enumerate(min(length, longest) for length in _PALETTE_LENGTHS)
+    return tuple(Row(i, length, _PALETTE_CONTENTS[i % len(_PALETTE_CONTENTS)]) for i, length in lengths)
+
+
 def _bounds(config: Any, device: str, graphs: bool) -> tuple[int, int]:
     length, tokens, budget = _BOUNDS[torch.device(device).type]
+    budget = int(budget * gpu.SHARE.fraction)
     if graphs:
         budget //= 8  # a CUDA graph keeps the memory of its batch shape, and there is one for each shape
     tokens = min(tokens, budget // (4 * config.vocab_size))
@@ -246,13 +271,6 @@ def _distance(expected: Tensor, actual: Tensor) -> float:
     """How far the logprobs of the middle token moved, in units of their spread; 0 where they are NaN on both sides."""
     moved = (expected - actual).abs().mean(-1) / expected.std(-1)
     return float(moved.nanmedian().nan_to_num(0.0))
-
-
-def _no_silent_eager() -> contextlib.AbstractContextManager:
-    """One graph for each new combination of shapes is wanted; past the limit Dynamo would run eager without a word."""
-    import torch._dynamo
-
-    return torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True)
 
 
 def _require_device(device: str) -> None:

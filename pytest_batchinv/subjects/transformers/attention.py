@@ -15,8 +15,8 @@ from pytest_batchinv.kernels import operators
 NAME = "batch_invariant"
 
 Packing = tuple[Tensor, Tensor]
-"""Columns of a packed line by row and position, int64 [rows, longest row], -1 behind a row's end; and the way back: for
-each column its cell in that matrix, int64 [tokens]."""
+"""Columns of a packed sequence by row and position, int64 [rows, longest row], -1 after a row's end; and the way back: for
+each column its slot in that matrix, int64 [tokens]."""
 
 _UNCOVERED = {"position_bias": "a learned position bias"}
 
@@ -45,16 +45,16 @@ def attention_forward(
     """The contract of transformers: query, key and value [B, heads, tokens, D]; returns [B, tokens, heads, D].
 
     Key heads are not repeated: the operator maps query heads to key heads itself. softcap: scores s become
-    ``softcap * tanh(s / softcap)``; s_aux: sinks [heads]. packing: given by the engine for a line of packed rows, which are
-    unpacked here, since the operator counts keys from the start of a line.
+    ``softcap * tanh(s / softcap)``; s_aux: sinks [heads]. packing: given by the subject for a sequence of packed rows, which are
+    unpacked here, since the operator counts keys from the start of a sequence.
     """
     _refuse_uncovered(dropout, kwargs)
     if packing is not None:
-        columns, cells = packing
+        columns, slots = packing
         unpacked = [_unpack(x, columns) for x in (query, key, value)]
         mask = _unpack_mask(attention_mask, columns)
         out, _ = attention_forward(module, *unpacked, mask, scaling, softcap=softcap, s_aux=s_aux)
-        return out.flatten(0, 1)[cells][None], None
+        return out.flatten(0, 1)[slots][None], None
     mask = causal = None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -70,7 +70,7 @@ def attention_forward(
 
 
 def _unpack(x: Tensor, columns: Tensor) -> Tensor:
-    """[1, heads, tokens, D] -> [rows, heads, longest row, D]. Behind a row's end stands any token; the mask hides it."""
+    """[1, heads, tokens, D] -> [rows, heads, longest row, D]. After a row's end stands any token; the mask hides it."""
     return x[0].transpose(0, 1)[columns.clamp(min=0)].transpose(1, 2)
 
 

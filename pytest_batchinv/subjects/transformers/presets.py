@@ -1,6 +1,6 @@
 """Presets: models known by name, built from a shipped configuration and seeded weights. No torch is needed here.
 
-"tiny-*" are small enough for a CPU; "random:*" have the true sizes of published models. Nothing is downloaded.
+"tiny-*" are small enough for a CPU; "wide-*" have a few layers of true widths, for a GPU; "random:*" have the true sizes of published models. Nothing is downloaded.
 """
 
 import json
@@ -14,6 +14,8 @@ PRESETS = (
     "tiny-qwen3-moe",
     "tiny-gpt2",
     "tiny-gemma",
+    "wide-qwen3",
+    "wide-llama",
     "random:qwen3-0.6b",
     "random:qwen3-1.7b",
     "random:qwen3-4b",
@@ -37,7 +39,7 @@ class UnknownModel(ValueError):
 
 def is_preset(name: str) -> bool:
     """Whether the name is a preset's. Raises UnknownModel where it is written like one ("random:...") and is none."""
-    if name not in PRESETS and name.startswith(("random:", "tiny-")):
+    if name not in PRESETS and name.startswith(("random:", "tiny-", "wide-")):
         raise UnknownModel(name)
     return name in PRESETS
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pytest_batchinv.engines.presets import preset_config
+from pytest_batchinv.subjects.transformers.presets import preset_config
 
-LOUDNESS = 1000.0
+OUTLIER_SCALE = 1000.0
 EMBEDDING_STD = 0.25
 NORM_STD = 0.1
 
@@ -16,8 +16,8 @@ NORM_STD = 0.1
 def build_preset(name: str, device: str, dtype: torch.dtype) -> nn.Module:
     """The preset's model, the same for the same name, dtype and type of device.
 
-    The last token is the loud one: its embedding is about a thousand times larger than the others. The head is a matrix
-    of its own, also where the published model ties it to the embeddings, so that the loud token stays an input only.
+    The last token is the outlier: its embedding is about a thousand times larger than the others. The head is a matrix
+    of its own, also where the published model ties it to the embeddings, so that the outlier stays an input only.
     """
     settings = preset_config(name)
     config = AutoConfig.for_model(settings.pop("model_type"), **{**settings, "tie_word_embeddings": False})
@@ -41,4 +41,4 @@ def _seed(model: nn.Module, seed: int) -> None:
             parameter.add_(noise.mul_(NORM_STD).to(parameter.dtype))
         else:  # activations keep their size from layer to layer, so attention and logits are neither flat nor one-hot
             parameter.copy_(noise.mul_(parameter.shape[-1] ** -0.5))
-    model.get_input_embeddings().weight[-1].mul_(LOUDNESS)
+    model.get_input_embeddings().weight[-1].mul_(OUTLIER_SCALE)

@@ -1,0 +1,115 @@
+"""The hooks of a run with --batch-invariant: around each test, and where the run is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
+
+from pytest_batchinv.plugin import lifecycle, preflight, progress, xdist
+from pytest_batchinv.plugin.fixtures import model_loader
+from pytest_batchinv.plugin.stash import MODELS, RESULTS, SETTINGS
+from pytest_batchinv.report import json, terminal
+from pytest_batchinv.report.results import Results
+
+
+def start(config: pytest.Config) -> None:
+    """Raises ValueError where the run cannot begin."""
+    settings = config.stash[SETTINGS]
+    config.stash[MODELS] = model_loader()
+    config.pluginmanager.register(AroundTests(), "batchinv-around-tests")
+    if xdist.is_worker(config):
+        xdist.share_cores(config)
+        if settings.device != "cpu" and (why := xdist.take_gpu(config)):
+            config.pluginmanager.register(xdist.Refusal(why), "batchinv-refusal")
+        return
+    preflight.check(settings, config)
+    config.stash[RESULTS] = Results(settings)
+    config.pluginmanager.register(Reporter(config.stash[RESULTS]), "batchinv-reporter")
+    config.pluginmanager.register(progress.Display(config), "batchinv-progress")
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(xdist.WorkerSlots(), "batchinv-worker-slots")
+
+
+class AroundTests:
+    """In every process that runs tests. The mode is on in a marked test and in its function-scoped fixtures.
+
+    Wider fixtures are built with the mode off, whichever test asks for them first. To build one in the mode, enter
+    ``batch_invariant_mode()`` in it.
+    """
+
+    def __init__(self) -> None:
+        self.item: pytest.Item | None = None
+
+    @pytest.fixture(autouse=True)
+    def _batchinv_mode(self, request: pytest.FixtureRequest) -> Iterator[None]:
+        if not lifecycle.in_mode(request.node):
+            yield
+            return
+        with lifecycle.mode_of(request.node):
+            yield
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, Any, Any]:
+        if fixturedef.scope == "function" or not lifecycle.is_in_mode_now(self.item):
+            return (yield)
+        from pytest_batchinv.mode import stock_torch
+
+        with stock_torch():
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        self.item = item
+        lifecycle.begin(item)
+        lifecycle.seed(item)
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        lifecycle.seed(item)
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        try:
+            return (yield)
+        finally:
+            self.item = None
+            lifecycle.end(item)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+        report = yield
+        if call.when == "call" and report.passed and (why := lifecycle.nothing_happened(item)):
+            report.outcome, report.longrepr = "failed", why
+        return report
+
+
+class Reporter:
+    """Where the run is reported, so not on xdist's workers: gathers the results, prints and writes them."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        self.written: list[str] = []
+
+    def pytest_report_header(self) -> list[str]:
+        return terminal.header(self.results.settings)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.results.outcomes.update(lifecycle.outcome(report))
+        self.results.records += lifecycle.records(report)
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        self.results.exit_status = int(exitstatus)
+        try:
+            self.written = [json.write(self.results, path) for path in self.results.settings.report]
+        except OSError as error:
+            self.written = [f"NOT WRITTEN: {error}"]
+            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("batch invariance")
+        for line in [*terminal.summary(self.results), *self.written]:
+            terminalreporter.write_line(line)
