@@ -38,11 +38,6 @@ class BatchVarianceError(AssertionError):
         return self.finding.breakpoints.sizes if self.finding.breakpoints else ()
 
 
-def _hide_variance(info: Any) -> bool:
-    """For ``__tracebackhide__``: pytest shows the user's frames of a variance, and all frames of any other error."""
-    return info.errisinstance(BatchVarianceError)
-
-
 def check_batch_invariant(
     subject: Subject,
     relations: Sequence[str] = ("R", "S", "I", "X"),
@@ -59,7 +54,7 @@ def check_batch_invariant(
     Raises BatchVarianceError at the first relation that does not hold; what the subject raises; NotRun where no case could
     run. The record has been handed on before. Raises ValueError for an unknown relation.
     """
-    __tracebackhide__ = _hide_variance
+    __tracebackhide__ = True
     given = _Given("check_batch_invariant", subject, relations, max_examples, seed, case)
     records = [_checked(given, relation) for relation in given.relations if relation.applies(subject)]
     if given.control:
@@ -75,7 +70,7 @@ def check_engine(
     shape: BatchShape | None = None,
 ) -> list[Record]:
     """The name of ``check_batch_invariant`` up to 0.1; it will go."""
-    __tracebackhide__ = _hide_variance
+    __tracebackhide__ = True
     return check_batch_invariant(engine, relations, max_examples=max_examples, case=shape)
 
 
@@ -99,7 +94,7 @@ def assert_batch_invariant(
 
     Returns the record of the last relation that was checked.
     """
-    __tracebackhide__ = _hide_variance
+    __tracebackhide__ = True
     if "X" in relations and compile_mode is None:
         compile_mode = "default"
     subject = RowsSubject(fn, inputs, batch_dim, compile_mode=compile_mode, collate=collate)
@@ -120,7 +115,7 @@ def check_negative_control(
         record, error = _check(given, given.relations[0], control=True)
     context.current().emit(record)
     if error is not None and record.verdict != "caught":
-        raise error
+        raise error.with_traceback(_users_frames(error.__traceback__))
     return record
 
 
@@ -150,12 +145,31 @@ class _Given:
 
 
 def _checked(given: _Given, relation: Relation) -> Record:
-    __tracebackhide__ = _hide_variance
+    __tracebackhide__ = True
     record, error = _check(given, relation)
     context.current().emit(record)
     if error is not None:
-        raise error
+        raise error.with_traceback(_users_frames(error.__traceback__))
     return record
+
+
+def _users_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """A traceback without our own frames, but for those in which the error was raised: a fault of ours stays visible."""
+    frames = []
+    while traceback is not None:
+        frames.append(traceback)
+        traceback = traceback.tb_next
+    ours = [frame.tb_frame.f_code.co_filename.startswith(_OURS) for frame in frames]
+    if not frames or ours[-1]:
+        return frames[0] if frames else None
+    kept = None
+    for frame, is_ours in zip(reversed(frames), reversed(ours), strict=True):
+        if not is_ours:
+            kept = TracebackType(kept, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+    return kept
+
+
+_OURS = str(Path(__file__).parent)
 
 
 def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Record, BaseException | None]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
 from pytest_batchinv.search import strategies, sweep
-from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.shapes import BatchShape, Row, chosen_evenly
 from pytest_batchinv.subjects.base import RowOutputs, Space, Subject
 
-_CASES = 8
-_MOST_ROWS = 65
+_CASES = 6
+_MOST_ROWS = {"pool": 65, "model": 17}
 
 
 class Isolation(Relation):
@@ -31,11 +32,12 @@ class Isolation(Relation):
         return ""
 
     def cases(self, space: Space) -> Cases:
-        """Batches of up to 65 rows: a case costs a run for each bit of a position, twice."""
-        several = [case for case in sweep.boundary_cases(space) if 1 < len(case) <= _MOST_ROWS]
-        few = several[:: max(1, len(several) // _CASES)]
-        drawn = strategies.cases(space).filter(lambda case: 1 < len(case) <= _MOST_ROWS)
-        return Cases(few, [], drawn)
+        """Batches of few rows: a case costs a run for each bit of a position, twice."""
+        most = min(space.max_rows, _MOST_ROWS["model" if space.pool is None else "pool"])
+        small = replace(space, max_rows=most, max_tokens=min(space.max_tokens, 64 * most))
+        several = [case for case in sweep.boundary_cases(small) if len(case) > 1]
+        drawn = strategies.cases(small).filter(lambda case: len(case) > 1)
+        return Cases(chosen_evenly(several, _CASES), [], drawn)
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
         """For each bit of a position, those with it keep their rows while the others are replaced, and the other way round.

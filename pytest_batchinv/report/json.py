@@ -1,30 +1,35 @@
 """The saved form of a run: one JSON file with all its records."""
 
-import json
-import os
-from dataclasses import asdict
-from pathlib import Path
+from __future__ import annotations
 
-from pytest_batchinv.records import SCHEMA
-from pytest_batchinv.report import Results
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pytest_batchinv.report.record import SCHEMA
+from pytest_batchinv.report.results import Results
 
 
 def write(results: Results, path: Path) -> str:
-    """Writes the file whole or not at all. Returns a line that says so."""
+    """Writes the file whole or not at all. Returns a line that says so. Raises OSError."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(contents(results), indent=1, default=str) + "\n", encoding="utf-8")
+        draft.write_bytes(msgspec.json.format(msgspec.json.encode(contents(results)), indent=1) + b"\n")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
     return f"record of this run: {path}"
 
 
-def contents(results: Results) -> dict[str, object]:
+def contents(results: Results) -> dict[str, Any]:
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(results.settings).items()}
+    settings["report"] = [str(path) for path in results.settings.report]
     return {
         "schema": SCHEMA,
         "machine": results.machine,
-        "settings": asdict(results.settings),
+        "settings": settings,
         "outcome": {"exit_status": results.exit_status, **results.outcomes},
-        "records": [asdict(record) for record in results.records],
+        "records": results.records,
     }

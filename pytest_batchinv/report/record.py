@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import SubjectInfo
 
 SCHEMA = 2
@@ -70,6 +71,10 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     breakpoints: Breakpoints | None = None
     sections: tuple[Section, ...] = ()
     replay: str = ""
+
+    @property
+    def batch(self) -> BatchShape:
+        return BatchShape.from_json(self.case)
 
 
 class OpCoverage(msgspec.Struct, frozen=True):

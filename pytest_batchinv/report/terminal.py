@@ -1,23 +1,38 @@
-"""The run on the terminal: header lines before it, a section after it. Made for 80 columns and a first-time reader."""
+"""The run on the terminal: header lines before it, a section after it. Made for a first-time reader; the end says it all."""
 
-import json
+from __future__ import annotations
+
 import os
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, Mapping
 from importlib import metadata
-from itertools import chain
 from typing import Any
 
-from pytest_batchinv.options import RELATIONS
-from pytest_batchinv.records import Record
-from pytest_batchinv.report import Results
-from pytest_batchinv.settings import Settings
-from pytest_batchinv.shapes import TRIED_SIZES, as_ranges
+from pytest_batchinv.plugin.options import RELATIONS
+from pytest_batchinv.plugin.settings import Settings
+from pytest_batchinv.report import message
+from pytest_batchinv.report.record import Record
+from pytest_batchinv.report.results import Results
 
-MOST_OPS = 12
+MOST_OPS = 8
 MOST_REASONS = 5
-_VERDICTS = {"differs": "DIFFERS", "inconclusive": "INCONCLUSIVE", "error": "ERROR"}
-_WORST_FIRST = ("error", "differs", "inconclusive", "caught", "equal")
+WIDTH = 110
+WORDS = {
+    "equal": "equal",
+    "differs": "DIFFERS",
+    "shape_differs": "SHAPE DIFFERS",
+    "error": "ERROR",
+    "refused": "REFUSED",
+    "interrupted": "INTERRUPTED",
+    "not_run": "not run",
+    "caught": "caught",
+    "inconclusive": "INCONCLUSIVE",
+}
+_WORST_FIRST = (
+    "differs", "shape_differs", "error", "refused", "interrupted", "inconclusive", "not_run", "caught", "equal",
+)  # fmt: skip
+_MODES = {"on": "in batch-invariant mode", "off": "with the mode off", "stock": "with the mode suspended"}
 
 
 def header(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -34,7 +49,7 @@ def header(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[
 
 
 def _patches() -> Iterator[str]:
-    """The patches by their state; of the refused ones why, since somebody has to act. Imports no torch."""
+    """The patches by their state; for the refused ones why, since somebody has to act. Imports no torch."""
     from pytest_batchinv.patches import registry
 
     rows = registry.status()
@@ -50,88 +65,115 @@ def _patch_state(row: Any) -> str:
 
 
 def summary(results: Results) -> list[str]:
-    """The section after the run: what was compared and found, by which operations, on what machine."""
+    """The section after the run: what was found, by which operations, on what machine; at the end what it comes to."""
     records = results.records
     if not records:
         return ["no test recorded a check"]
-    checks = [record for record in records if record.relation != "N"]
-    controls = [record for record in records if record.relation == "N"]
+    checks = [record for record in records if not record.control]
+    controls = [record for record in records if record.control]
     return [
         *_tables(checks),
-        *_differences(checks),
+        *_failures(checks),
         *_controls(controls),
-        *_operations(records),
-        *_uncovered(records),
+        *_operations(checks),
+        *_unverified(checks),
         *_not_run(records),
-        *_nan(records),
+        *_nan(checks),
         *_notes(records),
-        *_machines(records),
+        *_conclusion(checks, controls),
     ]
 
 
 def _tables(records: list[Record]) -> Iterator[str]:
-    for subject, group in _grouped(records, _subject):
-        yield subject
-        yield "  " + _columns("compiled", "relation", "verdict", "examples", "rows", "compared")
-        for (compile_mode, relation), same in _grouped(group, lambda record: (record.compile_mode, record.relation)):
-            yield "  " + _columns(
-                compile_mode or "-",
-                _words(relation),
-                _worst(same),
-                f"{sum(record.examples for record in same):,}",
-                f"{sum(record.rows for record in same):,}",
-                _bytes(sum(record.compared_bytes for record in same)),
-            )
+    models = [record for record in records if record.subject.kind == "transformers"]
+    for (subject, mode), group in _grouped(models, lambda record: (_model(record), record.mode)):
+        yield f"{subject}, {_MODES[mode]}"
+        for compile_mode, same in _grouped(group, lambda record: record.subject.compile_mode):
+            yield f"  {compile_mode:<16}" + _verdicts(same) + _counts(same)
+        yield ""
+    functions = [record for record in records if record.subject.kind != "transformers"]
+    by_case = _grouped(functions, lambda record: (record.mode, record.subject.device, record.subject.dtype))
+    for (mode, device, dtype), group in by_case:
+        subjects = _grouped(group, lambda record: (record.nodeid, record.subject.name, record.subject.compile_mode))
+        yield f"{_count(len(subjects), 'function')} of rows on {device}, {dtype}, {_MODES[mode]}"
+        alike: dict[str, list[tuple[str, list[Record]]]] = defaultdict(list)
+        for (_, name, compile_mode), same in subjects:
+            alike[_verdicts(same)].append((name if compile_mode == "eager" else f"{name} ({compile_mode})", same))
+        for verdicts, members in alike.items():
+            yield "  " + verdicts + _counts([record for _, same in members for record in same])
+            names = ", ".join(dict.fromkeys(name for name, _ in members))
+            yield from textwrap.wrap(names, WIDTH, initial_indent="    ", subsequent_indent="    ")
         yield ""
 
 
-def _columns(compile_mode: str, relation: str, verdict: str, examples: str, rows: str, compared: str) -> str:
-    return f"{compile_mode:<15} {relation:<22} {verdict:<8} {examples:>8} {rows:>10} {compared:>9}"
+def _verdicts(records: list[Record]) -> str:
+    """ "R equal  S equal  I DIFFERS": the worst of each relation."""
+    by_relation = dict(_grouped(records, lambda record: record.relation))
+    return "  ".join(f"{letter} {_worst(by_relation[letter]):<7}" for letter in RELATIONS if letter in by_relation)
 
 
-def _differences(records: list[Record]) -> Iterator[str]:
+def _counts(records: list[Record]) -> str:
+    counts = [record.counts for record in records]
+    seconds = sum(count.seconds for count in counts) or 1.0
+    examples, rows = sum(count.examples for count in counts), sum(count.rows for count in counts)
+    compared = _bytes(sum(count.compared_bytes for count in counts))
+    return f"  {examples:>7,} batches {rows:>9,} rows {compared:>9}, {examples / seconds:,.0f} batches/s"
+
+
+def _failures(records: list[Record]) -> Iterator[str]:
     for record in records:
-        if record.verdict in ("differs", "error"):
-            yield f"{_VERDICTS[record.verdict]}: {_case(record)}"
-            yield f"  in {record.nodeid}"
-            yield from _difference(record.difference)
-            if record.difference.get("shape"):
-                yield f"  to repeat it, add --batchinv-shape '{record.difference['shape']}'"
-            yield ""
+        if record.verdict in ("equal", "not_run"):
+            continue
+        relation = f"{record.relation} {RELATIONS[record.relation]}"
+        yield f"{WORDS[record.verdict]}: {message.subject_words(record.subject)}, {relation}, {_MODES[record.mode]}"
+        yield f"  in {record.nodeid}"
+        if record.error:
+            yield from textwrap.wrap(record.error, WIDTH, initial_indent="  ", subsequent_indent="  ")
+        if record.finding is None and record.case:
+            yield f"  at the batch {record.case}"
+        yield from _finding(record)
+        yield ""
 
 
-def _difference(found: Mapping[str, Any]) -> Iterator[str]:
-    """The first element that differs, the batch sizes that show it, and the batch."""
-    if not found:
+def _finding(record: Record) -> Iterator[str]:
+    found = record.finding
+    if found is None:
         return
-    yield f"  {found['n_differ']:,} of {found['n_total']:,} values differ; the first at {list(found['index'])}:"
-    distance = "" if found["ulp"] is None else f", {found['ulp']:,} ulp apart"
-    yield f"  {found['expected']} ({found['expected_hex']}) against {found['actual']} ({found['actual_hex']}){distance}"
-    if found.get("sizes"):
-        yield f"  the bits change at batch sizes {as_ranges(found['sizes'], TRIED_SIZES)}"
-    if found.get("shape"):
-        shape = json.loads(found["shape"])
-        layout = "packed" if shape["layout"] == "packed" else f"{shape['layout']} padding"
-        yield f"  in a batch of {_count(len(shape['rows']), 'row')}, {layout}"
+    yield f"  row {message.row_words(record.subject, found)}"
+    yield from (f"  {line}" for line in message.difference_lines(found))
+    if found.breakpoints is not None:
+        yield f"  {message.sizes_words(found.breakpoints)}"
+    if record.control:
+        return
+    for section in found.sections:
+        yield from (f"  {section.title}: {line}" for line in section.lines)
+    yield f"  to repeat it: {found.replay}"
 
 
 def _controls(records: list[Record]) -> Iterator[str]:
-    for record in records:
-        searched = f"{_count(record.examples, 'example')}, {_count(record.rows, 'row')}, {_bytes(record.compared_bytes)}"
+    functions = [record for record in records if record.subject.kind != "transformers"]
+    for (device, dtype), group in _grouped(functions, lambda record: (record.subject.device, record.subject.dtype)):
+        caught = [record.subject.name for record in group if record.verdict == "caught"]
+        text = f"negative control: on {device}, {dtype}, stock torch was caught in {len(caught)} of {len(group)} functions"
+        yield from textwrap.wrap(text + f": {', '.join(caught)}" * bool(caught), WIDTH, subsequent_indent="  ")
+        yield ""
+    for record in (record for record in records if record.subject.kind == "transformers"):
+        counts = record.counts
+        searched = f"{_count(counts.examples, 'batch', 'es')}, {_count(counts.rows, 'row')}, {_bytes(counts.compared_bytes)}"
         if record.verdict == "caught":
             yield f"negative control: stock torch was caught, after {searched}"
         elif record.verdict == "inconclusive":
             yield f"negative control: INCONCLUSIVE: stock torch did not vary in {searched};"
             yield "  equal bits may come from this machine, not from the mode"
         else:
-            yield f"negative control: {_worst([record])}, after {searched}"
-        yield f"  {_case(record)}"
-        yield from _difference(record.difference)
+            yield f"negative control: {WORDS[record.verdict]}, after {searched}: {record.error}"
+        yield f"  {message.subject_words(record.subject)}"
+        yield from _finding(record)
         yield ""
 
 
 def _operations(records: list[Record]) -> Iterator[str]:
-    hits = sum((Counter(record.hits) for record in records), Counter())
+    hits = sum((Counter(record.hits) for record in records), Counter[str]())
     if not hits:
         return
     yield f"operations replaced: {_count(len(hits), 'overload')}, {_count(hits.total(), 'call')}"
@@ -142,27 +184,36 @@ def _operations(records: list[Record]) -> Iterator[str]:
     yield ""
 
 
-def _uncovered(records: list[Record]) -> Iterator[str]:
-    names = sorted(set(chain.from_iterable(record.unclassified_ops for record in records)))
-    if names:
-        yield f"NOT COVERED: {_count(len(names), 'operation')} ran as stock torch has them, neither replaced nor"
-        yield "known to work on each row by itself; the mode does not vouch for what they touched:"
-        yield from (f"  {name}" for name in names)
+def _unverified(records: list[Record]) -> Iterator[str]:
+    by_op: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for name in record.unclassified_ops:
+            by_op[name].add(record.subject.name)
+    if by_op:
+        yield f"UNVERIFIED: {_count(len(by_op), 'operator')} ran as stock torch has them, neither replaced nor known to work"
+        yield "on each row by itself; the mode does not vouch for what they touched:"
+        yield from (f"  {name}  in {', '.join(sorted(subjects))}" for name, subjects in sorted(by_op.items()))
         yield ""
+    for record in records:
+        if record.ops is not None and record.ops.error:
+            yield f"operators unknown: {record.subject.name}, {record.relation}: {record.ops.error}"
 
 
 def _not_run(records: list[Record]) -> Iterator[str]:
-    examples = [example for record in records for example in record.not_run]
-    if examples:
-        yield f"not run: {_count(len(examples), 'example')}"
-        reasons = Counter(example.get("reason", "no reason given") for example in examples)
+    skipped = [skipped for record in records for skipped in record.not_run]
+    if skipped:
+        yield f"not run: {_count(len(skipped), 'batch', 'es')}"
+        reasons = Counter(example.reason for example in skipped)
         yield from (f"  {_count(count, 'time')}: {reason}" for reason, count in reasons.most_common(MOST_REASONS))
         yield "  their batch shapes are in the file of --batchinv-report"
         yield ""
+    for record in records:
+        if record.verdict == "not_run":
+            yield f"not run: {record.relation} {RELATIONS[record.relation]} of {record.subject.name}: {record.error}"
 
 
 def _nan(records: list[Record]) -> Iterator[str]:
-    rows = sum(record.nan_rows for record in records)
+    rows = sum(record.counts.nan_rows for record in records)
     if rows:
         yield f"NaN: {_count(rows, 'row')} held NaN; NaN counts as equal only to NaN of the same bits"
         yield ""
@@ -176,46 +227,71 @@ def _notes(records: list[Record]) -> Iterator[str]:
         yield ""
 
 
-def _machines(records: list[Record]) -> Iterator[str]:
-    for line in dict.fromkeys(_machine(record.machine) for record in records):
-        yield f"machine: {line}"
+def _conclusion(checks: list[Record], controls: list[Record]) -> Iterator[str]:
+    """What was proven, on what, and what was not."""
+    equal = [record for record in checks if record.verdict == "equal" and record.mode == "on"]
+    if equal:
+        relations = ", ".join(letter for letter in RELATIONS if any(record.relation == letter for record in equal))
+        subjects = len({(record.nodeid, record.subject) for record in equal})
+        compared = _bytes(sum(record.counts.compared_bytes for record in equal))
+        batches = sum(record.counts.examples for record in equal)
+        yield f"proven      0 bits differ in {relations}: {_count(subjects, 'subject')}, {batches:,} batches, {compared}"
+        widest = max((r for r in equal if r.relation == "I"), key=lambda r: r.counts.examples, default=None)
+        if widest is not None:
+            first, *rest = widest.covered
+            yield f"covered     {'; '.join([first.partition(' (')[0], *rest])} ({widest.subject.name}, the widest)"
+    for line in dict.fromkeys(_machine(record.machine) for record in checks + controls):
+        yield from textwrap.wrap(line, WIDTH, initial_indent="on          ", subsequent_indent=" " * 12)
+    fingerprints = ", ".join(dict.fromkeys(record.fingerprint for record in equal if record.fingerprint))
+    if fingerprints:
+        yield f"fingerprint {fingerprints}"
+    if controls:
+        caught = sum(record.verdict == "caught" for record in controls)
+        yield f"control     the same search caught stock torch in {caught} of {_count(len(controls), 'subject')}"
+    missing = _missing(checks, controls)
+    yield from textwrap.wrap("; ".join(missing), WIDTH, initial_indent="not proven  ", subsequent_indent=" " * 12)
 
 
-def _machine(facts: dict[str, str]) -> str:
+def _missing(checks: list[Record], controls: list[Record]) -> list[str]:
+    failing = Counter(WORDS[record.verdict] for record in checks if record.verdict != "equal")
+    words = [f"{count} {verdict}" for verdict, count in failing.items()]
+    if off := sum(record.mode == "off" and record.verdict == "equal" for record in checks):
+        words.append(f"{_count(off, 'equal check')} of torch as it is, with the mode off")
+    if ops := {name for record in checks for name in record.unclassified_ops}:
+        words.append(f"{_count(len(ops), 'unverified operator')}")
+    if unsure := sum(record.verdict == "inconclusive" for record in controls):
+        words.append(f"{_count(unsure, 'control')} INCONCLUSIVE")
+    asked = {record.relation for record in checks}
+    words.append(f"not asked: {', '.join(x for x in RELATIONS if x not in asked and x != 'N') or 'no relation'}")
+    words.append("gradients, chunks, decode, tensor parallel and other machines")
+    return words
+
+
+def _model(record: Record) -> str:
+    info = record.subject
+    return f"{info.name} on {info.device}, {info.dtype}, attention {info.attention}"
+
+
+def _machine(facts: Mapping[str, str]) -> str:
     gpu = [f"{facts['gpu']} ({facts.get('capability', '')})"] if "gpu" in facts else []
     cpu = [f"{facts.get('cpu') or 'unknown CPU'}, {facts.get('threads', '?')} threads"]
     versions = [f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers") if name in facts]
     return ", ".join(word for word in (*gpu, *cpu, facts.get("platform"), *versions) if word)
 
 
-def _subject(record: Record) -> str:
-    where = ", ".join(word for word in (record.device, record.dtype, record.attn) if word)
-    return f"{record.subject} on {where}" if where else record.subject
-
-
-def _case(record: Record) -> str:
-    compiled = record.compile_mode and f"compile mode {record.compile_mode}"
-    return ", ".join(word for word in (_subject(record), compiled, _words(record.relation)) if word)
-
-
-def _words(relation: str) -> str:
-    return f"{relation} {RELATIONS[relation]}" if relation in RELATIONS else " + ".join(relation)
-
-
 def _worst(records: list[Record]) -> str:
-    verdict = min((record.verdict for record in records), key=_WORST_FIRST.index)
-    return _VERDICTS.get(verdict, verdict)
+    return WORDS[min((record.verdict for record in records), key=_WORST_FIRST.index)]
 
 
-def _grouped(records: Iterable[Record], key: Callable[[Record], Hashable]) -> ItemsView[Any, list[Record]]:
-    groups: dict[Hashable, list[Record]] = defaultdict(list)
+def _grouped(records: Iterable[Any], key: Callable[[Any], Hashable]) -> ItemsView[Any, list[Any]]:
+    groups: dict[Hashable, list[Any]] = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
     return groups.items()
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else plural)
 
 
 def _bytes(count: float) -> str:

@@ -13,6 +13,7 @@ from pytest_batchinv.subjects.base import Space
 
 _WEIGHT = 3  # of a boundary, against 1 of any other size
 _PALETTE = 5
+_TOKEN_SHARES = (16, 8, 4, 1)
 _PADDINGS = (0, 1, 3, 13, 16, 40)
 
 
@@ -47,13 +48,16 @@ def batch_shapes(
 @st.composite
 def cases(draw: st.DrawFn, space: Space) -> BatchShape:
     """Batches of rows of the space's palette: up to all of them, in any order, repeats allowed."""
-    n_rows = draw(sizes(min(space.max_rows, space.max_tokens)))
-    fitting = [row for row in space.palette if row.length * n_rows <= space.max_tokens]
+    # The sweep has been at the boundaries: every size is as good as another.
+    n_rows = draw(st.sampled_from(space.sizes()))
+    # Most batches small, so that there are many: what follows the size of a product is at boundaries far below the largest.
+    max_tokens = max(n_rows, space.max_tokens // draw(st.sampled_from(_TOKEN_SHARES)))
+    fitting = [row for row in space.palette if row.length * n_rows <= max_tokens]
     palette = fitting or [Row(row.id) for row in space.palette]
     few = draw(st.sampled_from((1, 2, 3, 5, len(palette))))
     start = draw(st.integers(0, len(palette) - 1))
     chosen = [palette[(start + i) % len(palette)] for i in range(min(few, len(palette)))]
-    return _laid_out(draw, chosen, n_rows, space.layouts, space.max_tokens if space.pool is None else 0)
+    return _laid_out(draw, chosen, n_rows, space.layouts, max_tokens if space.pool is None else 0)
 
 
 def _laid_out(draw: st.DrawFn, palette: Sequence[Row], n_rows: int, layouts: Sequence[str], max_tokens: int) -> BatchShape:

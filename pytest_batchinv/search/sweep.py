@@ -18,12 +18,16 @@ from pytest_batchinv.subjects.base import Space
 SECONDS = 3.0
 """For what does not always run. A cheap function needs less for all of it."""
 SMALL_POSITIONS = 32
+IN_EVERY_LAYOUT = 65
 PADDINGS = (1, 3, 13, 16, 40)
 
 
 def boundary_cases(space: Space) -> list[BatchShape]:
-    """Every boundary of the batch size in every layout, the rows of the palette in turn; and columns of padding."""
-    cases = [batch(space, n_rows, start, layout) for n_rows in space.boundaries() for start, layout in enumerate(space.layouts)]
+    """Every boundary of the batch size, up to 65 in every layout, then in one in turn; and columns of padding."""
+    cases, layouts = [], itertools.cycle(space.layouts)
+    for n_rows in space.boundaries():
+        chosen = space.layouts if n_rows <= IN_EVERY_LAYOUT else (next(layouts),)
+        cases += [batch(space, n_rows, start, layout) for start, layout in enumerate(chosen)]
     padded = [layout for layout in space.layouts if layout != "packed" and space.pool is None]
     for columns, layout, n_rows in itertools.product(PADDINGS, padded, (1, 3)):
         cases.append(BatchShape(batch(space, n_rows, columns, layout).rows, layout, columns))

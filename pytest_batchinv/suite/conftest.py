@@ -1,19 +1,34 @@
-"""Runs the suite on the model that was asked for, and on two tiny ones where none was."""
+"""Runs the suite on the model that was asked for, and on two where none was; an operator is an item of its own."""
+
+from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
 
-from pytest_batchinv.keys import SETTINGS
-from pytest_batchinv.settings import DEFAULTS, Settings
-
-DEFAULT_MODELS = (DEFAULTS.model, "tiny-llama")
+from pytest_batchinv.plugin.fixtures import DEFAULT_MODELS
+from pytest_batchinv.plugin.settings import Settings
+from pytest_batchinv.plugin.stash import SETTINGS
+from pytest_batchinv.suite.names import DTYPES, OPERATORS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    settings = metafunc.config.stash[SETTINGS]
     if "batchinv_engine" in metafunc.fixturenames:
-        asked = metafunc.config.stash[SETTINGS].model
-        metafunc.parametrize("model", DEFAULT_MODELS if asked == DEFAULTS.model else (asked,))
+        metafunc.parametrize("model", _models(settings))
+    if "operator" in metafunc.fixturenames:
+        metafunc.parametrize("operator", OPERATORS)
+        metafunc.parametrize("dtype", DTYPES)
+
+
+def _models(settings: Settings) -> tuple[str, ...]:
+    if settings.model != "auto":
+        return (settings.model,)
+    if not settings.enabled:
+        return DEFAULT_MODELS["cpu"]
+    from pytest_batchinv import gpu
+
+    return DEFAULT_MODELS[gpu.resolve_device(settings.device)]
 
 
 @pytest.fixture

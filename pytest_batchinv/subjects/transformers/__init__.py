@@ -109,7 +109,7 @@ class TransformersSubject:
         return [row["logprobs"] for row in self.run(case)]
 
     def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
-        """``logprobs`` of each row: fp64 for a model in fp64, else fp32. Raises NotRun where the batch does not fit into memory."""
+        """``logprobs`` of each row, fp64 for a model in fp64, else fp32. Raises NotRun where memory does not suffice."""
         if why := self.space.holds(case):
             raise NotRun(why)
         layout = lay_out(case, self.vocabulary, self.outlier)
@@ -128,12 +128,16 @@ class TransformersSubject:
         raise NotRun(f"out of memory: {len(case)} rows, {case.width} columns, {case.tokens} tokens with padding")
 
     @torch.no_grad()
-    def _rows(self, run: Callable[..., Tensor], layout: BatchLayout, windows: Windows | None) -> list[Tensor]:
+    def _rows(
+        self, run: Callable[..., Tensor], layout: BatchLayout, windows: Windows | None, observer: Observer | None = None
+    ) -> list[Tensor]:
         graphs = self.info.compile_mode in CUDA_GRAPHS and run is not self._forward
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        out = run(*self._inputs(layout, windows))
-        rows = [out[place.line, place.start : place.stop] for place in layout.places]
+        inputs = self._inputs(layout, windows)
+        with observed(observer):
+            out = run(*inputs)
+        rows = [out[span.sequence, span.start : span.stop] for span in layout.spans]
         return [row.clone() for row in rows] if graphs else rows  # a CUDA graph writes every result to the same memory
 
     def _inputs(self, layout: BatchLayout, windows: Windows | None) -> tuple[Tensor, Any, Tensor | None, Any]:

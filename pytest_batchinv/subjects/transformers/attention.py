@@ -45,8 +45,8 @@ def attention_forward(
     """The contract of transformers: query, key and value [B, heads, tokens, D]; returns [B, tokens, heads, D].
 
     Key heads are not repeated: the operator maps query heads to key heads itself. softcap: scores s become
-    ``softcap * tanh(s / softcap)``; s_aux: sinks [heads]. packing: given by the subject for a sequence of packed rows, which are
-    unpacked here, since the operator counts keys from the start of a sequence.
+    ``softcap * tanh(s / softcap)``; s_aux: sinks [heads]. packing: given by the subject for a sequence of packed
+    rows, which are unpacked here, since the operator counts keys from the start of a sequence.
     """
     _refuse_uncovered(dropout, kwargs)
     if packing is not None:

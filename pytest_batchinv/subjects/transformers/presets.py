@@ -1,6 +1,7 @@
 """Presets: models known by name, built from a shipped configuration and seeded weights. No torch is needed here.
 
-"tiny-*" are small enough for a CPU; "wide-*" have a few layers of true widths, for a GPU; "random:*" have the true sizes of published models. Nothing is downloaded.
+"tiny-*" are small enough for a CPU; "wide-*" have a few layers of true widths, for a GPU; "random:*" have the true sizes
+of published models. Nothing is downloaded.
 """
 
 import json
