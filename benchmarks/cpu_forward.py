@@ -10,10 +10,10 @@ import time
 
 import torch
 
-from pytest_batchinv.subjects.transformers import TransformersSubject
 from pytest_batchinv.mode import batch_invariant_mode
 from pytest_batchinv.report.record import machine
 from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.subjects.transformers import TransformersSubject
 
 
 def seconds(engine: TransformersSubject, shape: BatchShape, runs: int) -> float:

@@ -84,7 +84,9 @@ def test_relation_x_names_the_operators_that_diverge_in_place_ones_too():
         return torch.exp2(y)
 
     pool = torch.rand(40, 4096, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(BatchVarianceError, match=r"operators +compiled alone, other bits than in eager code: .*aten::") as caught:
+    with pytest.raises(
+        BatchVarianceError, match=r"operators +compiled alone, other bits than in eager code: .*aten::"
+    ) as caught:
         assert_batch_invariant(fn, pool, relations=("X",), max_examples=1)
     assert caught.value.finding.sections[0].title == "operators"
 

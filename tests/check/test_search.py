@@ -134,8 +134,9 @@ def test_a_sweep_that_is_out_of_time_says_how_far_it_came(monkeypatch):
 def drawn_sizes(space: Space) -> list[int]:
     seen = []
 
-    @hypothesis.settings(max_examples=100, database=None, derandomize=True, phases=[Phase.generate], deadline=None)
-    @hypothesis.settings(suppress_health_check=list(HealthCheck))
+    quiet = {"suppress_health_check": list(HealthCheck), "deadline": None, "database": None}
+
+    @hypothesis.settings(max_examples=100, derandomize=True, phases=[Phase.generate], **quiet)
     @given(strategies.cases(space))
     def draw(case):
         assert space.fits(case)

@@ -9,11 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from pytest_batchinv import BatchShape, BatchVarianceError, assert_batch_invariant, batch_invariant_mode, context
-from pytest_batchinv import check_batch_invariant, check_negative_control
-from pytest_batchinv.diagnose import account, coverage
 from pytest_batchinv.kernels.aten.common import Refused
+
+from pytest_batchinv import (
+    BatchShape,
+    BatchVarianceError,
+    assert_batch_invariant,
+    batch_invariant_mode,
+    check_batch_invariant,
+    check_negative_control,
+    context,
+)
+from pytest_batchinv.diagnose import account, coverage
 from pytest_batchinv.mode import ModeError, stock_torch
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.report.record import Breakpoints, Counts, Finding, OpCoverage, Record, Section, Skipped
@@ -28,9 +35,9 @@ def subject(fn, pool=POOL, **words) -> RowsSubject:
     return RowsSubject(fn, [pool], **words)
 
 
-def at_5_rows(error):
+def from_5_rows(error):
     def fn(x):
-        if len(x) == 5:
+        if len(x) >= 5:
             raise error
         return planted.invariant(x)
 
@@ -54,12 +61,12 @@ def at_5_rows(error):
 @pytest.mark.parametrize("relation", ["R", "S", "I"])
 def test_what_a_function_raises_is_recorded_with_the_batch_and_raised(emitted, relation, error, verdict):
     with pytest.raises(type(error)) as caught:
-        assert_batch_invariant(at_5_rows(error), POOL, relations=(relation,))
+        assert_batch_invariant(from_5_rows(error), POOL, relations=(relation,))
     assert caught.value is error
     (record,) = emitted
     assert (record.relation, record.verdict) == (relation, verdict)
     assert record.error.startswith(type(error).__name__)
-    assert len(BatchShape.from_json(record.case)) == 5
+    assert len(BatchShape.from_json(record.case)) >= 5
     assert record.machine["torch"] == torch.__version__
 
 
@@ -259,7 +266,7 @@ def test_the_negative_control_catches_what_varies_and_is_inconclusive_otherwise(
 
 def test_a_control_whose_subject_breaks_is_an_error_and_not_inconclusive(emitted):
     with pytest.raises(RuntimeError, match="planted"):
-        check_negative_control(subject(at_5_rows(RuntimeError("planted"))))
+        check_negative_control(subject(from_5_rows(RuntimeError("planted"))))
     assert emitted[0].verdict == "error"
 
 
@@ -315,13 +322,13 @@ def test_the_message_names_relation_row_values_sizes_mode_and_replay(monkeypatch
     assert re.search(r"16 of 16 values; the first at \[0\]:\n.*0x3f800000\) alone, .*\(0x3f800001\) in the batch, 1 ulp", text)
     assert "bits change at batch sizes 9-300;" in text
     assert "mode        off: this is torch as it is" in text
-    assert "replay      pytest --batch-invariant --batchinv-shape '{\"rows\":[0,0,0,0,0,0,0,0,0]" in text
+    assert 'replay      pytest --batch-invariant --batchinv-shape \'{"rows":[0,0,0,0,0,0,0,0,0]' in text
     assert text.endswith("'tests/test_x.py::test_a[tiny 1]'")
 
 
 def test_a_users_error_shows_the_users_frames_and_none_of_ours():
     with pytest.raises(RuntimeError) as caught:
-        assert_batch_invariant(at_5_rows(RuntimeError("planted")), POOL)
+        assert_batch_invariant(from_5_rows(RuntimeError("planted")), POOL)
     files = [entry.path.name for entry in caught.traceback if entry.frame.f_globals["__name__"].startswith("pytest_batchinv")]
     shown = [entry for entry in caught.traceback if not entry.ishidden(caught)]
     assert set(files) <= {"check.py"}
@@ -333,7 +340,9 @@ def test_a_users_error_shows_the_users_frames_and_none_of_ours():
 
 @pytest.mark.parametrize("relations", [("Q",), (), ("R", "Z"), ("N",)])
 def test_an_unknown_relation_is_refused_with_the_right_ones(relations):
-    with pytest.raises(ValueError, match=r"assert_batch_invariant checks the relations R \(run to run\), S \(.*\), I \(.*\), X"):
+    with pytest.raises(
+        ValueError, match=r"assert_batch_invariant checks the relations R \(run to run\), S \(.*\), I"
+    ):
         assert_batch_invariant(planted.invariant, POOL, relations=relations)
 
 

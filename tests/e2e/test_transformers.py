@@ -1,4 +1,4 @@
-"""The engines: a row's tokens, place and mask are right in every layout. Tolerances here, bits in the suite."""
+"""Models of transformers: a row's tokens, place and mask are right in every layout. Tolerances here, bits in the suite."""
 
 import pytest
 import torch
@@ -6,15 +6,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, LlamaForCausalLM
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects import NotRun
-from pytest_batchinv.subjects.transformers import attention
+from pytest_batchinv.subjects.transformers import TransformersSubject, attention, attention_implementations
 from pytest_batchinv.subjects.transformers.attention import attention_forward
 from pytest_batchinv.subjects.transformers.layout import row_tokens
-from pytest_batchinv.subjects.rows import RowsSubject
 from pytest_batchinv.subjects.transformers.presets import UnknownModel, preset_config
-from pytest_batchinv.subjects.transformers import TransformersSubject, attention_implementations
 from pytest_batchinv.subjects.transformers.weights import build_preset
-from pytest_batchinv.shapes import BatchShape, Row
 
 TINY = ("tiny-llama", "tiny-qwen3", "tiny-qwen3-moe", "tiny-gpt2", "tiny-gemma")
 ATTENTIONS = ("eager", "sdpa", "batch_invariant")
@@ -96,17 +94,17 @@ def test_random_presets_have_as_many_parameters_as_the_published_models(name, bi
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == billions
 
 
-def test_the_loud_token_is_the_last_and_about_a_thousand_times_louder():
+def test_the_outlier_is_the_last_token_and_about_a_thousand_times_larger():
     weight = build_preset("tiny-llama", "cpu", torch.float32).get_input_embeddings().weight
     norms = weight.norm(dim=1)
     assert 500 < norms[-1] / norms[:-1].mean() < 2000
 
 
 @pytest.mark.parametrize(("model", "expected"), [("tiny-gpt2", ATTENTIONS), ("tiny-gemma", ATTENTIONS)])
-def test_the_engine_lists_its_attention_implementations(model, expected):
+def test_the_subject_lists_its_attention_implementations(model, expected):
     engine = make(model)
     assert engine.attention_implementations == expected
-    assert engine.attn == "batch_invariant"
+    assert engine.info.attention == "batch_invariant"
 
 
 @pytest.mark.parametrize("config", ["gemma2", "gpt_oss"])
@@ -141,7 +139,7 @@ def test_soft_caps_and_sinks_are_batch_invariant(config, monkeypatch):
     engine = make("org/" + config, attn="batch_invariant")
     with batch_invariant_mode():
         alone = [engine.logprobs(BatchShape((row,)))[0] for row in ROWS]
-        for layout in engine.layouts:
+        for layout in engine.space.layouts:
             for expected, actual in zip(alone, engine.logprobs(BatchShape(ROWS, layout, 3)), strict=True):
                 assert torch.equal(actual, expected), layout
 
@@ -227,9 +225,9 @@ class Flat(LlamaForCausalLM):
 def test_a_model_without_4d_masks_gets_the_2d_mask_and_no_packing(monkeypatch, attn):
     _engine_loads(monkeypatch, Flat)
     engine = make("org/flat", attn=attn)
-    assert engine.layouts == ("right", "left")
+    assert engine.space.layouts == ("right", "left")
     alone = [engine.logprobs(BatchShape((row,)))[0] for row in ROWS]
-    for layout in engine.layouts:
+    for layout in engine.space.layouts:
         for expected, actual in zip(alone, engine.logprobs(BatchShape(ROWS, layout)), strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     with pytest.raises(NotRun, match="no layout 'packed'"):
@@ -280,59 +278,17 @@ def test_compiled_logprobs_are_those_of_eager_mode():
             torch.testing.assert_close(b, a, rtol=0, atol=1e-4)
 
 
-# --- functions of rows ------------------------------------------------------------------------------------------------
-
-POOL = torch.arange(12.0).reshape(4, 3)
+# --- one model, several compile modes ---------------------------------------------------------------------------------
 
 
-def test_a_function_gets_its_rows_in_order_and_repeated():
-    engine = RowsSubject(lambda x: x * 2, [POOL])
-    assert engine.pool == 4
-    assert [row[0].tolist() for row in engine.outputs([2, 0, 2])] == [[12, 14, 16], [0, 2, 4], [12, 14, 16]]
-
-
-@pytest.mark.parametrize("pack", [lambda a, b: (a, None, b), lambda a, b: [a, b], lambda a, b: {"a": a, "n": None, "b": b}])
-def test_tuples_lists_and_mappings_are_taken_apart_and_none_is_dropped(pack):
-    rows = RowsSubject(lambda x: pack(x, x.sum(1)), [POOL]).outputs([1])
-    assert [part.tolist() for part in rows[0]] == [[3, 4, 5], 12]
-
-
-def test_another_dimension_may_hold_the_rows():
-    rows = RowsSubject(nn.Identity(), [POOL.T], batch_dim=1).outputs([3])
-    assert rows[0][0].tolist() == [9, 10, 11]
-
-
-def test_outputs_are_copies():
-    memory = torch.empty(3)
-
-    def reuses_memory(x):
-        memory[: len(x)] = x[:, 0]
-        return memory[: len(x)]
-
-    engine = RowsSubject(reuses_memory, [POOL])
-    first = engine.outputs([1])[0][0]
-    engine.outputs([2])
-    assert first == 3
-
-
-@pytest.mark.parametrize(
-    ("fn", "inputs", "sentence"),
-    [
-        (lambda x: x.sum(0), [POOL], r"the output of .* has the shape \[3\] for a batch of 2 rows"),
-        (lambda x: x.sum(), [POOL], r"the shape \[\] for a batch of 2 rows"),
-        (lambda x: (x, x[:1]), [POOL], r"output 1 of .* has the shape \[1, 3\]"),
-        (lambda x: (x, 1), [POOL], "output 1 is of type int, not a tensor"),
-        (lambda x: None, [POOL], "not None"),
-        (lambda x: (None,), [POOL], "returns no tensor"),
-        (lambda x: x, [POOL, POOL[:2]], r"the same number of rows.*\[4, 3\], \[2, 3\]"),
-        (lambda x: x, [POOL[:0]], "at least 1"),
-        (lambda x: x, [], "not none"),
-        (lambda x: x, [3], "not int"),
-    ],
-)
-def test_what_is_no_function_of_rows_is_refused(fn, inputs, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        RowsSubject(fn, inputs).outputs([0, 1])
+def test_compile_modes_share_the_model_and_spans_say_where_rows_lie():
+    subject = make("tiny-llama")
+    compiled = subject.in_compile_mode("default")
+    assert compiled.model is subject.model
+    assert (subject.info.compile_mode, compiled.info.compile_mode) == ("eager", "default")
+    assert compiled.in_eager_mode().info == subject.info
+    spans = subject.spans(BatchShape(ROWS[:2], "left", 3))
+    assert [tuple(span) for span in spans] == [(0, 3, 8), (1, 7, 8)]
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
