@@ -1,7 +1,7 @@
 """CppVecKernel.indirect_assert: bounds checks of gathered indices under a mask that is the same for a whole vector.
 
-Up to torch 2.11 (read in 2.8.0 and 2.11.0, whose methods are the same) a scalar mask is written ``VecMask<T, N>(mask)``, and
-there is no such constructor: what gathers inside a masked region does not compile on the CPU. torch 2.12 writes
+Up to torch 2.11 (read in 2.8.0 and 2.11.0, whose methods are the same) a scalar mask is written ``VecMask<T, N>(mask)``. There
+is no such constructor, so a gather inside a masked region does not compile on the CPU. torch 2.12 writes
 ``VecMask<T, N>::from(mask)``, as this patch does.
 """
 
