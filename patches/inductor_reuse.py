@@ -35,8 +35,8 @@ from pytest_batchinv.patches.registry import patch
         "2.15.0": "31dbe774428fee4f",
     },
 )
-def realize_by_bytes(original: Callable) -> Callable:
-    def should_realize_on_reuse(self, users: int, **options: Any) -> bool:
+def realize_by_bytes(original: Callable[..., Any]) -> Callable[..., Any]:
+    def should_realize_on_reuse(self: Any, users: int, **options: Any) -> bool:
         if original(self, users, **options):
             return True
         from torch._inductor.ir import Pointwise, Reduction

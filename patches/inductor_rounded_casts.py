@@ -21,8 +21,8 @@ from pytest_batchinv.patches.registry import patch
     upstream="pytorch/pytorch#185337, in 2.13.0",
     fingerprints={"2.11.0": "878245bbd0a38bd2", "2.12.0": "878245bbd0a38bd2", "2.12.1": "878245bbd0a38bd2"},
 )
-def rounded_casts(original: Callable) -> Callable:
-    def cache_dtype_convert(self, *converted: Any) -> None:
+def rounded_casts(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cache_dtype_convert(self: Any, *converted: Any) -> None:
         import torch._inductor.config
 
         if not torch._inductor.config.emulate_precision_casts:

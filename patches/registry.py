@@ -32,7 +32,7 @@ _ABSENT = object()
 _lock = threading.RLock()
 _patches: dict[str, "Patch"] = {}
 _broken: dict[str, str] = {}  # entry point -> why its module could not be loaded
-_kept_bits: list[Collection[str]] = []  # the settings of each open block of bits_kept
+_kept_bits: dict[object, Collection[str]] = {}  # the settings of each open block of bits_kept
 
 
 class PatchRefused(RuntimeError):
@@ -196,15 +196,16 @@ def bits_kept(settings: Collection[str]) -> Iterator[None]:
     Raises PatchRefused if such a patch is applied already. A compilation raises it if the patch that gives the setting its
     effect is not in force at that time, since it was refused or another library has taken its place.
     """
+    block = object()
     try:
         with _lock:
-            _kept_bits.append(settings)
+            _kept_bits[block] = settings
             _refuse_changed_bits()
         with around_compilation(_bits_checked):
             yield
     finally:
         with _lock:
-            _kept_bits.remove(settings)
+            _kept_bits.pop(block, None)
 
 
 def status() -> list[Row]:
@@ -297,8 +298,8 @@ def _refuse_changed_bits(states: Collection[str] = ("off", "applied")) -> None:
 
     states: those in which a patch may be that gives a setting its effect; the mode applies it before it compiles.
     """
-    applied = [found for found in _patches.values() if found.numerics and found.blocks]
-    for found, settings in itertools.product(applied, _kept_bits):
+    changing = [found for found in _patches.values() if found.numerics and found.blocks]
+    for found, settings in itertools.product(changing, _kept_bits.values()):
         setting = found.harmless_with
         givers = [other for other in _patches.values() if other.gives_effect_to == setting and other.is_needed()]
         missing = [f"patch {p.name} is not in force ({p.state()[1]})" for p in givers if p.state()[0] not in states]
