@@ -1,6 +1,6 @@
 """The compile installer: the table in every graph that Inductor compiles, and the rules that keep its pointwise code exact.
 
-The rules (``patches/rules.py`` says each one's reason) and the cache key are held for the length of one compilation, in
+The rules (``patches/inductor_config.py`` gives the reasons) and the cache key are held for the length of one compilation, in
 whichever thread that happens. The table goes in where Inductor looks its decompositions up.
 """
 
@@ -14,7 +14,7 @@ from pytest_batchinv.kernels import fusion, table
 from pytest_batchinv.kernels.aten.common import as_floats
 from pytest_batchinv.kernels.operators import operators
 from pytest_batchinv.kernels.overloads import is_exact, overload_of, refusal, siblings
-from pytest_batchinv.patches import rules
+from pytest_batchinv.patches import inductor_config
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import torch_version
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -52,11 +52,11 @@ class Leftovers(CustomGraphPass):
 def installed(fingerprint: Callable[[], str]) -> Iterator[None]:
     """Every compilation inside, by any thread, gets the table, the rules and a cache key of its own.
 
-    fingerprint: asked for at each compilation, since patches may have come or gone. Raises RuleError.
+    fingerprint: asked for at each compilation, since patches may have come or gone. Raises SettingError.
     """
     from torch._inductor import compile_fx as module
 
-    rules.check(torch_version())
+    inductor_config.check(torch_version())
     stock_table = module.select_decomp_table
     with around_compilation(lambda: _in_the_mode(fingerprint())):
         module.select_decomp_table = decompositions
@@ -145,7 +145,7 @@ def _in_the_mode(fingerprint: str) -> Iterator[None]:
     tag = compiler_config.cache_key_tag
     tag = tag if fingerprint in tag else f"{tag};batchinv-{fingerprint}"
     with (
-        rules.in_force(torch_version()),
+        inductor_config.in_force(torch_version()),
         config.patch(post_grad_custom_post_pass=last),
         compiler_config.patch(cache_key_tag=tag),
     ):

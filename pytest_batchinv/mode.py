@@ -11,7 +11,7 @@ import torch
 
 from pytest_batchinv import kernels, patches
 from pytest_batchinv.kernels import counters, eager, operators
-from pytest_batchinv.patches import registry, rules
+from pytest_batchinv.patches import inductor_config, registry
 from pytest_batchinv.patches.dispatcher import Holding, Registration
 
 
@@ -91,7 +91,7 @@ class _Process:
         from pytest_batchinv.kernels import inductor
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(registry.bits_kept([rule.name for rule in rules.RULES if rule.value is True]))
+            stack.enter_context(registry.bits_kept([s.name for s in inductor_config.SETTINGS if s.value is True]))
             stack.enter_context(registry.applied("inductor"))
             stack.enter_context(_backend_flags())
             operators.operators()
@@ -119,7 +119,7 @@ def batch_invariant_mode() -> Iterator[Mode]:
     code. The patches of the group "inductor" that this torch needs, and that change no bits, are in force inside.
 
     Raises ModeError where an entry turns out not to be in force, at the beginning, or at the end of any block because
-    another library took it meanwhile; PatchRefused where a patch that changes bits is applied; RuleError where this torch's
+    another library took it meanwhile; PatchRefused where a patch that changes bits is applied; SettingError where this torch's
     settings are not the known ones.
     """
     _process.enter()

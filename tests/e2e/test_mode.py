@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytest_batchinv.kernels import eager, inductor, overloads, table
 from pytest_batchinv.kernels.aten.common import Refused
-from pytest_batchinv.patches import registry, sources
+from pytest_batchinv.patches import fingerprints, registry
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import applied_names
 from torch.nn import functional as F
@@ -233,7 +233,11 @@ def test_a_patch_of_the_group_inductor_is_in_force_inside_on_every_torch(monkeyp
     target = "torch._inductor.ir.StorageBox.num_reads"
     monkeypatch.setattr(registry, "_patches", dict(registry._patches))
     registry.patch(
-        target, torch=">=2", group="inductor", reason="a test", fingerprints={"any": sources.definition(target).fingerprint}
+        target,
+        torch=">=2",
+        group="inductor",
+        reason="a test",
+        fingerprints={"any": fingerprints.definition(target).fingerprint},
     )(of_this_test)
     before = vars(StorageBox)["num_reads"]
     with batch_invariant_mode() as mode:
