@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,9 +29,14 @@ from unittest import mock
 
 import torch
 import triton
-from pytest_batchinv.kernels import attention as attention_module
-from pytest_batchinv.kernels import cuda, launch, matmul, offline, order, reference, tiles
+from pytest_batchinv.kernels import cuda, launch, reference, tiles
+from pytest_batchinv.kernels.cuda import matmul
+from pytest_batchinv.kernels.cuda.attention import kernel as attention_module
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
+import other_gpus
+import summation_order
 
 M_VALUES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128, 129, 200, 255, 256, 299, 300)
 ROW_COUNTS = (1, 2, 3, 7, 16, 17, 64, 129, 1000)
@@ -166,7 +172,7 @@ def run_section(name: str, args: argparse.Namespace) -> tuple[Report, float]:
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     report, begin = Report(), time.monotonic()
     clock = Clock(report, name, args.seconds)
-    with torch.device(device), offline.running_ptx_of(args.ptx_of) if args.ptx_of else nullcontext():
+    with torch.device(device), other_gpus.running_ptx_of(args.ptx_of) if args.ptx_of else nullcontext():
         SECTIONS[name](report, clock, args.tiny)
     return report, round(time.monotonic() - begin, 1)
 
@@ -179,11 +185,11 @@ def check_order(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) ->
     count = 64 if tiny else 2048
     # The product carries the planted value, as float16 itself ends below it.
     scale = 2.0**12 if dtype == torch.float16 else 1.0
-    large = order.LARGE if dtype != torch.float64 else order.LARGE_FLOAT64
+    large = summation_order.LARGE if dtype != torch.float64 else summation_order.LARGE_FLOAT64
     for K in (40,) if tiny else (40, 65, 256, 1000, 4096):
-        places = order.probes(K, count, seed=K)
-        b = order.planted(places, K, large / scale, 1 / scale).to(dtype).to(torch.zeros(()).device)
-        _check_product_order(report, clock, b, scale, order.survives_in_a_chain(places), {"dtype": dtype, "K": K})
+        places = summation_order.probes(K, count, seed=K)
+        b = summation_order.planted(places, K, large / scale, 1 / scale).to(dtype).to(torch.zeros(()).device)
+        _check_product_order(report, clock, b, scale, summation_order.survives_in_a_chain(places), {"dtype": dtype, "K": K})
 
 
 def _check_product_order(report: Report, clock: Clock, b: Tensor, scale: float, chain: Tensor, where: dict) -> None:
@@ -217,8 +223,8 @@ def _check_product_order(report: Report, clock: Clock, b: Tensor, scale: float, 
 def check_attention_order(report: Report, clock: Clock, tiny: bool) -> None:
     """The order over the keys: all weights are 1, so the planted values are summed, for any queries and division of keys."""
     S, heads, D = (150, 2, 16) if tiny else (3000, 8, 128)
-    places = order.probes(S, heads * D)
-    planted = order.planted(places, S).view(heads, D, S).mT.to(torch.zeros(()).device)
+    places = summation_order.probes(S, heads * D)
+    planted = summation_order.planted(places, S).view(heads, D, S).mT.to(torch.zeros(()).device)
     for dtype in (torch.bfloat16, torch.float32):
         v, k = planted[None].to(dtype), _randn(1, heads, S, D, dtype=dtype)
         wanted = None
@@ -233,7 +239,7 @@ def check_attention_order(report: Report, clock: Clock, tiny: bool) -> None:
                     if wanted is None:
                         wanted = got[:, ::4, :1]
                         survived = (wanted != 0).mT.reshape(-1)[: len(places)].cpu()
-                        differs = int((survived != order.survives_in_a_chain(places)).sum())
+                        differs = int((survived != summation_order.survives_in_a_chain(places)).sum())
                         report.notes.append(f"order of attention, {dtype}: {differs} of {len(places)} differ from one chain")
                     want = wanted.repeat_interleave(4, 1).expand(got.shape)
                     report.same("order: attention", got, want, dtype=dtype, queries=Sq, mask=mask is not None)

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, alignment, plan
-from .reference import accumulator_dtype
-from .rows import divide
-from .tiles import accumulator, attention_tile, ceil_div, device_of, next_power_of_2, on_device
+from ...launch import Launch, alignment, plan
+from ...reference import accumulator_dtype
+from ...tiles import accumulator, attention_tile, ceil_div, device_of, next_power_of_2, on_device
+from ..rows import divide
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST_SCORE = tl.constexpr(-(2.0**125))
