@@ -114,6 +114,7 @@ Shapes = tuple[Shape, Shape]
 """Of y, and of mean and rstd."""
 
 
+@plan
 def plan_row_layer_norm(
     x: Description,
     weight: Description | None,
@@ -123,45 +124,44 @@ def plan_row_layer_norm(
     shape: Shapes | None = None,
 ) -> Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]]:
     """``row_layer_norm`` of tensors at the addresses of rows like x and of such parameters; mean and rstd if asked for."""
-    return _plan_norm(x, weight, bias, eps, with_statistics, "moments", shape)
+    shape_y, shape_rstd = (x.shape, x.shape[:1]) if shape is None else shape
+    launch, wide = _launch_norm(x, weight, bias, eps, with_statistics, "moments"), accumulator_dtype(x.dtype)
 
-
-def plan_row_rms_norm(
-    x: Description, weight: Description | None, eps: float, with_rstd: bool = True, shape: Shapes | None = None
-) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """``row_rms_norm`` of tensors at the addresses of rows like x and of such a weight."""
-    norm = _plan_norm(x, weight, None, eps, with_rstd, "square", shape)
-
-    def call(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        y, _, rstd = norm(x, weight, None)
-        return y, rstd
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        y = x.new_empty(shape_y)
+        mean = x.new_empty(shape_rstd, dtype=wide) if with_statistics else None
+        rstd = x.new_empty(shape_rstd, dtype=wide) if with_statistics else None
+        with on_device(x):
+            launch(x, weight, bias, y, mean, rstd)
+        return y, mean, rstd
 
     return call
 
 
 @plan
-def _plan_norm(
-    x: Description,
-    weight: Description | None,
-    bias: Description | None,
-    eps: float,
-    with_rstd: bool,
-    statistics: str,
-    shape: Shapes | None,
-) -> Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]]:
+def plan_row_rms_norm(
+    x: Description, weight: Description | None, eps: float, with_rstd: bool = True, shape: Shapes | None = None
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """``row_rms_norm`` of tensors at the addresses of rows like x and of such a weight."""
     shape_y, shape_rstd = (x.shape, x.shape[:1]) if shape is None else shape
-    dtype, wide, with_mean = x.dtype, accumulator_dtype(x.dtype), with_rstd and statistics == "moments"
-    strides = [0 if parameter is None else parameter.strides[0] for parameter in (weight, bias)]
-    flags = weight is not None, bias is not None, with_rstd
-    launch = _norm_rows.launch(x, (*strides, float(eps)), flags, statistics, dtype) if x.shape[0] else None
+    launch, wide = _launch_norm(x, weight, None, eps, with_rstd, "square"), accumulator_dtype(x.dtype)
 
-    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def call(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = x.new_empty(shape_y)
-        mean = x.new_empty(shape_rstd, dtype=wide) if with_mean else None
         rstd = x.new_empty(shape_rstd, dtype=wide) if with_rstd else None
-        if launch is not None:
-            with on_device(x):
-                launch(x, weight, bias, y, mean, rstd)
-        return y, mean, rstd
+        with on_device(x):
+            launch(x, weight, None, y, None, rstd)
+        return y, rstd
 
     return call
+
+
+def _launch_norm(
+    x: Description, weight: Description | None, bias: Description | None, eps: float, with_rstd: bool, statistics: str
+) -> Callable[..., None]:
+    """(x, weight, bias, y, mean, rstd); nothing where there is no row."""
+    if not x.shape[0]:
+        return lambda *tensors: None
+    strides = [0 if parameter is None else parameter.strides[0] for parameter in (weight, bias)]
+    flags = weight is not None, bias is not None, with_rstd
+    return _norm_rows.launch(x, (*strides, float(eps)), flags, statistics, x.dtype)
