@@ -26,7 +26,10 @@ DEVICES = {
 }
 """What the kernels' launchers would read off these GPUs, by compute capability."""
 
-_MODULES = ("attention", "matmul", "norm", "reduce", "rows", "scatter", "softmax")
+_MODULES = (
+    *("cuda.attention.kernel", "cuda.attention.merge", "cuda.attention.plan", "cuda.attention.ranges"),
+    *("matmul", "norm", "reduce", "rows", "scatter", "softmax"),
+)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import plan_attention
+from .cuda.attention import plan_attention
 from .launch import alignment_bits, plan
 from .matmul import plan_gemm
 from .norm import norm_rows
