@@ -31,7 +31,7 @@ import torch
 import triton
 from pytest_batchinv.kernels import cuda, launch, reference, tiles
 from pytest_batchinv.kernels.cuda import matmul
-from pytest_batchinv.kernels.cuda.attention import kernel as attention_module
+from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
@@ -532,7 +532,7 @@ def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
     for block_m in heights:
         warps = 8 if block_m * chosen.block_k >= 128 * 128 else 4
         tile = chosen._replace(block_m=block_m, num_warps=warps, num_stages=2)
-        with _patched(attention_module, "attention_tile", lambda *args, tile=tile, **_: tile):
+        with _patched(attention_plan, "attention_tile", lambda *args, tile=tile, **_: tile):
             report.same("attention: tiles", cuda.attention(q, k, v, None, True, scale), want, block_m=block_m, **where)
     size = q.shape[2]
     mask = torch.ones(1, q.shape[1], size, size, dtype=torch.bool).tril()
@@ -540,13 +540,13 @@ def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
 
 
 DIVISIONS = ((0, 1), (1, 1), (1, 3), (8, 1), (8, 2))
-"""How keys are divided among programs: blocks of a part (0: not at all), and parts of a program."""
+"""How keys are divided among programs: blocks of a split (0: no splits), and splits of a program."""
 
 
-def _divided(part_blocks: int, parts_a_program: int) -> Callable[..., attention_module._Division]:
-    def division(programs: int, n_key_blocks: int, multiprocessors: int) -> attention_module._Division:
-        n_parts = tiles.ceil_div(n_key_blocks, part_blocks) if part_blocks else 1
-        return attention_module._Division(part_blocks, n_parts, parts_a_program)
+def _divided(split_blocks: int, splits_per_program: int) -> Callable[..., attention_plan.Splits]:
+    def division(programs: int, n_key_blocks: int, multiprocessors: int) -> attention_plan.Splits:
+        num_splits = tiles.ceil_div(n_key_blocks, split_blocks) if split_blocks else 1
+        return attention_plan.Splits(split_blocks, num_splits, splits_per_program)
 
     return division
 
@@ -562,7 +562,7 @@ def _check_decode(report, clock, q, k, v, scale, want, where) -> None:
         report.same("attention: decode == prefill", step, expected, position=i, **where)
         visible = (torch.arange(length) <= i).expand(1, q.shape[1], 1, length)
         for division in DIVISIONS:
-            with _patched(attention_module, "_division", _divided(*division)):
+            with _patched(attention_plan, "num_splits_heuristic", _divided(*division)):
                 alone = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, scale)
                 masked = cuda.attention(q[:, :, i : i + 1], k, v, visible, False, scale)
             report.same("attention: divisions", alone, expected, position=i, division=division, **where)

@@ -19,7 +19,9 @@ import triton
 from pytest_batchinv.kernels import cuda, table, tiles
 from pytest_batchinv.kernels.aten import common
 from pytest_batchinv.kernels.cuda import matmul, norm, reduce, rows, scatter, softmax
-from pytest_batchinv.kernels.cuda.attention import kernel as attention_module
+from pytest_batchinv.kernels.cuda.attention import kernel as attention_kernel
+from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
+from pytest_batchinv.kernels.cuda.attention import ranges as attention_ranges
 from pytest_batchinv.kernels.launch import Launch
 from triton.runtime.jit import JITFunction
 
@@ -289,7 +291,7 @@ def test_attention_of_few_programs_has_shared_memory(arch, head_dim, has_mask, c
         q, k = tensor(1, heads, 48, head_dim, dtype=torch.bfloat16), tensor(1, heads, Skv, head_dim, dtype=torch.bfloat16)
         mask = torch.ones(1, heads, 48, Skv, dtype=torch.bool) if has_mask else None
         binaries = compile_for(arch, lambda q=q, k=k, m=mask: cuda.attention(q, k, k, m, False, 0.1))
-        assert ("_merge_parts_kernel" in {binary.name for binary in binaries}) == (heads == 8)
+        assert ("_merge_splits_kernel" in {binary.name for binary in binaries}) == (heads == 8)
         for binary in binaries:
             assert_sound(binary, arch, MOST_SPILLED_BY_ATTENTION)
 
@@ -440,7 +442,7 @@ def test_index_add_fuses_nothing(arch, compile_for):
 def test_specialised_arguments_are_the_ones_named():
     kernels = [
         value
-        for module in [*ROW_MODULES, matmul, attention_module]
+        for module in [*ROW_MODULES, matmul, attention_kernel, attention_merge, attention_ranges]
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.__module__ == module.__name__
     ]

@@ -21,7 +21,8 @@ import torch
 from pytest_batchinv.kernels import cuda, launch, plans, reference, table, tiles
 from pytest_batchinv.kernels.aten import common
 from pytest_batchinv.kernels.cuda import matmul
-from pytest_batchinv.kernels.cuda.attention import kernel as attention_module
+from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
+from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
 from torch.nn import functional as F
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -573,7 +574,7 @@ def test_attention_tiles_are_one_class(dtype, monkeypatch):
     want = cuda.attention(q, k, v, mask, False, 0.25)
     for block_m in (16, 32, 64, 128):
         tile = chosen._replace(block_m=block_m)
-        replace(monkeypatch, attention_module, "attention_tile", lambda *args, tile=tile, **_: tile)
+        replace(monkeypatch, attention_plan, "attention_tile", lambda *args, tile=tile, **_: tile)
         assert_same_bits(cuda.attention(q, k, v, mask, False, 0.25), want)
         each_head = mask.contiguous()  # a mask of its own for each head: heads are not packed into one tile
         assert_same_bits(cuda.attention(q, k, v, each_head, False, 0.25), want)
@@ -658,7 +659,7 @@ def test_attention_options_are_near_the_reference(dtype, options, monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_attention_in_chunks_and_step_by_step_is_attention_as_a_whole(options, monkeypatch):
-    """Few queries get a grid over the keys, many do not: the same order, so the same bits. 256 keys are a split."""
+    """Few queries get a grid over the keys, many do not: the same order, so the same bits. 256 keys are a chunk."""
     options = with_sinks(options, 4, torch.float32)
     q, k, v = qkv(1, 4, 2, 300, 300, 16, 16, torch.float32)
     out, lse = cuda.attention(q, k, v, None, True, 0.25, **options)
@@ -669,13 +670,13 @@ def test_attention_in_chunks_and_step_by_step_is_attention_as_a_whole(options, m
 
 
 DIVISIONS = [(1, 1), (1, 3), (8, 1), (8, 2)]
-"""Blocks of a part, and parts of a program."""
+"""Blocks of a split, and splits of a program."""
 
 
-def divided(part_blocks, parts_a_program):
+def divided(split_blocks, splits_per_program):
     def division(programs, n_key_blocks, multiprocessors):
-        n_parts = -(-n_key_blocks // part_blocks) if part_blocks else 1
-        return attention_module._Division(part_blocks, n_parts, parts_a_program)
+        num_splits = -(-n_key_blocks // split_blocks) if split_blocks else 1
+        return attention_plan.Splits(split_blocks, num_splits, splits_per_program)
 
     return division
 
@@ -691,17 +692,17 @@ def test_attention_does_not_depend_on_how_its_keys_are_divided(mask, options, mo
     elif mask == "additive":
         masks = torch.where(masks, 0.5, torch.finfo(torch.float32).min)
     masks = None if masks is None else masks.expand(2, 4, 3, 330)
-    replace(monkeypatch, attention_module, "_division", lambda *_: attention_module._Division(0, 1, 1))
+    replace(monkeypatch, attention_plan, "num_splits_heuristic", lambda *_: attention_plan.Splits(0, 1, 1))
     want = cuda.attention(q, k, v, masks, False, 0.25, causal_offset=327, **options)
     for division in DIVISIONS:
-        replace(monkeypatch, attention_module, "_division", divided(*division))
+        replace(monkeypatch, attention_plan, "num_splits_heuristic", divided(*division))
         assert_same_bits(cuda.attention(q, k, v, masks, False, 0.25, causal_offset=327, **options), want)
 
 
 @pytest.mark.parametrize("division", [(0, 1), *DIVISIONS])
 def test_attention_spreads_infinities_alike_however_its_keys_are_divided(division, monkeypatch):
     """A block of keys whose weights underflow to 0 still takes part: 0 * inf is NaN, whether it is merged at once or later."""
-    replace(monkeypatch, attention_module, "_division", divided(*division))
+    replace(monkeypatch, attention_plan, "num_splits_heuristic", divided(*division))
     q, k, v = qkv(1, 4, 2, 1, 400, 16, 16, torch.float32)
     q, v[:, :, 270] = q.abs(), torch.inf
     k[:, :, 256:288] = -100.0
@@ -717,9 +718,13 @@ def test_attention_spreads_infinities_alike_however_its_keys_are_divided(divisio
 @pytest.mark.parametrize("mask", ["right padding", "none"])
 @pytest.mark.parametrize("division", [(0, 1), *DIVISIONS])
 def test_attention_of_queries_that_see_nothing_is_zero_however_its_keys_are_divided(division, mask, monkeypatch):
-    """The window begins behind the last key. Nobody computes a part then, and nobody reads what memory held before."""
-    replace(monkeypatch, attention_module, "_division", divided(*division))
-    monkeypatch.setattr(attention_module._Merge, "room", lambda self, q: torch.full((self._room,), 12345.0, dtype=q.dtype))
+    """The window begins after the last key. No program computes a split then, and none reads what memory held before."""
+    replace(monkeypatch, attention_plan, "num_splits_heuristic", divided(*division))
+
+    def filled(self, q):
+        return torch.full((self._workspace_size,), 12345.0, dtype=q.dtype)
+
+    monkeypatch.setattr(attention_merge.Merge, "workspace", filled)
     q, k, v = qkv(2, 4, 2, 1, 300, 16, 16, torch.float32)
     masks = (torch.arange(300) < 40).expand(2, 4, 1, 300) if mask == "right padding" else None
     out, lse = cuda.attention(q, k, v, masks, False, 0.25, causal_offset=350 if masks is None else 200, window=8)
@@ -729,14 +734,14 @@ def test_attention_of_queries_that_see_nothing_is_zero_however_its_keys_are_divi
 
 def test_attention_of_few_queries_gets_a_grid_over_the_keys(monkeypatch):
     launched = []
-    kernel = attention_module._merge_parts_kernel
+    kernel = attention_merge._merge_splits_kernel
 
     class Counted:
         def __getitem__(self, grid):
             launched.append(grid)
             return kernel[grid]
 
-    replace(monkeypatch, attention_module, "_merge_parts_kernel", Counted())
+    replace(monkeypatch, attention_merge, "_merge_splits_kernel", Counted())
     for rows, merges in ((2, 1), (100, 1)):  # a hundred rows are programs enough
         cuda.attention(*qkv(rows, 4, 2, 1, 150, 16, 16, torch.float32), None, False, 0.25)
         assert len(launched) == merges
@@ -745,12 +750,12 @@ def test_attention_of_few_queries_gets_a_grid_over_the_keys(monkeypatch):
 @pytest.mark.parametrize("programs", [1, 7, 100, 131, 132, 133, 1000])
 @pytest.mark.parametrize("n_key_blocks", [1, 2, 7, 8, 9, 64, 100, 257])
 def test_attention_divides_all_of_the_keys_and_nothing_else(programs, n_key_blocks):
-    division = attention_module._division(programs, n_key_blocks, 132)
-    if division.part_blocks:
-        assert (division.n_parts - 1) * division.part_blocks < n_key_blocks <= division.n_parts * division.part_blocks
-        assert 1 <= division.parts_a_program <= division.n_parts
-    assert division.part_blocks in ((0,) if n_key_blocks == 1 or programs == 132 else (0, 1, 8))
-    assert (programs, division.part_blocks) != (1, 0) or n_key_blocks <= 2
+    division = attention_plan.num_splits_heuristic(programs, n_key_blocks, 132)
+    if division.split_blocks:
+        assert (division.num_splits - 1) * division.split_blocks < n_key_blocks <= division.num_splits * division.split_blocks
+        assert 1 <= division.splits_per_program <= division.num_splits
+    assert division.split_blocks in ((0,) if n_key_blocks == 1 or programs == 132 else (0, 1, 8))
+    assert (programs, division.split_blocks) != (1, 0) or n_key_blocks <= 2
 
 
 def packed(rows, lengths):

@@ -25,7 +25,10 @@ DEVICES = {
 }
 """What the kernels' launchers would read off these GPUs, by compute capability."""
 
-_MODULES = ("attention.kernel", "matmul", "norm", "reduce", "rows", "scatter", "softmax")
+_MODULES = (
+    *("attention.kernel", "attention.merge", "attention.plan", "attention.ranges"),
+    *("matmul", "norm", "reduce", "rows", "scatter", "softmax"),
+)
 
 
 @contextlib.contextmanager
