@@ -9,7 +9,7 @@ import torch
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
-from pytest_batchinv.kernels.operators import is_straight
+from pytest_batchinv.kernels.operators import may_skip_dispatcher
 from pytest_batchinv.kernels.overloads import Implementation, Sibling, is_exact, overload_of, refusal, siblings
 from pytest_batchinv.patches.dispatcher import COMPOSITE, Holding, Registration, foreign
 from torch._ops import OpOverload
@@ -130,14 +130,14 @@ def _write(name: str, out: torch.Tensor, result: torch.Tensor, may_cast: bool, m
 
 
 def _composite(overload: OpOverload, implementation: Implementation) -> Callable:
-    """Composites may have a way past the dispatcher, ``straight``, for calls in which it would have nothing to do."""
+    """The composite, or its plan where the dispatcher has nothing to do."""
     name = overload.name()
-    has_straight_way = "straight" in inspect.signature(implementation).parameters
+    planned = table.PLANNED[name.removeprefix("aten::")]
 
     def run(keyset, *args, **kwargs):
         count(name)
-        if has_straight_way and is_straight(keyset, (*args, *kwargs.values())):
-            return implementation(*args, **kwargs, straight=True)
+        if may_skip_dispatcher(keyset, (*args, *kwargs.values())):
+            return planned(*args, **kwargs)
         return implementation(*args, **kwargs)
 
     return run

@@ -124,8 +124,8 @@ def _differentiate(
     library.impl(name, run, "Autograd", with_keyset=True)
 
 
-def is_straight(keyset: torch._C.DispatchKeySet, args: tuple) -> bool:
-    """Whether nothing stands between a call and the kernel of its device.
+def may_skip_dispatcher(keyset: torch._C.DispatchKeySet, args: tuple) -> bool:
+    """Whether the dispatcher has nothing to do between this call and the kernel of its device.
 
     That is: no gradient is needed, and no mode, transform, wrapper or lazy bit takes part.
     """

@@ -59,6 +59,14 @@ COMPOSITES = {
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
 }
 
+PLANNED = {
+    "linear": products.planned_linear,
+    "layer_norm": norms.planned_layer_norm,
+    "rms_norm": norms.planned_rms_norm,
+    "scaled_dot_product_attention": attention.planned_sdpa,
+}
+"""The composites without their operators in between, for calls in which the dispatcher has nothing to do. The same bits."""
+
 _OF_ANY_DTYPE = ("sigmoid", "rsqrt", "exp", "tanh", "erf", "expm1", "log", "log1p", "sin", "cos")
 
 POINTWISE = {

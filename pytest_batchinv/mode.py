@@ -205,6 +205,7 @@ def _canary() -> None:
     with counters.counting_apart() as answered:
         torch.mm(x, x, out=torch.empty(2, 2))
         torch.nn.functional.linear(x, x, x[0])
+        torch.addmm(x[0], x, x)
         x.softmax(-1).mean(-1)
     for name in ("aten::mm.out", "aten::linear", "aten::addmm", "aten::_softmax", "aten::mean.dim"):
         if name not in answered:

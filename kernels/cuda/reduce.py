@@ -1,11 +1,15 @@
 """One number a row: sums, means, norms, variances, logsumexp; and ``row_cumsum``."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import alignment, plan
+from ..plans import Description, describe, on_device, plan
+from ..tiles import accumulator, ceil_div
 from .rows import (
     RowKernel,
     chunk_columns,
@@ -19,7 +23,6 @@ from .rows import (
     store_block,
     unfused,
 )
-from .tiles import accumulator, ceil_div, on_device
 
 _CUMSUM_BLOCK = 4096
 """Part of the order of running sums."""
@@ -41,7 +44,7 @@ def _row_reduce_kernel(
     correction: tl.float64,
     RESULT: tl.constexpr,
     STATISTICS: tl.constexpr,
-    WAY: tl.constexpr,
+    STRATEGY: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -54,7 +57,7 @@ def _row_reduce_kernel(
     """
     rows, is_row = program_rows(n_rows, ROWS)
     row_ptrs = x_ptr + rows * x_row_stride
-    a, b = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
+    a, b = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, STRATEGY, ACC, BLOCK)
     count = tl.full([], n_cols, ACC)
     if RESULT == "mean":
         out = divide(a, count, ACC)
@@ -72,48 +75,91 @@ def _row_reduce_kernel(
     tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
-reduce_rows = RowKernel(_row_reduce_kernel)
+_reduce_rows = RowKernel(_row_reduce_kernel)
+_Planned = Callable[[Tensor], Tensor]
+_Shape = tuple[int, ...]
 
 
 def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_sum`` on the GPU."""
-    return _reduce(x, out_dtype, "sum", "sum")
+    return plan_row_sum(describe(x), out_dtype)(x)
 
 
 def row_mean(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_mean`` on the GPU."""
-    return _reduce(x, out_dtype, "sum", "mean")
+    return plan_row_mean(describe(x), out_dtype)(x)
 
 
 def row_mean_of_squares(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_mean_of_squares`` on the GPU."""
-    return _reduce(x, out_dtype, "square", "mean")
+    return plan_row_mean_of_squares(describe(x), out_dtype)(x)
 
 
 def row_norm(x: Tensor, p: float, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_norm`` on the GPU. Raises ValueError for p other than 1 and 2."""
-    if p not in (1, 2):
-        raise ValueError(f"row_norm is there for p = 1 and p = 2, not for p = {p}.")
-    return _reduce(x, out_dtype, "abs", "sum") if p == 1 else _reduce(x, out_dtype, "square", "root")
+    return plan_row_norm(describe(x), p, out_dtype)(x)
 
 
 def row_logsumexp(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_logsumexp`` on the GPU."""
-    return _reduce(x, out_dtype, "exp", "logsumexp")
+    return plan_row_logsumexp(describe(x), out_dtype)(x)
 
 
 def row_var_mean(x: Tensor, correction: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``reference.row_var_mean`` on the GPU: about each chunk's mean, then about the row's (Chan, Golub, LeVeque 1979)."""
-    mean = x.new_empty(x.shape[0], dtype=out_dtype)
-    return _reduce(x, out_dtype, "moments", "var_mean", mean, correction), mean
+    return plan_row_var_mean(describe(x), correction, out_dtype)(x)
 
 
-def _reduce(
-    x: Tensor, out_dtype: torch.dtype, statistics: str, result: str, mean: Tensor | None = None, correction: float = 0.0
-) -> Tensor:
-    out = x.new_empty(x.shape[0], dtype=out_dtype)
-    reduce_rows(x, (out, mean), (float(correction),), (result,), statistics, out_dtype)
-    return out
+# Plans: each takes the description of the rows, and gives a function of a tensor at such rows' address. shape: of the result,
+# if it is not [n_rows].
+
+
+def plan_row_sum(x: Description, out_dtype: torch.dtype, shape: _Shape | None = None) -> _Planned:
+    return _plan_reduction(x, out_dtype, "sum", "sum", 0.0, shape)
+
+
+def plan_row_mean(x: Description, out_dtype: torch.dtype, shape: _Shape | None = None) -> _Planned:
+    return _plan_reduction(x, out_dtype, "sum", "mean", 0.0, shape)
+
+
+def plan_row_mean_of_squares(x: Description, out_dtype: torch.dtype, shape: _Shape | None = None) -> _Planned:
+    return _plan_reduction(x, out_dtype, "square", "mean", 0.0, shape)
+
+
+def plan_row_norm(x: Description, p: float, out_dtype: torch.dtype, shape: _Shape | None = None) -> _Planned:
+    if p not in (1, 2):
+        raise ValueError(f"row_norm is there for p = 1 and p = 2, not for p = {p}.")
+    statistics, result = ("abs", "sum") if p == 1 else ("square", "root")
+    return _plan_reduction(x, out_dtype, statistics, result, 0.0, shape)
+
+
+def plan_row_logsumexp(x: Description, out_dtype: torch.dtype, shape: _Shape | None = None) -> _Planned:
+    return _plan_reduction(x, out_dtype, "exp", "logsumexp", 0.0, shape)
+
+
+def plan_row_var_mean(
+    x: Description, correction: float, out_dtype: torch.dtype, shape: _Shape | None = None, with_mean: bool = True
+) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    return _plan_reduction(x, out_dtype, "moments", "var_mean" if with_mean else "var", correction, shape)
+
+
+@plan
+def _plan_reduction(
+    x: Description, out_dtype: torch.dtype, statistics: str, result: str, correction: float, shape: _Shape | None
+) -> Callable[[Tensor], Any]:
+    shape = x.shape[:1] if shape is None else shape
+    is_pair, with_mean = statistics == "moments", result == "var_mean"
+    launch = _reduce_rows.launch(x, (float(correction),), (result,), statistics, out_dtype) if x.shape[0] else None
+
+    def call(x: Tensor) -> Any:
+        out = x.new_empty(shape, dtype=out_dtype)
+        mean = x.new_empty(shape, dtype=out_dtype) if with_mean else None
+        if launch is not None:
+            with on_device(x):
+                launch(x, out, mean)
+        return (out, mean) if is_pair else out
+
+    return call
 
 
 @triton.jit
@@ -167,19 +213,26 @@ def _row_cumsum_kernel(
 
 def row_cumsum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_cumsum`` on the GPU."""
-    out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
-    if out.numel() != 0:
-        launch = _cumsum_plan(x.shape, x.stride(), x.device, x.dtype, out_dtype, alignment(x, out))
-        with on_device(x):
-            launch(x, out)
-    return out
+    return plan_row_cumsum(describe(x), out_dtype)(x)
 
 
 @plan
-def _cumsum_plan(shape, strides, device, dtype, out_dtype, aligned):
-    n_rows, n_cols = shape
-    acc = accumulator(torch.promote_types(dtype, out_dtype))
+def plan_row_cumsum(x: Description, out_dtype: torch.dtype, shape: _Shape | None = None) -> _Planned:
+    """``row_cumsum`` of tensors at the address of rows like x. shape: of the result, if it is not x's."""
+    shape = x.shape if shape is None else shape
+    if 0 in x.shape:
+        return lambda x: x.new_empty(shape, dtype=out_dtype)
+    n_rows, n_cols = x.shape
+    acc = accumulator(torch.promote_types(x.dtype, out_dtype))
     tile = covering_tile(n_rows, min(n_cols, _CUMSUM_BLOCK), acc)
     # Every column keeps its own sum: more registers than one sum a row takes, so twice the warps.
-    arguments = (*shape, *strides, acc, tile.rows, min(tile.block, _CUMSUM_BLOCK))
-    return unfused(_row_cumsum_kernel, ceil_div(n_rows, tile.rows), arguments, 2 * tile.num_warps)
+    arguments = (*x.shape, *x.strides, acc, tile.rows, min(tile.block, _CUMSUM_BLOCK))
+    launch = unfused(_row_cumsum_kernel, ceil_div(n_rows, tile.rows), arguments, 2 * tile.num_warps)
+
+    def call(x: Tensor) -> Tensor:
+        out = x.new_empty(shape, dtype=out_dtype)
+        with on_device(x):
+            launch(x, out)
+        return out
+
+    return call

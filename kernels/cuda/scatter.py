@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import accumulator, ceil_div, on_device
+from ..plans import on_device
+from ..tiles import accumulator, ceil_div
 
 
 @triton.jit(

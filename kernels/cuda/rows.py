@@ -10,12 +10,13 @@ size 2, and no layout that Triton picks can change it. All else is elementwise, 
 load may be specialised here: strides, the number of columns, the alignment of pointers; and programs, warps and rows
 may follow the number of rows. A row is read in one of three ways, all with the same bits:
 
-* resident: it fits into one chunk, and is read once, into the registers of one program.
+* persistent: it fits into one chunk, and is read once, into the registers of one program.
 * looped: one program reads its chunks one after the other, then, if the result is a row, once more from the L2 cache.
 * split: few long rows would leave most of the GPU idle, so each chunk is a program: one kernel writes each chunk's
   statistics, the next merges them ascending.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from . import tiles
-from .launch import Launch, alignment, plan
-from .tiles import accumulator, ceil_div, on_device
+from .. import tiles
+from ..launch import Launch
+from ..plans import Description
+from ..tiles import accumulator, ceil_div
 
 
 class RowTile(NamedTuple):
@@ -50,7 +52,7 @@ ROW_TILES = (
     RowTile(8192, 1, 8),
     RowTile(16384, 1, 16),
 )
-"""For resident rows: the first that covers the row. Only speed depends on this table, and on the four numbers below."""
+"""For persistent rows: the first that covers the row. Only speed depends on this table, and on the four numbers below."""
 
 LOOPED_WARPS = 32
 SPLIT_WARPS = 16
@@ -133,9 +135,9 @@ def load_block(row_ptrs, is_row, cols, n_cols, col_stride, other, EVICT: tl.cons
 
 
 @triton.jit
-def store_block(out_ptr, rows, is_row, cols, n_cols, y, WAY: tl.constexpr):
+def store_block(out_ptr, rows, is_row, cols, n_cols, y, STRATEGY: tl.constexpr):
     """y [ROWS, BLOCK] into a contiguous [n_rows, n_cols]; looped, it must not drive out of L2 what is still to be read."""
-    EVICT: tl.constexpr = "evict_first" if WAY == "looped" else ""
+    EVICT: tl.constexpr = "evict_first" if STRATEGY == "looped" else ""
     inside = is_row[:, None] & (cols < n_cols)[None, :]
     ptrs = (out_ptr + rows * n_cols)[:, None] + cols[None, :]
     tl.store(ptrs, y.to(out_ptr.dtype.element_ty), mask=inside, eviction_policy=EVICT)
@@ -149,16 +151,16 @@ def program_rows(n_rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def program_rows_and_chunks(n_rows, n_cols, WAY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def program_rows_and_chunks(n_rows, n_cols, STRATEGY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The rows of a program that writes rows, which of them exist, and its chunks, the last not included."""
-    if WAY == "split":
+    if STRATEGY == "split":
         n_chunks = count_chunks(n_cols, BLOCK)
         program = tl.program_id(0).to(tl.int64)
         rows = program // n_chunks + tl.arange(0, ROWS)
         return rows, rows < n_rows, program % n_chunks, program % n_chunks + 1
     else:
         rows, is_row = program_rows(n_rows, ROWS)
-        if WAY == "resident":
+        if STRATEGY == "persistent":
             return rows, is_row, 0, 1
         else:
             return rows, is_row, 0, count_chunks(n_cols, BLOCK)
@@ -233,19 +235,19 @@ def row_statistics(
     n_cols,
     col_stride,
     STATISTICS: tl.constexpr,
-    WAY: tl.constexpr,
+    STRATEGY: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The statistics of whole rows: those of their chunks, merged ascending. Split, they are read from ``partials``."""
-    if WAY == "resident":
+    if STRATEGY == "persistent":
         x = load_block(row_ptrs, is_row, chunk_columns(0, BLOCK), n_cols, col_stride, padding(STATISTICS), "")
         a, b = chunk_statistics(x.to(ACC), 0, n_cols, STATISTICS, ACC)
     else:
         n_chunks = count_chunks(n_cols, BLOCK)
         a = tl.full([row_ptrs.shape[0]], padding(STATISTICS), ACC)
         b = tl.zeros([row_ptrs.shape[0]], ACC)
-        if WAY == "split":
+        if STRATEGY == "split":
             for chunk in tl.range(0, n_chunks, loop_unroll_factor=4):
                 ptrs = partials_ptr + (rows * n_chunks + chunk) * 2
                 chunk_a = tl.load(ptrs, mask=is_row, other=0.0)
@@ -293,50 +295,31 @@ def _row_partials_kernel(
 class RowKernel:
     """A kernel on the rows of x [n_rows, n_cols], preceded by ``_row_partials_kernel`` where rows are split.
 
-    The kernel's parameters: x_ptr, partials_ptr, ``tensors``, then n_rows, n_cols, x_row_stride, x_col_stride, ``numbers``
-    and ``constants``, and STATISTICS, WAY, ACC, ROWS, BLOCK. Sums have the accumulator of the wider of x's dtype and
-    out_dtype. A tensor may be None: the kernel neither reads nor writes it then. writes_rows: its results are rows, so
-    split, each chunk has a program; else each row has one. asserts: the kernel's device-side assertions are compiled;
-    Triton leaves them out otherwise. n_specialised: of so many of the tensors, the first ones, dtype and alignment make
-    the binary, with all that is no tensor (None: of all). ``plan`` gives the callable (x, *tensors) for a description.
+    The kernel's parameters: x_ptr, partials_ptr, its other tensors, then n_rows, n_cols, x_row_stride, x_col_stride, numbers
+    and constants, and STATISTICS, STRATEGY, ACC, ROWS, BLOCK. writes_rows: its results are rows, so split, each chunk has a
+    program; else each row has one. asserts: the kernel's device-side assertions are compiled; Triton leaves them out otherwise.
     """
 
-    def __init__(
-        self, kernel: JITFunction, writes_rows: bool = False, asserts: bool = False, n_specialised: int | None = None
-    ) -> None:
-        self._kernel, self._writes_rows, self._asserts, self._n_specialised = kernel, writes_rows, asserts, n_specialised
-        self.plan = plan(self._planned)
+    def __init__(self, kernel: JITFunction, writes_rows: bool = False, asserts: bool = False) -> None:
+        self._kernel, self._writes_rows, self._asserts = kernel, writes_rows, asserts
 
-    def __call__(
-        self,
-        x: Tensor,
-        tensors: tuple[Tensor | None, ...],
-        numbers: tuple[float, ...],
-        constants: tuple[Any, ...],
-        statistics: str,
-        out_dtype: torch.dtype,
-    ) -> None:
-        shape = x.shape
-        if shape[0] == 0:
-            return
-        specialised = tensors[: self._n_specialised]
-        dtypes, aligned = tuple([None if t is None else t.dtype for t in specialised]), alignment(x, *specialised)
-        what = (numbers, constants, statistics, out_dtype)
-        rows = self.plan(shape, x.stride(), x.device, x.dtype, dtypes, aligned, *what)
-        with on_device(x):
-            rows(x, *tensors)
+    def launch(
+        self, x: Description, numbers: tuple[float, ...], constants: tuple[Any, ...], statistics: str, out_dtype: torch.dtype
+    ) -> Callable[..., None]:
+        """A callable (x, *tensors) for rows like these, of which there is one at least. It reads of x the address alone.
 
-    def _planned(self, shape, strides, device, dtype, dtypes, aligned, numbers, constants, statistics, out_dtype):
-        """How the kernel is launched on rows like these: all that the tile, the way, the grids and the binaries depend on."""
-        acc = accumulator(torch.promote_types(dtype, out_dtype))
-        n_rows, n_cols = shape
-        tile, way = _tile_and_way(n_rows, n_cols, acc, self._writes_rows, device)
-        arguments = (*shape, *strides, *numbers, *constants, statistics, way, acc, tile.rows, tile.block)
-        if way != "split":
+        Sums have the accumulator of the wider of x's dtype and out_dtype. A tensor may be None: the kernel neither reads nor
+        writes it then. Who asks must ask again for tensors of other dtypes and alignment: a ``Launch`` keeps its binary.
+        """
+        acc = accumulator(torch.promote_types(x.dtype, out_dtype))
+        n_rows, n_cols = x.shape
+        tile, strategy = _tile_and_strategy(n_rows, n_cols, acc, self._writes_rows, x.device)
+        arguments = (*x.shape, *x.strides, *numbers, *constants, statistics, strategy, acc, tile.rows, tile.block)
+        if strategy != "split":
             launch = self._launch(ceil_div(n_rows, tile.rows), arguments, tile)
             return lambda x, *tensors: launch(x, None, *tensors)
         chunks = ceil_div(n_cols, tile.block)
-        of_chunks = (*shape, *strides, statistics, acc, tile.block)
+        of_chunks = (*x.shape, *x.strides, statistics, acc, tile.block)
         return _SplitRows(
             ((n_rows, chunks, 2), torch.float64 if acc == tl.float64 else torch.float32),
             unfused(_row_partials_kernel, n_rows * chunks, of_chunks, tile.num_warps),
@@ -348,7 +331,7 @@ class RowKernel:
 
 
 class _SplitRows:
-    """A row kernel for split rows of one size, and the kernel of their chunks' statistics in front of it."""
+    """A row kernel for split rows of one size, and before it the kernel of their chunks' statistics."""
 
     def __init__(self, partials: tuple[tuple[int, ...], torch.dtype], chunks: Launch, rows: Launch) -> None:
         self._partials, self._chunks, self._rows = partials, chunks, rows
@@ -367,15 +350,15 @@ def unfused(kernel: JITFunction, programs: int, arguments: tuple[Any, ...], num_
     return Launch(kernel, (programs, 1, 1), arguments, num_warps=num_warps, enable_fp_fusion=False, **options)
 
 
-def _tile_and_way(n_rows: int, n_cols: int, acc: tl.dtype, writes_rows: bool, device: torch.device) -> tuple[RowTile, str]:
-    """Which tile, and which of the three ways. Only the chunk has a say in the bits."""
+def _tile_and_strategy(n_rows: int, n_cols: int, acc: tl.dtype, writes_rows: bool, device: torch.device) -> tuple[RowTile, str]:
+    """Which tile, and which of the three strategies. Only the chunk has a say in the bits."""
     chunk = CHUNK[acc]
     if n_cols > chunk:
         mergeable = not writes_rows or n_cols <= SPLIT_CHUNKS * chunk
         if mergeable and n_rows < SPLIT_BELOW * tiles.device_of(device).multiprocessors:
             return RowTile(chunk, 1, SPLIT_WARPS), "split"
         return RowTile(chunk, 1, LOOPED_WARPS), "looped"
-    return covering_tile(n_rows, n_cols, acc), "resident"
+    return covering_tile(n_rows, n_cols, acc), "persistent"
 
 
 def covering_tile(n_rows: int, n_cols: int, acc: tl.dtype) -> RowTile:

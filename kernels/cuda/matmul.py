@@ -9,6 +9,7 @@ through TMA descriptors, where the operands allow it. They are of one class: whi
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Launch, alignment, plan
-from .tiles import GROUP_M, Tile, accumulator, ceil_div, device_of, gemm_tile, next_power_of_2, on_device, tiles_and_programs
+from ..launch import Launch
+from ..plans import Description, describe, on_device, plan
+from ..tiles import GROUP_M, Tile, accumulator, ceil_div, device_of, gemm_tile, next_power_of_2, tiles_and_programs
 
 INT32_END, MARGIN = 1 << 31, 1 << 9
 """What int32 cannot count any more, and more than the longest block."""
@@ -270,41 +272,43 @@ def _gemm_tma_kernel(
 
 def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """``reference.gemm`` on the GPU."""
-    shape_a, shape_b = a.shape, b.shape
-    out = a.new_empty((*shape_a[:-1], shape_b[-1]))
-    if out.numel() == 0:
-        return out
-    if bias is not None and beta == 0:
-        bias = None
-    strides_bias = None if bias is None else bias.stride()
-    aligned = alignment(a, b, bias, out)
-    product = plan_gemm(shape_a, a.stride(), shape_b, b.stride(), strides_bias, aligned, a.dtype, a.device)
-    with on_device(a):
-        product(a, b, bias, out, alpha, beta)
-    return out
+    bias = None if beta == 0 else bias
+    return plan_gemm(describe(a), describe(b), describe(bias))(a, b, bias, alpha, beta)
 
 
 @plan
 def plan_gemm(
-    shape_a: tuple[int, ...],
-    strides_a: tuple[int, ...],
-    shape_b: tuple[int, ...],
-    strides_b: tuple[int, ...],
-    strides_bias: tuple[int, ...] | None,
-    aligned: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> "_Product | _TmaProduct | _LongProduct":
-    """How this product is computed. aligned: ``alignment`` of a, b, the bias and the result."""
-    sizes = Sizes.of(shape_a, strides_a, shape_b, strides_b, strides_bias)
+    a: Description, b: Description, bias: Description | None, shape: tuple[int, ...] | None = None
+) -> Callable[[Tensor, Tensor, Tensor | None, float, float], Tensor]:
+    """``gemm`` of tensors at the addresses of matrices like these: (a, b, bias, alpha, beta) -> the product.
+
+    shape: of the result, if it is not [B, M, N]. A bias is read, so with beta = 0 it must be None.
+    """
+    shape = (*a.shape[:-1], b.shape[-1]) if shape is None else shape
+    if 0 in shape:
+        return lambda a, *_: a.new_empty(shape)
+    multiply = _planned(a, b, bias)
+
+    def call(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
+        out = a.new_empty(shape)
+        with on_device(a):
+            multiply(a, b, bias, out, alpha, beta)
+        return out
+
+    return call
+
+
+def _planned(a: Description, b: Description, bias: Description | None) -> "_Product | _TmaProduct | _LongProduct":
+    sizes = Sizes.of(a.shape, a.strides, b.shape, b.strides, None if bias is None else bias.strides)
     if sizes.are_long():
         return _LongProduct(sizes)
-    fits = device_of(device).has_tma and dtype.itemsize == 2 and aligned & 0b1100 == 0b1100 and sizes.fit_tma()
+    has_tma = device_of(a.device).has_tma and a.dtype.itemsize == 2
+    fits = has_tma and a.is_aligned and b.is_aligned and sizes.fit_tma()
     bias_blocks = 0
-    if sizes.bias is not None:
-        bias_blocks = 1 if sizes.bias[2] == 1 and sizes.bias[1] % 8 == 0 and aligned & 0b0010 else 2
-    tile = gemm_tile(dtype, sizes.M, sizes.N, sizes.K, sizes.batch, device, fits, bias_blocks)
-    return product(sizes, dtype, device, tile)
+    if bias is not None and sizes.bias is not None:
+        bias_blocks = 1 if sizes.bias[2] == 1 and sizes.bias[1] % 8 == 0 and bias.is_aligned else 2
+    tile = gemm_tile(a.dtype, sizes.M, sizes.N, sizes.K, sizes.batch, a.device, fits, bias_blocks)
+    return product(sizes, a.dtype, a.device, tile)
 
 
 def product(sizes: "Sizes", dtype: torch.dtype, device: torch.device, tile: Tile) -> "_Product":
@@ -515,27 +519,30 @@ def _grouped_gemm_kernel(
 
 def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """``reference.grouped_gemm`` on the GPU. ``offs`` stays there: nothing waits for it."""
-    shape_a, shape_b = a.shape, b.shape
-    out = torch.zeros((shape_a[0], shape_b[2]), dtype=a.dtype, device=a.device)
-    if out.numel() == 0 or shape_b[0] == 0:
-        return out
-    aligned = alignment(a, b, out)
-    product = _grouped_plan(shape_a, a.stride(), shape_b, b.stride(), aligned, a.dtype, offs.dtype, a.device)
-    with on_device(a):
-        product(a, b, offs.contiguous(), out)
-    return out
+    offs = offs.contiguous()
+    return _plan_grouped_gemm(describe(a), describe(b), describe(offs))(a, b, offs)
 
 
 @plan
-def _grouped_plan(shape_a, strides_a, shape_b, strides_b, aligned, dtype, dtype_offs, device) -> Launch:
-    """How this product is computed: (a, b, offs, out). aligned: ``alignment`` of a, b and the result."""
+def _plan_grouped_gemm(a: Description, b: Description, offs: Description) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    shape_a, shape_b = a.shape, b.shape
     (T, K), (G, _, N) = shape_a, shape_b
-    if Sizes.of(shape_a, strides_a, shape_b[1:], strides_b[1:]).are_long():
+    if 0 in (T, N, G):
+        return lambda a, b, offs: a.new_zeros((T, N))
+    if Sizes.of(shape_a, a.strides, shape_b[1:], b.strides[1:]).are_long():
         sizes = f"{list(shape_a)} by {list(shape_b)}"
         raise ValueError(f"grouped_gemm takes fewer than {INT32_END - MARGIN} rows, columns and terms, not {sizes}.")
-    tile = gemm_tile(dtype, ceil_div(T, G), N, K, G, device)
+    tile = gemm_tile(a.dtype, ceil_div(T, G), N, K, G, a.device)
     # 0 where the size is 1: torch leaves anything there, and it would only make Triton compile again.
-    strides = [0 if n == 1 else stride for n, stride in zip((*shape_a, *shape_b), (*strides_a, *strides_b), strict=True)]
-    arguments = (T, G, N, K, *strides, accumulator(dtype), *tile[:3], next_power_of_2(G), K % tile.block_k == 0)
+    strides = [0 if n == 1 else stride for n, stride in zip((*shape_a, *shape_b), (*a.strides, *b.strides), strict=True)]
+    arguments = (T, G, N, K, *strides, accumulator(a.dtype), *tile[:3], next_power_of_2(G), K % tile.block_k == 0)
     programs = (ceil_div(T, tile.block_m) + G) * ceil_div(N, tile.block_n)
-    return _launch(_grouped_gemm_kernel, (programs, 1, 1), arguments, tile)
+    launch = _launch(_grouped_gemm_kernel, (programs, 1, 1), arguments, tile)
+
+    def call(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        out = a.new_zeros((T, N))
+        with on_device(a):
+            launch(a, b, offs, out)
+        return out
+
+    return call

@@ -1,10 +1,13 @@
 """``row_softmax``: softmax and log_softmax of rows. ``row_logprobs``: log_softmax of chosen columns alone."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plans import Description, describe, on_device, plan
 from .rows import (
     RowKernel,
     chunk_columns,
@@ -42,7 +45,7 @@ def _row_softmax_kernel(
     x_col_stride,
     LOG: tl.constexpr,
     STATISTICS: tl.constexpr,
-    WAY: tl.constexpr,
+    STRATEGY: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -53,29 +56,47 @@ def _row_softmax_kernel(
     sum = sum * exp(max - new max) + chunk's sum * exp(chunk's max - new max). Columns of -inf behind the row's last
     value, and chunks of nothing else, add exact zeros and scale by exact ones. A row of nothing but -inf gives NaN.
     """
-    rows, is_row, first, last = program_rows_and_chunks(n_rows, n_cols, WAY, ROWS, BLOCK)
+    rows, is_row, first, last = program_rows_and_chunks(n_rows, n_cols, STRATEGY, ROWS, BLOCK)
     row_ptrs = x_ptr + rows * x_row_stride
-    if WAY == "resident":
+    if STRATEGY == "persistent":
         x = load_block(row_ptrs, is_row, chunk_columns(0, BLOCK), n_cols, x_col_stride, padding(STATISTICS), "").to(ACC)
         largest, total = chunk_statistics(x, 0, n_cols, STATISTICS, ACC)
     else:
-        largest, total = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
+        largest, total = row_statistics(
+            row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, STRATEGY, ACC, BLOCK
+        )
     for done in range(0, last - first):
         cols = chunk_columns(last - 1 - done, BLOCK)  # descending: what was read last is still in the L2 cache
-        if WAY != "resident":
+        if STRATEGY != "persistent":
             x = load_block(row_ptrs, is_row, cols, n_cols, x_col_stride, padding(STATISTICS), "evict_first").to(ACC)
-        store_block(out_ptr, rows, is_row, cols, n_cols, _softmax(x, largest, total, LOG, ACC), WAY)
+        store_block(out_ptr, rows, is_row, cols, n_cols, _softmax(x, largest, total, LOG, ACC), STRATEGY)
 
 
-softmax_rows = RowKernel(_row_softmax_kernel, writes_rows=True)
+_softmax_rows = RowKernel(_row_softmax_kernel, writes_rows=True)
 
 
 def row_softmax(x: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
     """``reference.row_softmax`` on the GPU."""
-    out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
-    if out.numel() != 0:
-        softmax_rows(x, (out,), (), (bool(log),), "exp", out_dtype)
-    return out
+    return plan_row_softmax(describe(x), log, out_dtype)(x)
+
+
+@plan
+def plan_row_softmax(
+    x: Description, log: bool, out_dtype: torch.dtype, shape: tuple[int, ...] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """``row_softmax`` of tensors at the address of rows like x. shape: of the result, if it is not x's."""
+    shape = x.shape if shape is None else shape
+    if 0 in x.shape:
+        return lambda x: x.new_empty(shape, dtype=out_dtype)
+    launch = _softmax_rows.launch(x, (), (bool(log),), "exp", out_dtype)
+
+    def call(x: Tensor) -> Tensor:
+        out = x.new_empty(shape, dtype=out_dtype)
+        with on_device(x):
+            launch(x, out)
+        return out
+
+    return call
 
 
 @triton.jit(
@@ -96,7 +117,7 @@ def _row_logprobs_kernel(
     index_col_stride,
     INDEX_BLOCK: tl.constexpr,
     STATISTICS: tl.constexpr,
-    WAY: tl.constexpr,
+    STRATEGY: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -104,7 +125,9 @@ def _row_logprobs_kernel(
     """out[row, i] = log_softmax(x[row])[index[row, i]]: statistics and formula of ``_row_softmax_kernel``."""
     rows, is_row = program_rows(n_rows, ROWS)
     row_ptrs = x_ptr + rows * x_row_stride
-    largest, total = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
+    largest, total = row_statistics(
+        row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, STRATEGY, ACC, BLOCK
+    )
     for block in range(0, tl.cdiv(n_index, INDEX_BLOCK)):
         places = block * INDEX_BLOCK + tl.arange(0, INDEX_BLOCK).to(tl.int64)
         wanted = is_row[:, None] & (places < n_index)[None, :]
@@ -127,13 +150,28 @@ def row_logprobs(x: Tensor, index: Tensor, out_dtype: torch.dtype) -> Tensor:
     device-side assertion, as in ``torch.gather``: the next synchronisation raises. Raises ValueError for another shape
     or dtype of index.
     """
-    if index.dtype != torch.int64 or index.dim() != 2 or index.shape[0] != x.shape[0]:
+    return plan_row_logprobs(describe(x), describe(index), out_dtype)(x, index)
+
+
+@plan
+def plan_row_logprobs(
+    x: Description, index: Description, out_dtype: torch.dtype, shape: tuple[int, ...] | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``row_logprobs`` of tensors at the addresses of rows like x and of such an index. shape: of the result."""
+    if index.dtype != torch.int64 or len(index.shape) != 2 or index.shape[0] != x.shape[0]:
         raise ValueError(
             f"index is {index.dtype} {list(index.shape)}; row_logprobs takes int64 [{x.shape[0]}, k]: "
             "the columns wanted of each row."
         )
-    out = torch.empty(index.shape, dtype=out_dtype, device=x.device)
-    if out.numel() != 0:
-        numbers = (index.shape[1], *index.stride())
-        _logprobs_of_rows(x, (index, out), numbers, (16,), "exp", out_dtype)
-    return out
+    shape = index.shape if shape is None else shape
+    if 0 in index.shape:
+        return lambda x, index: x.new_empty(shape, dtype=out_dtype)
+    launch = _logprobs_of_rows.launch(x, (index.shape[1], *index.strides), (16,), "exp", out_dtype)
+
+    def call(x: Tensor, index: Tensor) -> Tensor:
+        out = x.new_empty(shape, dtype=out_dtype)
+        with on_device(x):
+            launch(x, index, out)
+        return out
+
+    return call

@@ -11,12 +11,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from pytest_batchinv.kernels import launch, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-from . import launch, tiles
 
 DEVICES = {
     80: tiles.Device(multiprocessors=108, shared_memory=tiles.SHARED_MEMORY_SM80, capability=80),  # A100
@@ -26,7 +25,10 @@ DEVICES = {
 }
 """What the kernels' launchers would read off these GPUs, by compute capability."""
 
-_MODULES = ("attention", "matmul", "norm", "reduce", "rows", "scatter", "softmax")
+_MODULES = (
+    *("attention.kernel", "attention.merge", "attention.plan", "attention.ranges"),
+    *("matmul", "norm", "reduce", "rows", "scatter", "softmax"),
+)
 
 
 @contextlib.contextmanager
@@ -117,7 +119,7 @@ def _device(device: tiles.Device) -> Iterator[None]:
 
 
 def _modules() -> list[ModuleType]:
-    return [importlib.import_module(f"pytest_batchinv.kernels.{name}") for name in _MODULES]
+    return [importlib.import_module(f"pytest_batchinv.kernels.cuda.{name}") for name in _MODULES]
 
 
 def kernels() -> list[JITFunction]:

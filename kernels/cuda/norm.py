@@ -1,11 +1,13 @@
 """``row_layer_norm`` and ``row_rms_norm``."""
 
-import torch
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import accumulator_dtype
+from ..plans import Description, describe, on_device, plan
+from ..reference import accumulator_dtype
 from .rows import (
     RowKernel,
     chunk_columns,
@@ -52,7 +54,7 @@ def _row_norm_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RSTD: tl.constexpr,
     STATISTICS: tl.constexpr,
-    WAY: tl.constexpr,
+    STRATEGY: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -63,13 +65,15 @@ def _row_norm_kernel(
     and no mean. Sums in the order of ``rows.py``; squares about the mean are summed about each chunk's own mean, then
     merged. Every step is rounded on its own in ACC, and the result cast once.
     """
-    rows, is_row, first, last = program_rows_and_chunks(n_rows, n_cols, WAY, ROWS, BLOCK)
+    rows, is_row, first, last = program_rows_and_chunks(n_rows, n_cols, STRATEGY, ROWS, BLOCK)
     row_ptrs = x_ptr + rows * x_row_stride
-    if WAY == "resident":
+    if STRATEGY == "persistent":
         x = load_block(row_ptrs, is_row, chunk_columns(0, BLOCK), n_cols, x_col_stride, 0.0, "").to(ACC)
         total, squares = chunk_statistics(x, 0, n_cols, STATISTICS, ACC)
     else:
-        total, squares = row_statistics(row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, WAY, ACC, BLOCK)
+        total, squares = row_statistics(
+            row_ptrs, rows, is_row, partials_ptr, n_cols, x_col_stride, STATISTICS, STRATEGY, ACC, BLOCK
+        )
     rstd = _reciprocal_root(squares, n_cols, eps, ACC)
     if HAS_RSTD:
         tl.store(rstd_ptr + rows, rstd, mask=is_row)  # split, each chunk's program writes the same
@@ -79,7 +83,7 @@ def _row_norm_kernel(
             tl.store(mean_ptr + rows, mean, mask=is_row)
     for done in range(0, last - first):
         cols = chunk_columns(last - 1 - done, BLOCK)  # descending: what was read last is still in the L2 cache
-        if WAY != "resident":
+        if STRATEGY != "persistent":
             x = load_block(row_ptrs, is_row, cols, n_cols, x_col_stride, 0.0, "evict_first").to(ACC)
         y = x
         if STATISTICS == "moments":
@@ -89,39 +93,75 @@ def _row_norm_kernel(
             y = y * _load_parameter(weight_ptr, cols, n_cols, weight_stride, ACC)
         if HAS_BIAS:
             y = y + _load_parameter(bias_ptr, cols, n_cols, bias_stride, ACC)
-        store_block(y_ptr, rows, is_row, cols, n_cols, y, WAY)
+        store_block(y_ptr, rows, is_row, cols, n_cols, y, STRATEGY)
 
 
-norm_rows = RowKernel(_row_norm_kernel, writes_rows=True, n_specialised=3)
+_norm_rows = RowKernel(_row_norm_kernel, writes_rows=True)
 
 
 def row_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.row_layer_norm`` on the GPU. weight and bias may have any of the dtypes, x's or not."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(x.shape[0], dtype=accumulator_dtype(x.dtype))
-    mean = torch.empty_like(rstd)
-    _launch_norm(x, weight, bias, y, mean, rstd, eps, "moments")
-    return y, mean, rstd
+    return plan_row_layer_norm(describe(x), describe(weight), describe(bias), eps)(x, weight, bias)
 
 
 def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float, with_rstd: bool = True) -> tuple[Tensor, Tensor | None]:
     """``reference.row_rms_norm`` on the GPU. weight may have any of the dtypes, x's or not."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(x.shape[0], dtype=accumulator_dtype(x.dtype)) if with_rstd else None
-    _launch_norm(x, weight, None, y, None, rstd, eps, "square")
-    return y, rstd
+    return plan_row_rms_norm(describe(x), describe(weight), eps, with_rstd)(x, weight)
+
+
+Shape = tuple[int, ...]
+Shapes = tuple[Shape, Shape]
+"""Of y, and of mean and rstd."""
+
+
+@plan
+def plan_row_layer_norm(
+    x: Description,
+    weight: Description | None,
+    bias: Description | None,
+    eps: float,
+    with_statistics: bool = True,
+    shape: Shapes | None = None,
+) -> Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]]:
+    """``row_layer_norm`` of tensors at the addresses of rows like x and of such parameters; mean and rstd if asked for."""
+    shape_y, shape_rstd = (x.shape, x.shape[:1]) if shape is None else shape
+    launch, wide = _launch_norm(x, weight, bias, eps, with_statistics, "moments"), accumulator_dtype(x.dtype)
+
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        y = x.new_empty(shape_y)
+        mean = x.new_empty(shape_rstd, dtype=wide) if with_statistics else None
+        rstd = x.new_empty(shape_rstd, dtype=wide) if with_statistics else None
+        with on_device(x):
+            launch(x, weight, bias, y, mean, rstd)
+        return y, mean, rstd
+
+    return call
+
+
+@plan
+def plan_row_rms_norm(
+    x: Description, weight: Description | None, eps: float, with_rstd: bool = True, shape: Shapes | None = None
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """``row_rms_norm`` of tensors at the addresses of rows like x and of such a weight."""
+    shape_y, shape_rstd = (x.shape, x.shape[:1]) if shape is None else shape
+    launch, wide = _launch_norm(x, weight, None, eps, with_rstd, "square"), accumulator_dtype(x.dtype)
+
+    def call(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y = x.new_empty(shape_y)
+        rstd = x.new_empty(shape_rstd, dtype=wide) if with_rstd else None
+        with on_device(x):
+            launch(x, weight, None, y, None, rstd)
+        return y, rstd
+
+    return call
 
 
 def _launch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    eps: float,
-    statistics: str,
-) -> None:
-    has_weight, has_bias, has_rstd = weight is not None, bias is not None, rstd is not None
-    numbers = (weight.stride(0) if has_weight else 0, bias.stride(0) if has_bias else 0, float(eps))
-    norm_rows(x, (weight, bias, y, mean, rstd), numbers, (has_weight, has_bias, has_rstd), statistics, x.dtype)
+    x: Description, weight: Description | None, bias: Description | None, eps: float, with_rstd: bool, statistics: str
+) -> Callable[..., None]:
+    """(x, weight, bias, y, mean, rstd); nothing where there is no row."""
+    if not x.shape[0]:
+        return lambda *tensors: None
+    strides = [0 if parameter is None else parameter.strides[0] for parameter in (weight, bias)]
+    flags = weight is not None, bias is not None, with_rstd
+    return _norm_rows.launch(x, (*strides, float(eps)), flags, statistics, x.dtype)
