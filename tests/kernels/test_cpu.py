@@ -636,7 +636,7 @@ def test_wrong_input_is_refused_in_a_sentence():
 
 
 def in_new_process(code, **env):
-    code = f"import torch; from pytest_batchinv.kernels import cpu; {code}"
+    code = f"import torch; from pytest_batchinv.kernels import cpu; from pytest_batchinv.kernels.cpu import build; {code}"
     return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env={**os.environ, **env})
 
 
@@ -648,12 +648,12 @@ def test_the_library_is_built_once_into_the_cache_folder(tmp_path):
 
 
 def test_a_missing_compiler_is_told_in_a_sentence(tmp_path):
-    run = in_new_process("cpu.build()", BATCHINV_CACHE_DIR=str(tmp_path), CXX="no-such-compiler")
+    run = in_new_process("build.build()", BATCHINV_CACHE_DIR=str(tmp_path), CXX="no-such-compiler")
     assert "RuntimeError: The CPU kernels need a C++17 compiler, and none of no-such-compiler was found." in run.stderr
 
 
 def test_a_failed_compilation_is_told_in_a_sentence(tmp_path):
-    run = in_new_process("cpu.build()", BATCHINV_CACHE_DIR=str(tmp_path), CXX=f"{sys.executable} -P")
+    run = in_new_process("build.build()", BATCHINV_CACHE_DIR=str(tmp_path), CXX=f"{sys.executable} -P")
     assert "RuntimeError: The CPU kernels could not be compiled with" in run.stderr
     assert not list(tmp_path.iterdir())
 
