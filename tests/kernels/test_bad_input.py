@@ -25,7 +25,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pytest_batchinv.kernels import overloads, table
-from pytest_batchinv.kernels.aten import products, scatter
+from pytest_batchinv.kernels.aten import products
 from pytest_batchinv.kernels.aten.common import Refused
 from torch._ops import OpOverload
 
@@ -403,12 +403,14 @@ EXTENSIONS = [
     ("mean", "can't be cast to the desired output type", "a real dtype= takes the real part of complex numbers"),
 ]
 
-# Where torch's value depends on the dtype, the strides or the device, or is memory that it never wrote.
+# Where torch's value depends on the dtype, the strides or the device, is memory that it never wrote, or has another shape.
 QUIRKS: list[tuple[str, Callable[["Call"], bool]]] = [
     ("whether a factor of 0 is multiplied by NaN", lambda call: _has_special(call) and call.arguments.get("alpha") == 0),
     ("what an infinite factor makes of nothing", lambda call: not math.isfinite(abs(call.arguments.get("alpha", 1)))),
+    ("one bias for no rows", lambda call: call.name == "addmv" and 0 in call.arguments["mat"].shape),
     ("the statistics of no values", lambda call: "_norm" in call.name and any(0 in spec.shape for spec in call.specs())),
     ("what a query sees that has a NaN score", lambda call: "attention" in call.name and _has_special(call)),
+    ("the root of a variance with an eps that is not positive", lambda call: not (call.arguments.get("eps", 1) or 1) > 0),
     ("norms of the order NaN", lambda call: any(call.arguments.get(n) != call.arguments.get(n) for n in ("p", "ord"))),
 ]
 
@@ -428,14 +430,15 @@ def fault_of(call: Call, stock: Outcome, wide: Outcome, actual: Outcome) -> str 
         return None  # torch computes while it overwrites its own input, or writes several values to one place
     if call.name == "topk":
         actual, stock, wide = (_without_ties(call, outcome) for outcome in (actual, stock, wide))
-    is_quirk = any(applies(call) for _, applies in QUIRKS)
+    if any(applies(call) for _, applies in QUIRKS):
+        return None
     for i, (a, e) in enumerate(zip(actual.results, stock.results, strict=True)):
         if not isinstance(e, torch.Tensor):
             continue
         if (a.dtype, a.shape, a.device) != (e.dtype, e.shape, e.device):
             return f"result {i} is {a.dtype} {list(a.shape)} on {a.device}, torch's {e.dtype} {list(e.shape)} on {e.device}"
         exact = wide.results[i] if i < len(wide.results) else e
-        difference = _difference(call, a, e, exact) if e.numel() and not is_quirk else None
+        difference = _difference(call, a, e, exact) if e.numel() else None
         if difference:
             return f"result {i}: {difference}"
     return None
@@ -466,6 +469,8 @@ def _difference(call: Call, a: torch.Tensor, e: torch.Tensor, exact: torch.Tenso
     terms = max(math.prod(spec.shape) for spec in call.specs())
     roundings = 4 if eps > 1e-4 else max(32, terms**0.5)
     bound = roundings * eps * (1 + exact[known].abs().max()) + 2 * (e - exact)[known].abs().max()
+    if "_norm" in call.name and "eps" in call.arguments:
+        bound /= (call.arguments["eps"] or 1) ** 0.5  # a rounding of the mean is divided by at least this
     error = (a - exact)[known].abs().max()
     return None if error <= bound else f"error {float(error):.3g}, beyond {float(bound):.3g}"
 
@@ -508,11 +513,17 @@ def search(name: str, device: str, examples: int, tell: Callable[[str], None]) -
         tell(f"in the mode: {call}")
         functional, stock, wide = outcomes or (Outcome(),) * 3
         actual = run(call, device, None if call.overload is call.functional else functional.results)
-        counts["refused" if isinstance(actual.error, Refused) else "error" if actual.error else "value"] += 1
+        counts[_kind(stock, actual)] += 1
         fault = fault_of(call, stock, wide, actual) if outcomes else actual.corrupted
         if fault:
             faults.append(f"{fault}\n    {call}")
     return counts, faults
+
+
+def _kind(stock: Outcome, actual: Outcome) -> str:
+    if actual.error is None:
+        return "value"
+    return "refused" if isinstance(actual.error, Refused) else "error" if stock.error else "stricter than torch"
 
 
 def _stock_outcomes(call: Call, device: str) -> tuple[Outcome, Outcome, Outcome]:
@@ -570,7 +581,7 @@ def test_no_call_crashes_corrupts_memory_or_gives_a_wrong_value(name, child):
         pytest.skip("this torch has no such overload")
     counts, faults = child.search(name)
     assert not faults, "\n".join(faults)
-    assert counts["value"]
+    assert counts["value"] or set(counts) == {"error"}  # as some have no kernel of torch on this device
 
 
 def test_grouped_products_refuse_operands_on_two_devices(monkeypatch):
