@@ -185,6 +185,8 @@ def _check_grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
         raise RuntimeError(f"_grouped_mm: expected operands of 2 or 3 dims, but got {shape_of(a)} and {shape_of(b)}")
     if a.dtype not in _GROUPED_DTYPES or a.dtype != b.dtype:
         raise RuntimeError(f"_grouped_mm: expected float32, bfloat16 or float16 twice, but got {a.dtype} and {b.dtype}")
+    if a.device != b.device:
+        raise RuntimeError(f"_grouped_mm: expected both operands on one device, but got {a.device} and {b.device}")
     if a.shape[-1] != b.shape[-2] or (a.dim() == b.dim() == 3 and a.shape[0] != b.shape[0]):
         raise RuntimeError(f"_grouped_mm: shapes cannot be multiplied ({shape_of(a)} and {shape_of(b)})")
     if (offs is None) != (a.dim() == b.dim() == 3):

@@ -10,7 +10,7 @@ from ..tiles import accumulator, ceil_div
 
 
 @triton.jit(
-    do_not_specialize=["R", "C", "stride_selfr", "stride_selfc", "stride_sourcer", "stride_sourcec"],
+    do_not_specialize=["R", "C", "n_sources", "stride_selfr", "stride_selfc", "stride_sourcer", "stride_sourcec"],
     do_not_specialize_on_alignment=["self_ptr", "source_ptr", "order_ptr", "bound_ptr", "out_ptr"],
 )
 def _index_add_kernel(
@@ -21,6 +21,7 @@ def _index_add_kernel(
     out_ptr,
     R,
     C,
+    n_sources,
     stride_selfr,
     stride_selfc,
     stride_sourcer,
@@ -30,11 +31,14 @@ def _index_add_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[r] = self[r] + alpha * source[i] + ..., for the i that go to row r, ascending: order[bound[r]:bound[r + 1]].
+    """out[r] = self[r] + alpha * source[i] + ..., for the i with index[i] == r, ascending: order[bound[r]:bound[r + 1]].
 
-    Each product and each sum is rounded on its own in ACC, and the result cast once. A row that has fewer sources than
-    its neighbours in the tile keeps its bits while they go on.
+    Each product and each sum is rounded on its own in ACC, and the result is cast once. A row with fewer sources than its
+    neighbours in the tile keeps its bits while they go on. A source whose index is out of range is before bound[0] or
+    from bound[R] on: no row adds it, and the device-side assertion fails.
     """
+    all_in_range = (tl.load(bound_ptr) == 0) & (tl.load(bound_ptr + R) == n_sources)
+    tl.device_assert(all_in_range, "index_add: an index is out of range")
     blocks = tl.cdiv(C, BLOCK)
     rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -53,7 +57,10 @@ def _index_add_kernel(
 
 
 def index_add(self: Tensor, index: Tensor, source: Tensor, alpha: float) -> Tensor:
-    """``reference.index_add`` on the GPU. A stable sort finds the sources of each row: no atomics, nothing waits."""
+    """``reference.index_add`` on the GPU. A stable sort finds the sources of each row: no atomics, and no wait for the GPU.
+
+    An index out of range fails a device-side assertion, as in ``torch.index_add``: the next synchronisation raises.
+    """
     R, C = self.shape
     out = torch.empty((R, C), dtype=self.dtype, device=self.device)
     if out.numel() == 0:
@@ -71,6 +78,7 @@ def index_add(self: Tensor, index: Tensor, source: Tensor, alpha: float) -> Tens
             out,
             R,
             C,
+            index.shape[0],
             *self.stride(),
             *source.stride(),
             float(alpha),
@@ -79,5 +87,7 @@ def index_add(self: Tensor, index: Tensor, source: Tensor, alpha: float) -> Tens
             BLOCK=block,
             num_warps=4,
             enable_fp_fusion=False,
+            debug=True,  # compiles the assertion, and would add those of integer overflow
+            sanitize_overflow=False,
         )
     return out

@@ -79,6 +79,23 @@ def test_complex_products_are_differentiable_and_the_same_in_compiled_code():
     torch.testing.assert_close(got, x.grad)
 
 
+@pytest.mark.parametrize(("M", "K", "N"), [(4, 3, 0), (0, 3, 2), (4, 0, 2), (0, 0, 0)])
+@pytest.mark.parametrize("product", [torch.matmul, lambda a, b: torch.bmm(a[None], b[None]), torch.addmm], ids=str)
+def test_complex_products_with_an_empty_side_have_torchs_results_and_gradients(product, M, K, N):
+    def results():
+        operands = [torch.ones(shape, dtype=torch.complex64, requires_grad=True) for shape in ((M, K), (K, N))]
+        if product is torch.addmm:
+            operands.insert(0, torch.ones(M, N, dtype=torch.complex64, requires_grad=True))
+        out = product(*operands)
+        return out, *torch.autograd.grad(out.abs().sum(), operands)
+
+    want = results()
+    with batch_invariant_mode():
+        got = results()
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
 @settings(deadline=None)
 @given(*[st.lists(st.floats(width=64), min_size=40, max_size=40)] * 2)
 def test_magnitudes_are_near_torchs_and_follow_no_place_in_a_vector(re, im):
