@@ -340,9 +340,7 @@ def test_a_users_error_shows_the_users_frames_and_none_of_ours():
 
 @pytest.mark.parametrize("relations", [("Q",), (), ("R", "Z"), ("N",)])
 def test_an_unknown_relation_is_refused_with_the_right_ones(relations):
-    with pytest.raises(
-        ValueError, match=r"assert_batch_invariant checks the relations R \(run to run\), S \(.*\), I"
-    ):
+    with pytest.raises(ValueError, match=r"assert_batch_invariant checks the relations R \(run to run\), S \(.*\), I"):
         assert_batch_invariant(planted.invariant, POOL, relations=relations)
 
 
