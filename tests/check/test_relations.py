@@ -91,7 +91,7 @@ def test_relation_x_names_the_operators_that_diverge_in_place_ones_too():
     assert caught.value.finding.sections[0].title == "operators"
 
 
-# --- functions of rows as subjects ------------------------------------------------------------------------------------------------
+# --- functions of rows as subjects ------------------------------------------------------------------------------------
 
 
 def ragged_pool():

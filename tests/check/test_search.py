@@ -32,7 +32,7 @@ def pool_space(n_rows: int) -> Space:
 
 MODEL = Space(tuple(Row(i, 1 + 9 * i) for i in range(20)), None, LAYOUTS, max_length=300, max_tokens=2048)
 
-# --- planted faults -----------------------------------------------------------------------------------------------------
+# --- planted faults ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_rows", POOLS)
@@ -78,7 +78,7 @@ def test_a_fault_far_beyond_the_sweep_is_left_to_the_drawn_batches(database):
     assert len(error.shape) == 21
 
 
-# --- what the sweep covers ------------------------------------------------------------------------------------------------
+# --- what the sweep covers --------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 40))
@@ -128,7 +128,7 @@ def test_a_sweep_that_is_out_of_time_says_how_far_it_came(monkeypatch):
     assert record.covered[0].startswith(f"{len(pool_space(40).boundaries())} of 300 sizes (1-5, 7-9, 14-17, ")
 
 
-# --- what is drawn, and the example database --------------------------------------------------------------------------------
+# --- what is drawn, and the example database --------------------------------------------------------------------------
 
 
 def drawn_sizes(space: Space) -> list[int]:
@@ -188,7 +188,7 @@ def test_a_failure_is_kept_for_its_own_subject_and_replayed_first(database, monk
     assert not fails_at_once("another subject")
 
 
-# --- the smallest case ------------------------------------------------------------------------------------------------------
+# --- the smallest case ------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 66), st.sampled_from(LAYOUTS))
@@ -207,7 +207,7 @@ def test_a_case_that_cannot_be_made_small_in_time_stays_what_it_was():
     assert smallest(case, lambda shape: True, seconds=0.0) == case
 
 
-# --- how much is run ----------------------------------------------------------------------------------------------------------
+# --- how much is run --------------------------------------------------------------------------------------------------
 
 
 def test_a_row_is_run_alone_once_for_all_relations():

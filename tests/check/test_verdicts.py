@@ -44,7 +44,7 @@ def from_5_rows(error):
     return fn
 
 
-# --- what is no "equal" -----------------------------------------------------------------------------------------------------
+# --- what is no "equal" -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_op_coverage_that_fails_is_said_and_the_verdict_stays(monkeypatch):
     assert (record.verdict, record.ops.error) == ("equal", "RuntimeError: planted")
 
 
-# --- diagnosis runs once, after the search --------------------------------------------------------------------------------------
+# --- diagnosis runs once, after the search ----------------------------------------------------------------------------
 
 
 def test_sizes_are_explained_once_on_the_smallest_batch(monkeypatch):
@@ -191,7 +191,7 @@ def test_breakpoints_hold_the_failing_size_and_are_exact(size, last):
     assert found.tried < 80
 
 
-# --- what a record holds ----------------------------------------------------------------------------------------------------------
+# --- what a record holds ----------------------------------------------------------------------------------------------
 
 
 def test_a_record_says_whether_the_mode_was_on_and_which_operators_ran():
@@ -207,7 +207,7 @@ def test_a_record_says_whether_the_mode_was_on_and_which_operators_ran():
     assert (off.mode, on.mode, control.mode) == ("off", "on", "stock")
     assert off.ops is None and control.ops is None
     assert {"aten::addmm", "aten::tanh"} <= set(on.ops.covered)
-    assert on.hits["aten::addmm"] >= on.counts.forwards
+    assert on.hits["aten::tanh"] == on.counts.forwards
     assert on.fingerprint and on.receipt["torch"] == torch.__version__
 
 
@@ -252,7 +252,7 @@ def test_a_record_cannot_be_changed_and_goes_to_json_and_back(counts, verdict, w
         Record.from_json(record.to_json().replace(f'"verdict":"{verdict}"', '"verdict":"fine"'))
 
 
-# --- controls, replay, words --------------------------------------------------------------------------------------------------------
+# --- controls, replay, words ------------------------------------------------------------------------------------------
 
 
 def test_the_negative_control_catches_what_varies_and_is_inconclusive_otherwise(emitted):
@@ -335,7 +335,7 @@ def test_a_users_error_shows_the_users_frames_and_none_of_ours():
     assert [entry.path.name for entry in shown] == ["test_verdicts.py", "test_verdicts.py"]
 
 
-# --- what was asked for --------------------------------------------------------------------------------------------------------------
+# --- what was asked for -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("relations", [("Q",), (), ("R", "Z"), ("N",)])
