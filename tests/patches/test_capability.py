@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from pytest_batchinv import gpu
-from pytest_batchinv.markers import COMPILE_MODES, GPU_COMPILE_MODES
+from pytest_batchinv.plugin.markers import COMPILE_MODES, GPU_COMPILE_MODES
 
 TEST = f"""
     import pytest
