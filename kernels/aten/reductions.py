@@ -299,7 +299,7 @@ def _along(x: Description, dim: int, kernel: str, *options: Any) -> Callable[[Te
     dim = wrap_dim(x, dim)
     others = [d for d in range(x.dim()) if d != dim]
     matrix, step = merged(x, others, [dim] if x.dim() else [])
-    moved = tuple([x.shape[d] for d in others] + [x.shape[dim]] * bool(x.dim()))
+    moved = tuple([x.shape[d] for d in others] + ([x.shape[dim]] if x.dim() else []))
     call = after((step,), planned(kernel, (matrix,), *options, shape=moved))
     if dim == x.dim() - 1 or not x.dim():
         return call
