@@ -2,7 +2,7 @@
 
 Every element of a result is one chain of sums over K, ascending, in one accumulator (fp32; fp64 for fp64): the order is
 the same for every tile, so the tile may follow M. There is no split-K and no atomic. Triton specialises the operands'
-strides and pointers, for speed: they choose the width of loads into shared memory, and no order of sums. It does not specialise M.
+strides and pointers, for speed: they choose the width of loads into shared memory, and no order of sums. Not M.
 
 Two kernels compute ``gemm``: one that loads through pointers, any strides, and from SM90 on one that loads and stores
 through TMA descriptors, where the operands allow it. They are of one class: it changes no bit which one serves a call.

@@ -96,7 +96,7 @@ def finite(largest):
 
 @triton.jit
 def chunk_sum(x):
-    """Sum of each row of x [ROWS, BLOCK], in the order of this file. It is never -0, whose sign would tell padded rows apart."""
+    """Sum of each row of x [ROWS, BLOCK], in the order of this file. Never -0: its sign would tell padded rows apart."""
     ROWS: tl.constexpr = x.shape[0]
     BLOCK: tl.constexpr = x.shape[1]
     FEW: tl.constexpr = 32 if BLOCK >= 8192 else 16

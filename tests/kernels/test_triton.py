@@ -863,7 +863,7 @@ def views_of(x):
     yield from layouts(x) if x.dim() > 1 else ()
     if x.dim() > 2:
         yield x.transpose(0, 1).contiguous().transpose(0, 1)
-        yield x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        yield x.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def as_rows(x, dims):
