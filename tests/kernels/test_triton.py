@@ -153,7 +153,7 @@ def seeded():
 
 
 def randn(*shape, dtype):
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
 def bits(x):
