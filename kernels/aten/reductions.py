@@ -236,7 +236,7 @@ def topk(self: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool
         indices = _topk_of_keys(self, k, dim, largest)
         return self.gather(dim, indices), indices
     x = self
-    if x.is_cuda:  # its sort puts a NaN with the sign bit set in front of -inf: all of them become one without
+    if x.is_cuda:  # its sort puts a NaN with the sign bit set before -inf: all of them become one without
         x = x.nan_to_num(nan=math.nan, posinf=math.inf, neginf=-math.inf)
     values, indices = torch.sort(x, dim=dim, descending=largest, stable=True)
     if self.dim():
@@ -299,7 +299,7 @@ def _along(x: Description, dim: int, kernel: str, *options: Any) -> Callable[[Te
     dim = wrap_dim(x, dim)
     others = [d for d in range(x.dim()) if d != dim]
     matrix, step = merged(x, others, [dim] if x.dim() else [])
-    moved = tuple([x.shape[d] for d in others] + [x.shape[dim]] * bool(x.dim()))
+    moved = tuple([x.shape[d] for d in others] + ([x.shape[dim]] if x.dim() else []))
     call = after((step,), planned(kernel, (matrix,), *options, shape=moved))
     if dim == x.dim() - 1 or not x.dim():
         return call

@@ -2,10 +2,10 @@
 
 Every element of a result is one chain of sums over K, ascending, in one accumulator (fp32; fp64 for fp64): the order is
 the same for every tile, so the tile may follow M. There is no split-K and no atomic. Triton specialises the operands'
-strides and pointers, for speed: they choose the width of loads into shared memory, and no order of sums. M it does not.
+strides and pointers, for speed: they choose the width of loads into shared memory, and no order of sums. Not M.
 
 Two kernels compute ``gemm``: one that loads through pointers, any strides, and from SM90 on one that loads and stores
-through TMA descriptors, where the operands allow it. They are of one class: which one serves a call changes no bit.
+through TMA descriptors, where the operands allow it. They are of one class: it changes no bit which one serves a call.
 """
 
 import math
@@ -45,9 +45,9 @@ def _product(
     EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """sum over k of a[:, k] * b[k, :]: blocks of BLOCK_K, ascending, into one accumulator. Behind K there are zeros.
+    """sum over k of a[:, k] * b[k, :]: blocks of BLOCK_K, ascending, into one accumulator. After K there are zeros.
 
-    So there are behind the last row, which costs no reading: with one row, fifteen of sixteen.
+    Rows after the last one are zeros, too, and are not read: with one row, fifteen of sixteen.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     offs_k = tl.arange(0, BLOCK_K)
@@ -141,8 +141,8 @@ def _gemm_kernel(
     """out = alpha * (a @ b) + beta * bias, for one tile of one matrix of the batch.
 
     Order: the sum over k ascending (``_product``); then ``_scaled``, unless it IS_PLAIN: a product alone, whose
-    multiplication by an alpha of 1 would take time and change no bit; then one cast. Columns behind the edge read column 0
-    and up again; they and rows behind the edge are not stored.
+    multiplication by an alpha of 1 would take time and change no bit; then one cast. Columns after the edge read column 0
+    and up again; they and rows after the edge are not stored.
     """
     matrix, pid_m, pid_n = _tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M, TILES_IN_GRID)
     matrix = matrix.to(tl.int64)
@@ -232,8 +232,8 @@ def _gemm_tma_kernel(
 ):
     """out = alpha * (a @ b) + beta * bias: TILES_IN_GRID, one tile a program; else every num_programs-th, one by one.
 
-    The order of ``_gemm_kernel``. b comes as [K, N], or transposed as [N, K]. Behind the edges the descriptors read
-    zeros and store nothing. A tile has BLOCK_N columns, stored in STORES parts, left to right, which needs less shared
+    The order of ``_gemm_kernel``. b comes as [K, N], or transposed as [N, K]. After the edges the descriptors read
+    zeros and store nothing. A tile has BLOCK_N columns, stored in STORES blocks, left to right, which needs less shared
     memory; and NARROW_N more, since no single block of Triton's has a width that is no power of two.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -379,7 +379,7 @@ class _Product:
 
 
 class _LongProduct:
-    """The same bits by halves of the longest dim, or with zeros behind K, which int64 counts then."""
+    """The same bits by halves of the longest dim, or with zeros after K, which int64 counts then."""
 
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
@@ -475,8 +475,8 @@ def _grouped_gemm_kernel(
 ):
     """out[t] = a[t] @ b[g] for one tile of the rows of one group, in the order of ``_gemm_kernel``.
 
-    The grid has room for the most row tiles that any offs can need, cdiv(T, BLOCK_M) + G. A program counts the tiles of
-    the groups in front of it (in integers, exactly) to find its own; programs behind the last tile have nothing to do.
+    The grid has as many programs as any offs can need row tiles, cdiv(T, BLOCK_M) + G. A program counts the tiles of
+    the groups before it (in integers, exactly) to find its own; programs after the last tile have nothing to do.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // tiles_n

@@ -64,7 +64,7 @@ def _row_reduce_kernel(
     elif RESULT == "root":
         out = square_root(a, ACC)
     elif RESULT == "logsumexp":
-        # Of an infinite maximum the sum is 0 or inf, and its logarithm the same infinity.
+        # Where the maximum is infinite, the sum is 0 or inf, and its logarithm is the same infinity.
         out = a + tl.log(b)
     elif RESULT == "var" or RESULT == "var_mean":
         if RESULT == "var_mean":

@@ -2,13 +2,13 @@
 
 The order. A row is cut into chunks of 16384 columns (4096 where sums are float64). In a chunk of 16384, the upper half
 is added to the lower half: column c + 8192 to column c. Then neighbours are added, column 2i + 1 to column 2i, until one
-is left. The sums of the chunks are added ascending. All of it is a function of the column's index alone. Zeros behind
+is left. The sums of the chunks are added ascending. All of it is a function of the column's index alone. Zeros after
 the row's end change nothing, so a row that is shorter than a chunk takes the next power of two, and gets the same bits.
 
 Two numbers have two orders of addition, and both give the same bits. So each level of the tree is a sum over an axis of
 size 2, and no layout that Triton picks can change it. All else is elementwise, or a maximum. Therefore what widens a
 load may be specialised here: strides, the number of columns, the alignment of pointers; and programs, warps and rows
-may follow the number of rows. A row is read in one of three ways, all with the same bits:
+may follow the number of rows. There are three strategies to read a row, all with the same bits:
 
 * persistent: it fits into one chunk, and is read once, into the registers of one program.
 * looped: one program reads its chunks one after the other, then, if the result is a row, once more from the L2 cache.
@@ -96,7 +96,7 @@ def finite(largest):
 
 @triton.jit
 def chunk_sum(x):
-    """Sum of each row of x [ROWS, BLOCK], in the order of this file. Never -0, whose sign would tell padded rows apart."""
+    """Sum of each row of x [ROWS, BLOCK], in the order of this file. Never -0: its sign would tell padded rows apart."""
     ROWS: tl.constexpr = x.shape[0]
     BLOCK: tl.constexpr = x.shape[1]
     FEW: tl.constexpr = 32 if BLOCK >= 8192 else 16
@@ -118,7 +118,7 @@ def chunk_sum(x):
 
 @triton.jit
 def count_chunks(n_cols, BLOCK: tl.constexpr):
-    """In 64 bits, as are all columns: a 32-bit column could pass 2^31 behind the row's end."""
+    """In 64 bits, as are all columns: a 32-bit column could pass 2^31 after the row's end."""
     return tl.cdiv(tl.full([], n_cols, tl.int64), BLOCK)
 
 
@@ -129,7 +129,7 @@ def chunk_columns(chunk, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_block(row_ptrs, is_row, cols, n_cols, col_stride, other, EVICT: tl.constexpr):
-    """[ROWS, BLOCK] columns of the rows at row_ptrs, ``other`` behind the edges."""
+    """[ROWS, BLOCK] columns of the rows at row_ptrs, ``other`` after the edges."""
     inside = is_row[:, None] & (cols < n_cols)[None, :]
     return tl.load(row_ptrs[:, None] + cols[None, :] * col_stride, mask=inside, other=other, eviction_policy=EVICT)
 
@@ -171,7 +171,7 @@ def program_rows_and_chunks(n_rows, n_cols, STRATEGY: tl.constexpr, ROWS: tl.con
 
 @triton.jit
 def padding(STATISTICS: tl.constexpr):
-    """What stands behind a row's end, and changes nothing."""
+    """What is read after a row's end, and changes nothing."""
     return -float("inf") if STATISTICS == "exp" else 0.0
 
 
@@ -257,7 +257,7 @@ def row_statistics(
             other = padding(STATISTICS)
             x = load_block(row_ptrs, is_row, chunk_columns(0, BLOCK), n_cols, col_stride, other, "evict_last")
             for chunk in range(0, n_chunks):
-                # In flight while this chunk is summed; behind the last chunk nothing is read.
+                # In flight while this chunk is summed; nothing is read after the last chunk.
                 cols = chunk_columns(chunk + 1, BLOCK)
                 following = load_block(row_ptrs, is_row, cols, n_cols, col_stride, other, "evict_last")
                 chunk_a, chunk_b = chunk_statistics(x.to(ACC), chunk, n_cols, STATISTICS, ACC)

@@ -53,7 +53,7 @@ def _row_softmax_kernel(
     """out = exp(x - max) * (1 / sum(exp(x - max))), or x - max - log(sum(exp(x - max))), of each row.
 
     A chunk's sum is about its own maximum, in the order of ``rows.py``; chunks are merged ascending:
-    sum = sum * exp(max - new max) + chunk's sum * exp(chunk's max - new max). Columns of -inf behind the row's last
+    sum = sum * exp(max - new max) + chunk's sum * exp(chunk's max - new max). Columns of -inf after the row's last
     value, and chunks of nothing else, add exact zeros and scale by exact ones. A row of nothing but -inf gives NaN.
     """
     rows, is_row, first, last = program_rows_and_chunks(n_rows, n_cols, STRATEGY, ROWS, BLOCK)

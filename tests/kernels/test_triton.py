@@ -56,6 +56,9 @@ class Binary(CompiledKernel):
         self.function, self.packed_metadata = 11, ("packed",)
         self._run = lambda *args: ran.append(args)
 
+    def __del__(self):  # there is nothing to unload
+        pass
+
 
 class Kernel:
     """A kernel that notes how Triton would launch it, and what its pre-run hooks are told."""
@@ -150,7 +153,7 @@ def seeded():
 
 
 def randn(*shape, dtype):
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
 def bits(x):
@@ -185,7 +188,7 @@ def layouts(x):
 
 
 def fenced(x):
-    """The same values, contiguous, right in front of a page that ends the process of who reads it."""
+    """The same values, contiguous, right before a page that ends the process of who reads it."""
     size = x.numel() * x.element_size()
     pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
@@ -265,7 +268,7 @@ def test_gemm_with_descriptors_is_of_the_same_class(shape, is_transposed, multip
 
 
 @pytest.mark.parametrize("shape", [(5, 70, 64), (33, 32, 65), (16, 1, 1), (20, 33, 130)])
-def test_gemm_reads_nothing_behind_its_operands(shape):
+def test_gemm_reads_nothing_after_its_operands(shape):
     """Whichever dims fill their blocks, and whichever do not."""
     M, N, K = shape
     a, b, bias = (randn(*s, dtype=torch.float32) for s in ((2, M, K), (2, K, N), (2, M, N)))
@@ -412,7 +415,7 @@ def test_row_functions_do_not_see_strides(call):
 
 @each_row_function
 @pytest.mark.parametrize("n_cols", [1, 129, 4500])
-def test_row_functions_read_nothing_behind_their_operands(call, n_cols):
+def test_row_functions_read_nothing_after_their_operands(call, n_cols):
     x, w = randn(3, n_cols, dtype=torch.float32), randn(2, n_cols, dtype=torch.float32)
     assert_same_bits(call(cuda, fenced(x), fenced(w)), call(cuda, x, w))
     assert_same_bits(call(cuda, fenced(x.T).T, fenced(w.T).T), call(cuda, x, w))
@@ -420,7 +423,7 @@ def test_row_functions_read_nothing_behind_their_operands(call, n_cols):
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("n_cols", [3, 100, 128, 700, 4096])
-def test_row_softmax_does_not_see_masked_columns_behind(log, n_cols):
+def test_row_softmax_does_not_see_masked_columns_after(log, n_cols):
     x = randn(3, n_cols, dtype=torch.float32)
     want, want_lse = cuda.row_softmax(x, log, x.dtype), cuda.row_logsumexp(x, x.dtype)
     for width in (n_cols + 1, 129, 255, 1024, 1500, 5000, 9000):
@@ -431,7 +434,7 @@ def test_row_softmax_does_not_see_masked_columns_behind(log, n_cols):
 
 
 @pytest.mark.parametrize("n_cols", [3, 100, 700, 4096])
-def test_row_sums_do_not_see_zeros_behind(n_cols):
+def test_row_sums_do_not_see_zeros_after(n_cols):
     x = randn(3, n_cols, dtype=torch.float32)
     for width in (n_cols + 1, 129, 1500, 5000, 9000):
         padded = torch.nn.functional.pad(x, (0, max(0, width - n_cols)))
@@ -439,7 +442,7 @@ def test_row_sums_do_not_see_zeros_behind(n_cols):
         assert_same_bits(cuda.row_norm(padded, 2, x.dtype), cuda.row_norm(x, 2, x.dtype))
 
 
-def test_row_cumsum_does_not_see_columns_behind():
+def test_row_cumsum_does_not_see_columns_after():
     x = randn(2, 2500, dtype=torch.float32)
     whole = cuda.row_cumsum(x, x.dtype)
     for n_cols in (1, 16, 1000, 1024, 1025, 2400):
@@ -495,8 +498,13 @@ def qkv(B, H, Hkv, Sq, Skv, D, DV, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(2, 4, 2, 5, 70, 20, 24), (1, 2, 2, 40, 40, 64, 64), (1, 3, 1, 1, 100, 130, 16)])
+SIZES = [(2, 4, 2, 5, 70, 20, 24), (1, 2, 2, 40, 40, 64, 64), (1, 3, 1, 1, 100, 130, 16)]
+"""B, H, Hkv, Sq, Skv, D, DV; each in float32, and the first in every dtype."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [*((torch.float32, sizes) for sizes in SIZES), *((dtype, SIZES[0]) for dtype in DTYPES[1:])]
+)
 @pytest.mark.parametrize("kind", ["none", "causal", "bool", "bool_causal", "additive", "lowest"])
 def test_attention_is_near_the_reference(dtype, sizes, kind):
     q, k, v = qkv(*sizes, dtype)
@@ -545,7 +553,7 @@ def test_attention_does_not_see_padding(dtype, additive, pad):
 
 @pytest.mark.parametrize("sizes", [(2, 4, 2, 5, 70, 20, 24), (1, 2, 2, 40, 40, 64, 64), (1, 3, 1, 1, 300, 130, 16)])
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
-def test_attention_reads_nothing_behind_its_operands(sizes, kind):
+def test_attention_reads_nothing_after_its_operands(sizes, kind):
     q, k, v = qkv(*sizes, torch.float32)
     B, H, _, Sq, Skv = sizes[:5]
     mask = {"none": None, "bool": torch.rand(B, H, Sq, Skv) > 0.4, "additive": randn(B, H, Sq, Skv, dtype=q.dtype)}[kind]
@@ -648,7 +656,7 @@ def with_sinks(options, n_heads, dtype):
     return {**options, "sinks": randn(n_heads, dtype=dtype)} if options.get("sinks") is True else options
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_attention_options_are_near_the_reference(dtype, options, monkeypatch):
     options = with_sinks(options, 4, dtype)
@@ -661,8 +669,8 @@ def test_attention_options_are_near_the_reference(dtype, options, monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_attention_in_chunks_and_step_by_step_is_attention_as_a_whole(options, monkeypatch):
     """Few queries get a grid over the keys, many do not: the same order, so the same bits. 256 keys are a chunk."""
-    options = with_sinks(options, 4, torch.float32)
-    q, k, v = qkv(1, 4, 2, 300, 300, 16, 16, torch.float32)
+    options = with_sinks(options, 2, torch.float32)
+    q, k, v = qkv(1, 2, 1, 300, 300, 16, 16, torch.float32)
     out, lse = cuda.attention(q, k, v, None, True, 0.25, **options)
     for start, stop in ((0, 1), (31, 32), (32, 33), (150, 157), (255, 257), (256, 257), (299, 300), (200, 300)):
         seen = tuple(x[:, :, :stop] for x in (k, v))
@@ -685,14 +693,14 @@ def divided(split_blocks, splits_per_program):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("mask", ["none", "holes", "left padding", "additive"])
 def test_attention_does_not_depend_on_how_its_keys_are_divided(mask, options, monkeypatch):
-    options = with_sinks(options, 4, torch.float32)
-    q, k, v = qkv(2, 4, 2, 3, 330, 16, 16, torch.float32)
+    options = with_sinks(options, 2, torch.float32)
+    q, k, v = qkv(2, 2, 1, 3, 330, 16, 16, torch.float32)
     masks = None if mask == "none" else torch.rand(2, 1, 3, 330) < 0.7
     if mask == "left padding":
         masks = (torch.arange(330) >= 37).expand(2, 1, 3, 330)
     elif mask == "additive":
         masks = torch.where(masks, 0.5, torch.finfo(torch.float32).min)
-    masks = None if masks is None else masks.expand(2, 4, 3, 330)
+    masks = None if masks is None else masks.expand(2, 2, 3, 330)
     replace(monkeypatch, attention_plan, "num_splits_heuristic", lambda *_: attention_plan.Splits(0, 1, 1))
     want = cuda.attention(q, k, v, masks, False, 0.25, causal_offset=327, **options)
     for division in DIVISIONS:
@@ -855,7 +863,7 @@ def views_of(x):
     yield from layouts(x) if x.dim() > 1 else ()
     if x.dim() > 2:
         yield x.transpose(0, 1).contiguous().transpose(0, 1)
-        yield x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        yield x.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def as_rows(x, dims):

@@ -34,6 +34,9 @@ class Child:
         self._process = subprocess.Popen([*command, str(file)], cwd=root, env=variables, text=True, **pipes)
         atexit.register(self._process.kill)
 
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def run(self, name: str) -> str | None:
         """What went wrong in this item, or None."""
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -59,7 +62,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if environment is None or _IN_CHILD in os.environ:
         return None
     key = (str(pyfuncitem.path), *sorted(f"{name}={value}" for name, value in environment.items()))
-    if key not in _children:
+    if key not in _children or _children[key].has_ended():
         _children[key] = Child(pyfuncitem.path, pyfuncitem.config.rootpath, environment)
     failure = _children[key].run(pyfuncitem.name)
     if failure is not None:
