@@ -1,14 +1,14 @@
 """The table: which implementation stands for which aten overload, and nothing else.
 
-``LEAVES`` are installed below autograd, ``COMPOSITES`` above it (they are made of leaves, so gradients flow), ``POINTWISE``
-on the CPU only, whose stock kernels treat the tail of a vector differently, ``REFUSED`` raise with the reason.
-`OUT_GIVES_DTYPE` and `OUT_MAY_CAST` say which dtypes an ``out=`` may have.
+``BACKEND_KERNELS`` are installed below autograd. ``COMPOSITES`` are installed above it: they are made of backend kernels, so
+gradients flow. ``POINTWISE`` is installed on the CPU only, where torch's own kernels treat the tail of a vector in another
+way. ``REFUSED`` raise with the reason. ``OUT_GIVES_DTYPE`` and ``OUT_MAY_CAST`` say which dtypes an ``out=`` may have.
 A functional overload stands for its ``.out`` and in-place siblings too: ``overloads.py`` finds them by their schemas.
 """
 
 from pytest_batchinv.kernels.aten import attention, norms, pointwise, products, reductions, scatter
 
-LEAVES = {
+BACKEND_KERNELS = {
     "mm": products.mm,
     "mm.dtype": products.mm_dtype,
     "addmm": products.addmm,
@@ -89,7 +89,10 @@ OUT_MAY_CAST = {
 """These write into any dtype that the result can be cast to."""
 
 _SDPA = "call torch.nn.functional.scaled_dot_product_attention, which the mode covers whatever backend is chosen"
-_UNFUSED = "this fused path is not covered: call it in training mode or with gradients, where torch uses plain operators"
+_FASTPATH = (
+    "call torch.backends.mha.set_fastpath_enabled(False), as the mode does when it is entered, and the layer uses operators "
+    "that are covered"
+)
 _NO_KERNEL = "there is no batch-invariant kernel for it"
 
 REFUSED = {
@@ -97,8 +100,8 @@ REFUSED = {
     "_scaled_dot_product_cudnn_attention": _SDPA,
     "_flash_attention_forward": _SDPA,
     "_efficient_attention_forward": _SDPA,
-    "_native_multi_head_attention": _UNFUSED,
-    "_transformer_encoder_layer_fwd": _UNFUSED,
+    "_native_multi_head_attention": _FASTPATH,
+    "_transformer_encoder_layer_fwd": _FASTPATH,
     "_scaled_mm": _NO_KERNEL,
     "_scaled_grouped_mm": _NO_KERNEL,
     "nansum": _NO_KERNEL,

@@ -35,5 +35,7 @@ def _is_vouched_for(overload: torch._ops.OpOverload, on_cpu: bool) -> bool:
 
 
 def _covered() -> set[torch._ops.OpOverload]:
-    leaves = [overload for name in (*table.LEAVES, *table.POINTWISE) if (overload := overloads.overload_of(name)) is not None]
+    leaves = [
+        overload for name in (*table.BACKEND_KERNELS, *table.POINTWISE) if (overload := overloads.overload_of(name)) is not None
+    ]
     return {*leaves, *(sibling.overload for overload in leaves for sibling in overloads.siblings(overload))}

@@ -1,18 +1,32 @@
-"""Batch-invariant mode: one context that installs the table at every door, and puts back exactly what it found."""
+"""Batch-invariant mode: one context that installs the table at every entry point, and restores exactly what it found."""
 
+import atexit
 import contextlib
-import hashlib
+import os
 import threading
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 
-from pytest_batchinv import kernels, patches
+from pytest_batchinv import flags, interrupts, workers
 from pytest_batchinv.kernels import counters, eager, operators
 from pytest_batchinv.patches import registry, rules
 from pytest_batchinv.patches.dispatcher import Holding, Registration
+from pytest_batchinv.receipt import fingerprint, receipt
+from pytest_batchinv.workers import ModeWarning
+
+__all__ = [
+    "Mode",
+    "ModeError",
+    "ModeWarning",
+    "batch_invariant_mode",
+    "fingerprint",
+    "is_on",
+    "receipt",
+    "stock_torch",
+    "worker_init_fn",
+]
 
 
 class ModeError(RuntimeError):
@@ -42,44 +56,132 @@ class Mode:
         ]
 
 
+class _Block(contextlib.ContextDecorator):
+    """One ``with`` block. An interrupt leaves it entered or left, never half of either.
+
+    One that comes before ``__exit__`` has begun to run cannot be caught there: then the block is left when it is freed.
+    """
+
+    on: bool
+    thread: int | None = None  # that entered this block; None while it is not open
+
+    def _open(self) -> None:
+        if self.thread is not None:
+            raise ModeError("this block is open already: make another one for each with statement.")
+        try:
+            while self.thread is None:
+                _process.wait_for_stock_of_other_threads()
+                with interrupts.deferred():
+                    _process.enter(self)
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        if self.thread is not None:
+            with interrupts.deferred():
+                _process.leave(self)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            if self.on and error is None and self.thread is not None:
+                _process.check()
+        finally:
+            self._close()
+
+    def __del__(self) -> None:
+        self._close()
+
+    def _recreate_cm(self) -> Self:  # what a decorated function enters at each call
+        return type(self)()
+
+
+class _ModeBlock(_Block):
+    on = True
+
+    def __enter__(self) -> Mode:
+        self._open()
+        return Mode()
+
+
+class _StockBlock(_Block):
+    on = False
+
+    def __enter__(self) -> None:
+        self._open()
+
+
 class _Process:
-    """The mode is a state of the process (torch has one dispatcher): the first block installs, the last one restores."""
+    """The mode is a state of the process, as torch has one dispatcher: the block that was opened last decides it."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.depth = 0
+        self.lock = threading.Condition(threading.RLock())
+        self.blocks: list[_Block] = []
         self.installation: contextlib.ExitStack | None = None
         self.entries_of_others: list[Registration] = []
         self.holding: Holding | None = None
+        self._is_settling = False
 
-    def enter(self) -> None:
-        with self.lock:
-            if self.depth == 0:
-                self._install()
-            self.depth += 1
+    @property
+    def _should_be_on(self) -> bool:
+        return bool(self.blocks) and self.blocks[-1].on
 
-    def leave(self) -> None:
+    def wait_for_stock_of_other_threads(self) -> None:
         with self.lock:
-            self.depth -= 1
-            if self.depth == 0:
-                self._restore()
+            self.lock.wait_for(lambda: not self._is_stock_of_another_thread())
 
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
+    def _is_stock_of_another_thread(self) -> bool:
+        return any(not block.on and block.thread != threading.get_ident() for block in self.blocks)
+
+    def enter(self, block: _Block) -> None:
+        """Opens the block, unless another thread has come to be in ``stock_torch`` meanwhile."""
         with self.lock:
-            was_on = self.installation is not None
-            if was_on:
-                self.check_entries()  # what was taken from us would be ours again after, and the theft forgotten
-                self._restore()
+            if self._is_stock_of_another_thread():
+                return
+            if not block.on:
+                self._check_that_stock_torch_hits_no_other_thread()
+                self.check()  # what was taken from us would be ours again after, and the theft forgotten
+            block.thread = threading.get_ident()
+            self.blocks.append(block)
+            self._settle()
+
+    def leave(self, block: _Block) -> None:
+        with self.lock:
+            if block.thread is None:
+                return
+            block.thread = None
+            self.blocks.remove(block)
             try:
-                yield
+                self._settle()
+            except Exception as error:
+                raise ModeError(
+                    f"batch-invariant mode could not be installed again after stock_torch(): {error} "
+                    "The mode is off in the blocks that are still open: leave them."
+                ) from error
             finally:
-                if was_on:
-                    self._install()
+                self.lock.notify_all()
 
-    def check_entries(self) -> None:
-        """Raises ModeError where another library has taken an entry of ours since the mode was entered."""
+    def close(self) -> None:
+        """At the end of the process: restores while torch is still whole. Blocks that are left later do nothing."""
         with self.lock:
+            for block in self.blocks:
+                block.thread = None
+            self.blocks.clear()
+            self._settle()
+
+    def after_fork_in_child(self) -> None:
+        """Only the thread that forked lives here: the blocks of the others are its own."""
+        self.lock.release()
+        for block in self.blocks:
+            block.thread = threading.get_ident()
+
+    def check(self) -> None:
+        """Raises ModeError where the mode should be on and is not, or not with all its entries."""
+        with self.lock:
+            if self._should_be_on and self.holding is None:
+                raise ModeError(
+                    "batch-invariant mode did not hold to its end: it could not be installed again after stock_torch()."
+                )
             taken = self.holding.taken() if self.holding is not None else []
         if taken:
             raise ModeError(
@@ -87,54 +189,82 @@ class _Process:
                 "may depend on the batch. Set that library up before the mode is entered, or turn its own mode off."
             )
 
+    def _check_that_stock_torch_hits_no_other_thread(self) -> None:
+        if any(block.on and block.thread != threading.get_ident() for block in self.blocks):
+            raise ModeError(
+                "stock_torch() cannot be entered: another thread is in batch_invariant_mode(), and would run stock torch too, "
+                "as torch has one dispatcher for all threads. Enter it when the other threads have left the mode."
+            )
+
+    def _settle(self) -> None:
+        """Installs or restores, as the blocks have it. A block that is freed meanwhile comes here from within."""
+        if self._is_settling:
+            return
+        self._is_settling = True
+        try:
+            while self._should_be_on != (self.installation is not None):
+                if self._should_be_on:
+                    self._install()
+                else:
+                    self._restore()
+        finally:
+            self._is_settling = False
+
     def _install(self) -> None:
         from pytest_batchinv.kernels import inductor
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(registry.bits_kept([rule.name for rule in rules.RULES if rule.value is True]))
             stack.enter_context(registry.applied("inductor"))
-            stack.enter_context(_backend_flags())
+            stack.enter_context(flags.in_force())
+            stack.enter_context(workers.warn_of_processes_without_the_mode(worker_init_fn))
             operators.operators()
             self.entries_of_others = eager.entries_of_others()
-            self.holding = stack.enter_context(eager.installed())
+            holding = stack.enter_context(eager.installed())
             stack.enter_context(inductor.installed(fingerprint))
-            _nobody_in_front(self.holding)
+            _check_nobody_before_us(holding)
             _canary()
-            self.installation = stack.pop_all()
+            self.installation, self.holding = stack.pop_all(), holding
 
     def _restore(self) -> None:
         installation, self.installation, self.holding = self.installation, None, None
-        installation.close()
+        if installation is not None:
+            installation.close()
 
 
 _process = _Process()
+atexit.register(_process.close)
+os.register_at_fork(
+    before=_process.lock.acquire,
+    after_in_parent=_process.lock.release,
+    after_in_child=_process.after_fork_in_child,
+)
 
 
-@contextlib.contextmanager
-def batch_invariant_mode() -> Iterator[Mode]:
+def batch_invariant_mode() -> contextlib.AbstractContextManager[Mode, None]:
     """Makes torch batch-invariant inside the block, for all threads, in eager and compiled code.
 
     Blocks nest, and may be entered by several threads: the mode is on until the last one leaves. On leaving, dispatcher,
     decompositions, configuration, patches and backend flags are what they were. Entering and leaving drop Dynamo's compiled
     code. The patches of the group "inductor" that this torch needs, and that change no bits, are in force inside.
 
+    A process that is forked inside has the mode. One that is spawned has not, and a ModeWarning says so: give it
+    ``worker_init_fn``.
+
     Raises ModeError where an entry turns out not to be in force, at the beginning, or at the end of any block because
     another library took it meanwhile; PatchRefused where a patch that changes bits is applied; RuleError where this torch's
     settings are not the known ones.
     """
-    _process.enter()
-    try:
-        yield Mode()
-        _process.check_entries()
-    finally:
-        _process.leave()
+    return _ModeBlock()
 
 
-@contextlib.contextmanager
-def stock_torch() -> Iterator[None]:
-    """torch as it is, also inside the mode: for negative controls. Other threads wait at the mode's door meanwhile."""
-    with _process.suspended():
-        yield
+def stock_torch() -> contextlib.AbstractContextManager[None, None]:
+    """torch as it is, also inside the mode: for negative controls. A mode block inside it is on again.
+
+    No thread runs stock torch without knowing it: this raises ModeError while another thread is in a block of the mode, and
+    other threads that enter the mode, or ``stock_torch``, wait until this block is left.
+    """
+    return _StockBlock()
 
 
 def is_on() -> bool:
@@ -142,46 +272,17 @@ def is_on() -> bool:
     return _process.installation is not None
 
 
-def fingerprint() -> str:
-    """Names the state that compiled code depends on: our sources, the versions of torch and Triton, the applied patches."""
-    return hashlib.sha256(f"{_sources()} {registry.applied_tag()}".encode()).hexdigest()[:12]
+def worker_init_fn(*_: object) -> None:
+    """Enters the mode for the rest of this process: ``DataLoader(worker_init_fn=...)``, or the initializer of a pool."""
+    block = batch_invariant_mode()
+    block.__enter__()
+    _blocks_of_this_process.append(block)
 
 
-@cache
-def _sources() -> str:
-    digest = hashlib.sha256(torch.__version__.encode())
-    with contextlib.suppress(ImportError):
-        import triton
-
-        digest.update(triton.__version__.encode())
-    for package in (kernels, patches):
-        for path in sorted(Path(package.__path__[0]).rglob("*.[cp][py]*")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+_blocks_of_this_process: list[contextlib.AbstractContextManager[Mode, None]] = []
 
 
-@contextlib.contextmanager
-def _backend_flags() -> Iterator[None]:
-    """float32 means IEEE float32, and what is left to cuBLAS and cuDNN is deterministic."""
-    flags = [
-        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
-        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
-        (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
-        (torch.backends.cudnn, "benchmark", False),
-        (torch.backends.cudnn, "deterministic", True),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in flags]
-    try:
-        for owner, name, value in flags:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-
-
-def _nobody_in_front(holding: Holding) -> None:
+def _check_nobody_before_us(holding: Holding) -> None:
     """No other library may stand between a call and our entries, say at an Autograd key, or at CUDA for a composite."""
     in_front = holding.in_front()
     if in_front:
@@ -200,7 +301,7 @@ _MOST_NAMED = 5
 
 
 def _canary() -> None:
-    """Runs a few operators through every eager door and checks that the table answered."""
+    """Runs a few operators of each kind of entry, and checks that the table answered."""
     x = torch.ones(2, 2)
     with counters.counting_apart() as answered:
         torch.mm(x, x, out=torch.empty(2, 2))

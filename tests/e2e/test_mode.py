@@ -34,7 +34,7 @@ def dispatcher_state() -> dict[str, str]:
 
 
 def _touched():
-    for name in (*table.LEAVES, *table.POINTWISE, *table.REFUSED, *table.COMPOSITES):
+    for name in (*table.BACKEND_KERNELS, *table.POINTWISE, *table.REFUSED, *table.COMPOSITES):
         overload = overloads.overload_of(name)
         if overload is not None:
             yield overload

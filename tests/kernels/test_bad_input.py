@@ -27,7 +27,7 @@ Leaving and entering the mode costs 5 ms, so calls share it.
 """
 CALLS_AT_ONCE = 12
 
-NAMES = (*table.LEAVES, *table.COMPOSITES, *table.POINTWISE)
+NAMES = (*table.BACKEND_KERNELS, *table.COMPOSITES, *table.POINTWISE)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128)
 SPECIALS = (math.nan, math.inf, -math.inf, -0.0)

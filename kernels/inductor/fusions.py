@@ -1,7 +1,7 @@
 """Rewrites of a graph that save memory traffic and change no bit: their kernels do the same sums in the same order.
 
-What Inductor would fuse into a reduction, it cannot fuse into an operator of ours, so the squares of a norm would go
-through memory as float32 once for each norm of a model, and all logprobs of a vocabulary for the few that are wanted.
+Inductor fuses pointwise code into its own reductions, but not into an operator of ours. Without these rewrites the squares
+of each norm would go through memory as float32, and so would the logprobs of the whole vocabulary for the few that are wanted.
 """
 
 import torch
@@ -11,15 +11,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def fuse(graph: Graph) -> None:
-    """Rewrites to an operator of ours, with x widened from 16 bits or not.
-
-    ``mean(x * x)`` to ``batchinv::mean_of_squares``; ``log_softmax(x, -1).gather(-1, index)`` to ``chosen_logprobs``.
-    """
+def fuse_mean_of_squares(graph: Graph) -> None:
+    """``mean(x * x)`` becomes ``batchinv::mean_of_squares(x)``, with x as it was before it was widened from 16 bits."""
     means = graph.find_nodes(op="call_function", target=torch.ops.batchinv.mean.dim)
+    if any([_fuse_mean_of_squares(mean) for mean in means]):
+        graph.eliminate_dead_code()
+
+
+def fuse_chosen_logprobs(graph: Graph) -> None:
+    """``log_softmax(x, -1).gather(-1, index)`` becomes ``batchinv::chosen_logprobs(x, index)``, with x as above."""
     gathers = graph.find_nodes(op="call_function", target=aten.gather.default)
-    fused = [_fuse_mean_of_squares(node) for node in means] + [_fuse_chosen_logprobs(node) for node in gathers]
-    if any(fused):
+    if any([_fuse_chosen_logprobs(gather) for gather in gathers]):
         graph.eliminate_dead_code()
 
 
@@ -51,7 +53,7 @@ def _are_equal(sizes: torch.Size, others: torch.Size) -> bool:
 
 
 def _arguments(mean: Node) -> tuple[Node, list[int] | None, bool, torch.dtype | None]:
-    """Of ``mean.dim``, with the defaults filled in."""
+    """The arguments of ``mean.dim``, with the defaults filled in."""
     arguments = dict(zip(("self", "dim", "keepdim"), mean.args, strict=False)) | mean.kwargs
     return arguments["self"], arguments["dim"], arguments.get("keepdim", False), arguments.get("dtype")
 
