@@ -17,3 +17,9 @@ def not_traced(function: _Function) -> _Function:
     """Tells Dynamo to run this plain function, and all that it calls, as it is. A call costs nothing more."""
     set_code_exec_strategy(function.__code__, _SKIPPED)  # type: ignore[attr-defined]
     return function
+
+
+def not_compiled(function: _Function) -> _Function:
+    """The same for what a compiled function may call itself: there Dynamo breaks the graph, and inlines nothing of it."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return not_traced(function)

@@ -4,6 +4,8 @@ import atexit
 import contextlib
 import os
 import threading
+import weakref
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -11,6 +13,7 @@ import torch
 
 from pytest_batchinv import flags, interrupts, workers
 from pytest_batchinv.kernels import counters, eager, operators
+from pytest_batchinv.kernels.tracing import not_compiled
 from pytest_batchinv.patches import registry, rules
 from pytest_batchinv.patches.dispatcher import Holding, Registration
 from pytest_batchinv.receipt import fingerprint, receipt
@@ -56,41 +59,60 @@ class Mode:
         ]
 
 
-class _Block(contextlib.ContextDecorator):
-    """One ``with`` block. An interrupt leaves it entered or left, never half of either.
+@dataclass(eq=False)
+class _Token:
+    """What the process knows of an open block. It does not keep the block itself alive."""
 
-    One that comes before ``__exit__`` has begun to run cannot be caught there: then the block is left when it is freed.
+    on: bool
+    thread: int = 0
+
+
+class _Block(contextlib.ContextDecorator):
+    """One ``with`` block of the mode, or of stock torch inside it. An interrupt leaves it entered or left, nothing between.
+
+    An interrupt that comes as Python calls ``__exit__`` is raised before a line of it runs. Such a block is left when it is
+    freed.
     """
 
     on: bool
-    thread: int | None = None  # that entered this block; None while it is not open
 
-    def _open(self) -> None:
-        if self.thread is not None:
-            raise ModeError("this block is open already: make another one for each with statement.")
+    def __init__(self) -> None:
+        self._token = _Token(self.on)
+        self._when_freed = weakref.finalize(self, _process.leave, self._token)
+        self._when_freed.atexit = False
+        self._was_entered = False
+
+    def _enter(self) -> Mode:
+        if self._was_entered:
+            raise ModeError("this block has been entered before: each with statement needs one of its own.")
         try:
-            while self.thread is None:
+            self._was_entered = True
+            self._token.thread = threading.get_ident()
+            while not _process.has(self._token):
                 _process.wait_for_stock_of_other_threads()
-                with interrupts.deferred():
-                    _process.enter(self)
+                _process.enter(self._token)
+            return Mode()
         except BaseException:
-            self._close()
+            self._leave()
             raise
 
-    def _close(self) -> None:
-        if self.thread is not None:
-            with interrupts.deferred():
-                _process.leave(self)
+    def _leave(self) -> None:
+        try:
+            _process.leave(self._token)
+        finally:
+            self._when_freed.detach()
 
+    @not_compiled
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
-            if self.on and error is None and self.thread is not None:
-                _process.check()
-        finally:
-            self._close()
-
-    def __del__(self) -> None:
-        self._close()
+            try:
+                if error is None and _process.has(self._token):
+                    _process.check()
+            finally:
+                self._leave()
+        except BaseException:
+            self._leave()  # where an interrupt came before it was done
+            raise
 
     def _recreate_cm(self) -> Self:  # what a decorated function enters at each call
         return type(self)()
@@ -99,16 +121,17 @@ class _Block(contextlib.ContextDecorator):
 class _ModeBlock(_Block):
     on = True
 
+    @not_compiled
     def __enter__(self) -> Mode:
-        self._open()
-        return Mode()
+        return self._enter()
 
 
 class _StockBlock(_Block):
     on = False
 
+    @not_compiled
     def __enter__(self) -> None:
-        self._open()
+        self._enter()
 
 
 class _Process:
@@ -116,7 +139,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.lock = threading.Condition(threading.RLock())
-        self.blocks: list[_Block] = []
+        self.blocks: list[_Token] = []
         self.installation: contextlib.ExitStack | None = None
         self.entries_of_others: list[Registration] = []
         self.holding: Holding | None = None
@@ -126,6 +149,9 @@ class _Process:
     def _should_be_on(self) -> bool:
         return bool(self.blocks) and self.blocks[-1].on
 
+    def has(self, block: _Token) -> bool:
+        return block in self.blocks
+
     def wait_for_stock_of_other_threads(self) -> None:
         with self.lock:
             self.lock.wait_for(lambda: not self._is_stock_of_another_thread())
@@ -133,23 +159,22 @@ class _Process:
     def _is_stock_of_another_thread(self) -> bool:
         return any(not block.on and block.thread != threading.get_ident() for block in self.blocks)
 
-    def enter(self, block: _Block) -> None:
+    def enter(self, block: _Token) -> None:
         """Opens the block, unless another thread has come to be in ``stock_torch`` meanwhile."""
-        with self.lock:
+        with interrupts.deferred(), self.lock:
             if self._is_stock_of_another_thread():
                 return
             if not block.on:
-                self._check_that_stock_torch_hits_no_other_thread()
+                self._check_that_no_other_thread_is_in_the_mode()
                 self.check()  # what was taken from us would be ours again after, and the theft forgotten
-            block.thread = threading.get_ident()
             self.blocks.append(block)
             self._settle()
 
-    def leave(self, block: _Block) -> None:
-        with self.lock:
-            if block.thread is None:
+    def leave(self, block: _Token) -> None:
+        """Closes the block. One that is not open is left alone."""
+        with interrupts.deferred(), self.lock:
+            if not self.has(block):
                 return
-            block.thread = None
             self.blocks.remove(block)
             try:
                 self._settle()
@@ -164,8 +189,6 @@ class _Process:
     def close(self) -> None:
         """At the end of the process: restores while torch is still whole. Blocks that are left later do nothing."""
         with self.lock:
-            for block in self.blocks:
-                block.thread = None
             self.blocks.clear()
             self._settle()
 
@@ -189,7 +212,7 @@ class _Process:
                 "may depend on the batch. Set that library up before the mode is entered, or turn its own mode off."
             )
 
-    def _check_that_stock_torch_hits_no_other_thread(self) -> None:
+    def _check_that_no_other_thread_is_in_the_mode(self) -> None:
         if any(block.on and block.thread != threading.get_ident() for block in self.blocks):
             raise ModeError(
                 "stock_torch() cannot be entered: another thread is in batch_invariant_mode(), and would run stock torch too, "
