@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import os
 import threading
+import time
 import weakref
 from dataclasses import dataclass
 from types import TracebackType
@@ -138,7 +139,7 @@ class _Process:
     """The mode is a state of the process, as torch has one dispatcher: the block that was opened last decides it."""
 
     def __init__(self) -> None:
-        self.lock = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
         self.blocks: list[_Token] = []
         self.installation: contextlib.ExitStack | None = None
         self.entries_of_others: list[Registration] = []
@@ -153,8 +154,9 @@ class _Process:
         return block in self.blocks
 
     def wait_for_stock_of_other_threads(self) -> None:
-        with self.lock:
-            self.lock.wait_for(lambda: not self._is_stock_of_another_thread())
+        """Polls: an interrupt may come at any time here, and must not find a lock held."""
+        while self._is_stock_of_another_thread():
+            time.sleep(0.001)
 
     def _is_stock_of_another_thread(self) -> bool:
         return any(not block.on and block.thread != threading.get_ident() for block in self.blocks)
@@ -183,12 +185,10 @@ class _Process:
                     f"batch-invariant mode could not be installed again after stock_torch(): {error} "
                     "The mode is off in the blocks that are still open: leave them."
                 ) from error
-            finally:
-                self.lock.notify_all()
 
     def close(self) -> None:
         """At the end of the process: restores while torch is still whole. Blocks that are left later do nothing."""
-        with self.lock:
+        with interrupts.deferred(), self.lock:
             self.blocks.clear()
             self._settle()
 
@@ -200,7 +200,7 @@ class _Process:
 
     def check(self) -> None:
         """Raises ModeError where the mode should be on and is not, or not with all its entries."""
-        with self.lock:
+        with interrupts.deferred(), self.lock:
             if self._should_be_on and self.holding is None:
                 raise ModeError(
                     "batch-invariant mode did not hold to its end: it could not be installed again after stock_torch()."
