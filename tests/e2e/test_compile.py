@@ -63,7 +63,7 @@ def assert_rows_have_the_bits_of_eager_code(compiled, block, rows, sizes) -> Non
         with batch_invariant_mode() as mode:  # the second call compiles nothing: what is counted ran
             second = compiled(rows[:size])
         assert COMPILED <= mode.hits.keys()
-        assert not any(name.startswith("aten::") for name in mode.hits)  # eager code would go through these doors
+        assert not any(name.startswith("aten::") for name in mode.hits)  # which eager code would call
         for batch in (first, second):
             for position in range(size):
                 difference = first_difference(alone[position], batch[position])

@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import json
 import multiprocessing
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -239,63 +237,47 @@ def test_an_interrupt_within_the_whole_installation_leaves_nothing_behind():
 
 # --- processes -------------------------------------------------------------------------------------------------------
 
-ENDS = {
-    "inside a block": "block = batch_invariant_mode(); block.__enter__()",
-    "inside stock_torch": "a = batch_invariant_mode(); a.__enter__(); b = stock_torch(); b.__enter__()",
-    "with a generator that is in a block": """
-        def rows():
-            with batch_invariant_mode():
-                yield 1
-                yield 2
-        generator = rows(); next(generator)
-        """,
-    "with a cycle of references to a block": """
-        block = batch_invariant_mode(); block.__enter__(); block.itself = block; sys.modules["kept"] = block
-        """,
-    "with a thread in a block": """
-        entered = threading.Event()
-        def work():
-            with batch_invariant_mode():
-                entered.set()
-                threading.Event().wait()
-        threading.Thread(target=work, daemon=True).start(); entered.wait()
-        """,
-    "by sys.exit in a block": """
+ENDS = """
+import os, sys, threading
+from pytest_batchinv.mode import batch_invariant_mode
+
+with batch_invariant_mode():
+    pass
+if os.fork() == 0:  # this process ends with blocks that nobody left
+    block = batch_invariant_mode()
+    block.__enter__()
+    in_a_cycle = batch_invariant_mode()
+    in_a_cycle.__enter__()
+    in_a_cycle.itself = in_a_cycle
+
+    def rows():
         with batch_invariant_mode():
-            sys.exit(0)
-        """,
-}
+            yield 1
+            yield 2
+
+    generator = rows()
+    next(generator)
+    entered = threading.Event()
+
+    def work():
+        with batch_invariant_mode():
+            entered.set()
+            threading.Event().wait()
+
+    threading.Thread(target=work, daemon=True).start()
+    entered.wait()
+else:
+    print(os.wait()[1])
+    with batch_invariant_mode():
+        sys.exit(3)
+"""
 
 
 def test_a_process_that_ends_in_the_mode_says_nothing(tmp_path):
-    """Each end in a fork of one process, which imports torch for all of them and ends each as a script ends."""
     script = tmp_path / "ends.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import json, os, sys, threading
-            import torch
-            from pytest_batchinv.mode import batch_invariant_mode, stock_torch
-            with batch_invariant_mode():
-                pass
-            code = None
-            for name, text in json.loads(sys.argv[1]).items():
-                if os.fork() == 0:
-                    os.dup2(os.open(os.path.join(sys.argv[2], name), os.O_CREAT | os.O_WRONLY), 2)
-                    code = text
-                    break
-                print(name, os.wait()[1])
-            if code is not None:
-                exec(code)
-            """
-        )
-    )
-    ends = {name: textwrap.dedent(code) for name, code in ENDS.items()}
-    command = [sys.executable, "-P", str(script), json.dumps(ends), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    assert done.stdout.splitlines() == [f"{name} 0" for name in ENDS]
-    assert {name: (tmp_path / name).read_text() for name in ENDS} == dict.fromkeys(ENDS, "")
+    script.write_text(ENDS)
+    done = subprocess.run([sys.executable, "-P", str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "0\n", "")
 
 
 def loaded(**options: Any) -> list[Any]:
