@@ -116,9 +116,8 @@ def _differentiate(
         @staticmethod
         @not_traced
         def forward(ctx: Any, *args: Any) -> Any:
-            *args, out = args
-            setup_context(ctx, args, out)
-            return out
+            setup_context(ctx, args[:-1], args[-1])
+            return args[-1]
 
         @staticmethod
         @not_traced

@@ -6,9 +6,12 @@ way. ``REFUSED`` raise with the reason. ``OUT_GIVES_DTYPE`` and ``OUT_MAY_CAST``
 A functional overload stands for its ``.out`` and in-place siblings too: ``overloads.py`` finds them by their schemas.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from pytest_batchinv.kernels.aten import attention, norms, pointwise, products, reductions, scatter
 
-BACKEND_KERNELS = {
+BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "mm": products.mm,
     "mm.dtype": products.mm_dtype,
     "addmm": products.addmm,
@@ -52,7 +55,7 @@ BACKEND_KERNELS = {
     "scatter_add": scatter.scatter_add,
 }
 
-COMPOSITES = {
+COMPOSITES: dict[str, Callable[..., Any]] = {
     "linear": products.linear,
     "layer_norm": norms.layer_norm,
     "rms_norm": norms.rms_norm,
@@ -61,7 +64,7 @@ COMPOSITES = {
 
 _OF_ANY_DTYPE = ("sigmoid", "rsqrt", "exp", "tanh", "erf", "expm1", "log", "log1p", "sin", "cos")
 
-POINTWISE = {
+POINTWISE: dict[str, Callable[..., Any]] = {
     **{kind: pointwise.unary(kind) for kind in ("silu", "mish", *_OF_ANY_DTYPE)},
     "gelu": pointwise.gelu,
     "softplus": pointwise.softplus,

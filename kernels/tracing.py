@@ -15,7 +15,7 @@ _SKIPPED = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 
 def not_traced(function: _Function) -> _Function:
     """Tells Dynamo to run this plain function, and all that it calls, as it is. A call costs nothing more."""
-    set_code_exec_strategy(function.__code__, _SKIPPED)  # type: ignore[attr-defined]
+    set_code_exec_strategy(function.__code__, _SKIPPED)
     return function
 
 

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 
 from pytest_batchinv import flags, interrupts, workers
-from pytest_batchinv.kernels import counters, eager, operators
+from pytest_batchinv.kernels import counters, eager, operators, table
 from pytest_batchinv.kernels.tracing import not_compiled
 from pytest_batchinv.patches import registry, rules
 from pytest_batchinv.patches.dispatcher import Holding, Registration
@@ -54,7 +54,7 @@ class Mode:
         devices = "cpu and cuda" if torch.backends.cuda.is_built() else "cpu"
         return [
             f"batch-invariant mode: {len(operators.operators())} overloads and their .out and in-place forms on {devices}, "
-            f"{len(eager.table.COMPOSITES)} composites, {len(eager.table.REFUSED)} refused; fingerprint {fingerprint()}",
+            f"{len(table.COMPOSITES)} composites, {len(table.REFUSED)} refused; fingerprint {fingerprint()}",
             *(f"patch {row.name}: {row.state} ({row.why})" for row in registry.status()),
             *(f"given back on exit: {registration}" for registration in _process.entries_of_others),
         ]

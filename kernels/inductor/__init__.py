@@ -7,6 +7,7 @@ whichever thread that happens. The table goes in where Inductor looks its decomp
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from pytest_batchinv.kernels import table
@@ -21,6 +22,8 @@ from pytest_batchinv.patches.registry import torch_version
 from torch._ops import OpOverload
 
 __all__ = ["LeftoverError", "decompositions", "installed"]
+
+Decomposition = Callable[..., Any]
 
 
 @contextlib.contextmanager
@@ -44,7 +47,7 @@ def installed(fingerprint: Callable[[], str]) -> Iterator[None]:
             torch._dynamo.reset()
 
 
-def decompositions() -> dict[OpOverload, Callable]:
+def decompositions() -> dict[OpOverload, Decomposition]:
     """Inductor's decompositions with the table's entries in front. A plain function, as it becomes part of a cache key."""
     from torch._inductor.decomposition import select_decomp_table
 
@@ -52,7 +55,7 @@ def decompositions() -> dict[OpOverload, Callable]:
 
 
 @functools.cache
-def _table() -> dict[OpOverload, Callable]:
+def _table() -> dict[OpOverload, Decomposition]:
     from torch._inductor.decomposition import select_decomp_table
 
     stock = dict(select_decomp_table())
@@ -70,19 +73,19 @@ def _table() -> dict[OpOverload, Callable]:
     return entries
 
 
-def _replacement(overload: OpOverload, operator: OpOverload) -> Callable:
-    def decompose(*args, **kwargs):
+def _replacement(overload: OpOverload, operator: OpOverload) -> Decomposition:
+    def decompose(*args: Any, **kwargs: Any) -> Any:
         return NotImplemented if is_exact(overload, args, kwargs) else operator(*args, **kwargs)
 
     return decompose
 
 
-def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Callable | None) -> Callable:
+def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Decomposition | None) -> Decomposition:
     """Pointwise entries are the CPU's alone; on a GPU Inductor's own code gives the bits of eager code."""
     if overload is torch.ops.aten.pow.Tensor_Scalar:
         stock = _pow
 
-    def decompose(self, *args, **kwargs):
+    def decompose(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.device.type == "cpu" and not is_exact(overload, (self, *args), kwargs):
             return operator(as_floats(self), *args, **kwargs)  # whose fake result has the dtype of its input
         return NotImplemented if stock is None else stock(self, *args, **kwargs)
@@ -90,17 +93,17 @@ def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Callable | No
     return decompose
 
 
-def _refusal_of_floats(overload: OpOverload, reason: str) -> Callable:
+def _refusal_of_floats(overload: OpOverload, reason: str) -> Decomposition:
     refuse = refusal(overload, reason)
 
-    def decompose(*args, **kwargs):
+    def decompose(*args: Any, **kwargs: Any) -> Any:
         return NotImplemented if is_exact(overload, args, kwargs) else refuse()
 
     return decompose
 
 
-def _pow(self: torch.Tensor, exponent: float):
-    """Small whole powers as eager CUDA takes them: by products, each rounded to the tensor's dtype.
+def _pow(self: torch.Tensor, exponent: float) -> Any:
+    """Squares and cubes as eager CUDA computes them: by products, each rounded to the tensor's dtype.
 
     Inductor multiplies in float32 and rounds once, which is another value in bf16.
     """

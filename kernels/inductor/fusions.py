@@ -4,6 +4,8 @@ Inductor fuses pointwise code into its own reductions, but not into an operator 
 of each norm would go through memory as float32, and so would the logprobs of the whole vocabulary for the few that are wanted.
 """
 
+from typing import Any
+
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -26,7 +28,7 @@ def fuse_chosen_logprobs(graph: Graph) -> None:
 
 
 def _fuse_mean_of_squares(mean: Node) -> bool:
-    squares, dim, keepdim, dtype = _arguments(mean)
+    squares, dim, keepdim, dtype = _mean_arguments(mean)
     x = _squared(squares)
     if x is None or dtype is not None or not _is_wide(x):
         return False
@@ -36,7 +38,7 @@ def _fuse_mean_of_squares(mean: Node) -> bool:
 
 
 def _fuse_chosen_logprobs(gather: Node) -> bool:
-    logprobs, dim, index = gather.args[:3]
+    logprobs, dim, index = _args(gather)[:3]
     if logprobs.target is not torch.ops.batchinv._log_softmax.default or len(logprobs.users) > 1:
         return False
     values, places = logprobs.meta["val"], index.meta["val"]
@@ -52,18 +54,22 @@ def _are_equal(sizes: torch.Size, others: torch.Size) -> bool:
     return len(sizes) == len(others) and all(statically_known_true(a == b) for a, b in zip(sizes, others, strict=True))
 
 
-def _arguments(mean: Node) -> tuple[Node, list[int] | None, bool, torch.dtype | None]:
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _mean_arguments(mean: Node) -> tuple[Any, ...]:
     """The arguments of ``mean.dim``, with the defaults filled in."""
-    arguments = dict(zip(("self", "dim", "keepdim"), mean.args, strict=False)) | mean.kwargs
+    arguments: dict[str, Any] = {**dict(zip(("self", "dim", "keepdim"), mean.args, strict=False)), **mean.kwargs}
     return arguments["self"], arguments["dim"], arguments.get("keepdim", False), arguments.get("dtype")
 
 
-def _squared(node: Node) -> Node | None:
+def _squared(node: Node) -> Any:
     """x where the node is x * x or x ** 2."""
     if node.target is aten.mul.Tensor and node.args[0] is node.args[1]:
-        return node.args[0]
+        return _args(node)[0]
     if node.target in (aten.pow.Tensor_Scalar, torch.ops.batchinv.pow.Tensor_Scalar) and node.args[1] == 2:
-        return node.args[0]
+        return _args(node)[0]
     return None
 
 
@@ -72,9 +78,8 @@ def _is_wide(x: Node) -> bool:
     return x.meta["val"].dtype in (torch.float32, torch.float64)
 
 
-def _before_widening(x: Node) -> Node:
+def _before_widening(x: Node) -> Any:
     """The tensor of 16 bits that x was, or x: the operator widens by itself."""
     is_widened = x.target is prims.convert_element_type.default and x.meta["val"].dtype == torch.float32
-    if is_widened and x.args[0].meta["val"].dtype in (torch.float16, torch.bfloat16):
-        return x.args[0]
-    return x
+    narrow = _args(x)[0] if is_widened else x
+    return narrow if narrow.meta["val"].dtype in (torch.float16, torch.bfloat16) else x

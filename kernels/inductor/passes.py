@@ -1,6 +1,6 @@
 """The last passes over each graph that Inductor compiles in the mode: the user's own, the fusions, the guard."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pytest_batchinv.kernels.inductor import fusions, guard
@@ -28,11 +28,13 @@ class Passes(CustomGraphPass):
         return "batchinv", self._fingerprint, *(_uuid(run) for run in self._passes if run not in OURS)
 
 
-def passes(users_pass: Pass | None, fingerprint: str) -> Passes:
-    """The user's pass first, so that the guard sees what it leaves."""
-    if isinstance(users_pass, Passes):  # a compilation within a compilation
-        return users_pass
-    return Passes((*([users_pass] if users_pass is not None else []), *OURS), fingerprint)
+def passes(users: Pass | Sequence[Pass] | None, fingerprint: str) -> Passes:
+    """The user's passes first, so that the guard sees what they leave. Inductor takes one, or several."""
+    if isinstance(users, Passes):  # a compilation within a compilation
+        return users
+    if users is None:
+        return Passes(OURS, fingerprint)
+    return Passes((*(users if isinstance(users, Sequence) else [users]), *OURS), fingerprint)
 
 
 def _uuid(run: Pass) -> Any:
