@@ -112,6 +112,7 @@ FLAGS = {
     "TF32 everywhere": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
     "TF32 by backend": lambda: setattr(torch.backends.cudnn, "fp32_precision", "tf32"),
     "convolutions apart": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "none"),
+    "recurrent layers apart": lambda: setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee"),
     "products apart": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
     "products without split-K": lambda: setattr(
         torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", (False, False)
