@@ -291,7 +291,7 @@ def test_a_refusal_shows_the_users_frames_alone():
         assert {str(entry.path) for entry in caught.traceback.filter(caught)} == {__file__}
         ours = [frame for frame in traceback.extract_tb(caught.tb) if frame.filename != __file__]
         assert len(ours) == 1
-        assert caught.value.__context__ is None
+        assert caught.value.__suppress_context__
 
 
 def test_layers_with_a_fused_fast_path_are_batch_invariant_in_eager_and_compiled_code():
