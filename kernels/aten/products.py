@@ -213,7 +213,7 @@ def convolution(input, weight, bias, stride, padding, dilation, transposed, outp
     """1-d convolution as one GEMM a group: each output position is a row of the C // groups * k inputs under the kernel."""
     if input.dim() != 3 or transposed:
         kind = "transposed" if transposed else f"{input.dim() - 2}-d"
-        raise Refused(f"batch-invariant mode covers 1-d convolution; this one is {kind}. Run it outside the mode.")
+        raise Refused(f"batch-invariant mode covers 1-d convolution; this one is {kind}.")
     _check_convolution(input, weight, bias, stride, padding, dilation, output_padding, groups)
     n_batch, channels, _ = input.shape
     out_channels, group_channels, taps = weight.shape

@@ -23,7 +23,7 @@ def scaled_from(entry: str, n_rows: int) -> Iterator[None]:
     entry: a name of the table's backend kernels, such as "mm" or "_softmax", or of its composites.
     """
     with contextlib.ExitStack() as stack:
-        for entries in (table.LEAVES, table.COMPOSITES, table.PLANNED):
+        for entries in (table.BACKEND_KERNELS, table.COMPOSITES, table.PLANNED):
             if entry in entries:
                 stack.enter_context(mock.patch.dict(entries, {entry: _scaled(entries[entry], n_rows)}))
         yield

@@ -7,13 +7,13 @@ import threading
 
 import pytest
 import torch
+from pytest_batchinv.engines.transformers import COMPILE_MODES, TransformersEngine
 from torch import nn
 from torch.nn import functional as F
 
 from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.check import check_engine
 from pytest_batchinv.compare import first_difference
-from pytest_batchinv.engines.transformers import COMPILE_MODES, TransformersEngine
 from pytest_batchinv.shapes import BatchShape, Row
 
 HIDDEN, TOKENS, MOST = 64, 5, 17
@@ -63,7 +63,7 @@ def assert_rows_have_the_bits_of_eager_code(compiled, block, rows, sizes) -> Non
         with batch_invariant_mode() as mode:  # the second call compiles nothing: what is counted ran
             second = compiled(rows[:size])
         assert COMPILED <= mode.hits.keys()
-        assert not any(name.startswith("aten::") for name in mode.hits)  # eager code would go through these doors
+        assert not any(name.startswith("aten::") for name in mode.hits)  # which eager code would call
         for batch in (first, second):
             for position in range(size):
                 difference = first_difference(alone[position], batch[position])

@@ -551,17 +551,17 @@ def test_specialised_launches_are_remembered_by_all_that_their_binary_depends_on
             cuda.attention(q, k, v, None, False, 0.1)
         for shape, offset in itertools.product(((112,), (1, 240), (2, 3, 240), (3, 1010)), (0, 1)):
             y = shifted(*shape, offset=offset)
-            table.LEAVES["_softmax"](y, -1, False)
+            table.BACKEND_KERNELS["_softmax"](y, -1, False)
             for weight in (shifted(64, shape[-1], offset=0), shifted(64, shape[-1], offset=1)):
                 for bias in (None, weight[:, 0], weight[1:2, :64].reshape(64)):
                     linear(y, weight, bias)
-            table.LEAVES["mean.dim"](y, [-1], True)
-            table.LEAVES["var.correction"](y, [-1])
+            table.BACKEND_KERNELS["mean.dim"](y, [-1], True)
+            table.BACKEND_KERNELS["var.correction"](y, [-1])
             for weight in (None, x[0, : shape[-1]], x[0, 1 : shape[-1] + 1], x[0, : shape[-1]].float()):
                 rms_norm(y, list(shape[-1:]), weight)
-                table.LEAVES["_fused_rms_norm"](y, list(shape[-1:]), weight, None)
+                table.BACKEND_KERNELS["_fused_rms_norm"](y, list(shape[-1:]), weight, None)
                 if weight is None or weight.dtype == y.dtype:
                     layer_norm(y, list(shape[-1:]), None, weight)
-                    table.LEAVES["native_layer_norm"](y, list(shape[-1:]), None, weight, 1e-6)
+                    table.BACKEND_KERNELS["native_layer_norm"](y, list(shape[-1:]), None, weight, 1e-6)
     assert len(binaries_of) > 30
     assert {len(binaries) for binaries in binaries_of.values()} == {1}

@@ -33,7 +33,7 @@ from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.mode import stock_torch
 
 EXAMPLES = 40  # calls of each entry
-NAMES = (*table.LEAVES, *table.COMPOSITES, *table.POINTWISE)
+NAMES = (*table.BACKEND_KERNELS, *table.COMPOSITES, *table.POINTWISE)
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)

@@ -886,7 +886,7 @@ def test_planned_reductions_have_the_bits_of_the_kernel_whatever_the_strides(nam
     for dims in ([2], [1], [0, 2], [0, 1, 2]):
         want = as_tuple(REDUCTIONS[name](as_rows(x, dims)))
         for view, keepdim in zip(views_of(x), itertools.cycle((False, True))):
-            got = as_tuple(table.LEAVES[name](view, dims, keepdim=keepdim))
+            got = as_tuple(table.BACKEND_KERNELS[name](view, dims, keepdim=keepdim))
             assert_same_bits(tuple(y.flatten() for y in got), want)
             assert all(y.shape == x.sum(dims, keepdim).shape and y.is_contiguous() for y in got)
 
@@ -899,7 +899,7 @@ def test_planned_softmax_has_the_bits_of_the_kernel_along_any_dim(shape, gpu):
         want = cuda.row_softmax(moved.reshape(moved.shape[:-1].numel(), moved.shape[-1]), False, x.dtype)
         want = want.view(moved.shape).movedim(-1, dim).reshape(shape)
         for view in views_of(x):
-            got = table.LEAVES["_softmax"](view, dim, False)
+            got = table.BACKEND_KERNELS["_softmax"](view, dim, False)
             assert_same_bits(got, want)
             assert got.is_contiguous()
 
@@ -913,11 +913,11 @@ def test_planned_norms_have_the_bits_of_the_kernel_whatever_the_strides(n_dims, 
         flat = None if weight is None else weight.flatten()
         want_rms, want = cuda.row_rms_norm(rows, flat, 1e-3), cuda.row_layer_norm(rows, flat, flat, 1e-3)
         for view in views_of(x):
-            y, rstd = table.LEAVES["_fused_rms_norm"](view, shape, weight, 1e-3)
+            y, rstd = table.BACKEND_KERNELS["_fused_rms_norm"](view, shape, weight, 1e-3)
             assert_same_bits((y.view(rows.shape), rstd.flatten()), want_rms)
             assert rstd.shape == statistics
             assert_same_bits(table.PLANNED["rms_norm"](view, shape, weight, 1e-3), y)
-            y, mean, rstd = table.LEAVES["native_layer_norm"](view, shape, weight, weight, 1e-3)
+            y, mean, rstd = table.BACKEND_KERNELS["native_layer_norm"](view, shape, weight, weight, 1e-3)
             assert_same_bits(y.view(rows.shape), want[0])
             assert_same_bits((mean.flatten(), rstd.flatten()), tuple(z.to(mean.dtype) for z in want[1:]))
             assert mean.shape == rstd.shape == statistics
@@ -957,12 +957,12 @@ SEEN = torch.arange(7) < 5
 PLANNED_CALLS = {
     "linear": (table.PLANNED["linear"], F.linear, (X, W, V[:6]), {}),
     "layer_norm": (table.PLANNED["layer_norm"], F.layer_norm, (X, [16], V, V.cos(), 0.5), {}),
-    "native_layer_norm": (table.LEAVES["native_layer_norm"], torch.native_layer_norm, (X, [16], V, V.cos(), 0.5), {}),
+    "native_layer_norm": (table.BACKEND_KERNELS["native_layer_norm"], torch.native_layer_norm, (X, [16], V, V.cos(), 0.5), {}),
     "rms_norm": (table.PLANNED["rms_norm"], F.rms_norm, (X, [16], V, 0.5), {}),
-    "softmax": (table.LEAVES["_softmax"], torch._softmax, (X, -1, False), {}),
-    "log_softmax": (table.LEAVES["_log_softmax"], torch._log_softmax, (X, -1, False), {}),
-    "sum": (table.LEAVES["sum.dim_IntList"], torch.sum, (X, [-1], True), {}),
-    "mean": (table.LEAVES["mean.dim"], torch.mean, (X, [-1], False), {}),
+    "softmax": (table.BACKEND_KERNELS["_softmax"], torch._softmax, (X, -1, False), {}),
+    "log_softmax": (table.BACKEND_KERNELS["_log_softmax"], torch._log_softmax, (X, -1, False), {}),
+    "sum": (table.BACKEND_KERNELS["sum.dim_IntList"], torch.sum, (X, [-1], True), {}),
+    "mean": (table.BACKEND_KERNELS["mean.dim"], torch.mean, (X, [-1], False), {}),
     "attention": (
         table.PLANNED["scaled_dot_product_attention"],
         F.scaled_dot_product_attention,
@@ -988,15 +988,15 @@ def test_planned_products_tell_zero_from_minus_zero(gpu):
     """The two are equal, so a plan must not remember a factor."""
     a, b, nothing = torch.ones(2, 3), torch.ones(3, 2), torch.full((2,), -0.0)
     for alpha in (0.0, -0.0):
-        got = table.LEAVES["addmm"](nothing, a, b, alpha=alpha)
+        got = table.BACKEND_KERNELS["addmm"](nothing, a, b, alpha=alpha)
         assert torch.equal(got.signbit(), torch.full((2, 2), alpha == 0 and math.copysign(1, alpha) < 0))
 
 
 BAD_CALLS = {
     "linear": (table.PLANNED["linear"], (X, W[:, :9]), "shapes cannot be multiplied"),
-    "mm": (table.LEAVES["mm"], (W, W), "mm: shapes cannot be multiplied"),
-    "addmm": (table.LEAVES["addmm"], (V.double(), W, W.t()), "expected a bias in torch.float32"),
-    "sum": (table.LEAVES["sum.dim_IntList"], (X, [0, 0]), "appears multiple times"),
+    "mm": (table.BACKEND_KERNELS["mm"], (W, W), "mm: shapes cannot be multiplied"),
+    "addmm": (table.BACKEND_KERNELS["addmm"], (V.double(), W, W.t()), "expected a bias in torch.float32"),
+    "sum": (table.BACKEND_KERNELS["sum.dim_IntList"], (X, [0, 0]), "appears multiple times"),
     "rms_norm": (table.PLANNED["rms_norm"], (X, [15]), "normalized_shape"),
     "attention": (table.PLANNED["scaled_dot_product_attention"], (*QKV[:2], QKV[2, ..., :3, :]), "do not fit together"),
 }

@@ -1,8 +1,10 @@
 """Rewrites of a graph that save memory traffic and change no bit: their kernels do the same sums in the same order.
 
-What Inductor would fuse into a reduction, it cannot fuse into an operator of ours, so the squares of a norm would go
-through memory as float32 once for each norm of a model, and all logprobs of a vocabulary for the few that are wanted.
+Inductor fuses pointwise code into its own reductions, but not into an operator of ours. Without these rewrites the squares
+of each norm would go through memory as float32, and so would the logprobs of the whole vocabulary for the few that are wanted.
 """
+
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -11,20 +13,22 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def fuse(graph: Graph) -> None:
-    """Rewrites to an operator of ours, with x widened from 16 bits or not.
-
-    ``mean(x * x)`` to ``batchinv::mean_of_squares``; ``log_softmax(x, -1).gather(-1, index)`` to ``chosen_logprobs``.
-    """
+def fuse_mean_of_squares(graph: Graph) -> None:
+    """``mean(x * x)`` becomes ``batchinv::mean_of_squares(x)``, with x as it was before it was widened from 16 bits."""
     means = graph.find_nodes(op="call_function", target=torch.ops.batchinv.mean.dim)
+    if any([_fuse_mean_of_squares(mean) for mean in means]):
+        graph.eliminate_dead_code()
+
+
+def fuse_chosen_logprobs(graph: Graph) -> None:
+    """``log_softmax(x, -1).gather(-1, index)`` becomes ``batchinv::chosen_logprobs(x, index)``, with x as above."""
     gathers = graph.find_nodes(op="call_function", target=aten.gather.default)
-    fused = [_fuse_mean_of_squares(node) for node in means] + [_fuse_chosen_logprobs(node) for node in gathers]
-    if any(fused):
+    if any([_fuse_chosen_logprobs(gather) for gather in gathers]):
         graph.eliminate_dead_code()
 
 
 def _fuse_mean_of_squares(mean: Node) -> bool:
-    squares, dim, keepdim, dtype = _arguments(mean)
+    squares, dim, keepdim, dtype = _mean_arguments(mean)
     x = _squared(squares)
     if x is None or dtype is not None or not _is_wide(x):
         return False
@@ -34,7 +38,7 @@ def _fuse_mean_of_squares(mean: Node) -> bool:
 
 
 def _fuse_chosen_logprobs(gather: Node) -> bool:
-    logprobs, dim, index = gather.args[:3]
+    logprobs, dim, index = _args(gather)[:3]
     if logprobs.target is not torch.ops.batchinv._log_softmax.default or len(logprobs.users) > 1:
         return False
     values, places = logprobs.meta["val"], index.meta["val"]
@@ -50,18 +54,22 @@ def _are_equal(sizes: torch.Size, others: torch.Size) -> bool:
     return len(sizes) == len(others) and all(statically_known_true(a == b) for a, b in zip(sizes, others, strict=True))
 
 
-def _arguments(mean: Node) -> tuple[Node, list[int] | None, bool, torch.dtype | None]:
-    """Of ``mean.dim``, with the defaults filled in."""
-    arguments = dict(zip(("self", "dim", "keepdim"), mean.args, strict=False)) | mean.kwargs
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _mean_arguments(mean: Node) -> tuple[Any, ...]:
+    """The arguments of ``mean.dim``, with the defaults filled in."""
+    arguments: dict[str, Any] = {**dict(zip(("self", "dim", "keepdim"), mean.args, strict=False)), **mean.kwargs}
     return arguments["self"], arguments["dim"], arguments.get("keepdim", False), arguments.get("dtype")
 
 
-def _squared(node: Node) -> Node | None:
+def _squared(node: Node) -> Any:
     """x where the node is x * x or x ** 2."""
     if node.target is aten.mul.Tensor and node.args[0] is node.args[1]:
-        return node.args[0]
+        return _args(node)[0]
     if node.target in (aten.pow.Tensor_Scalar, torch.ops.batchinv.pow.Tensor_Scalar) and node.args[1] == 2:
-        return node.args[0]
+        return _args(node)[0]
     return None
 
 
@@ -70,9 +78,8 @@ def _is_wide(x: Node) -> bool:
     return x.meta["val"].dtype in (torch.float32, torch.float64)
 
 
-def _before_widening(x: Node) -> Node:
+def _before_widening(x: Node) -> Any:
     """The tensor of 16 bits that x was, or x: the operator widens by itself."""
     is_widened = x.target is prims.convert_element_type.default and x.meta["val"].dtype == torch.float32
-    if is_widened and x.args[0].meta["val"].dtype in (torch.float16, torch.bfloat16):
-        return x.args[0]
-    return x
+    narrow = _args(x)[0] if is_widened else x
+    return narrow if narrow.meta["val"].dtype in (torch.float16, torch.bfloat16) else x

@@ -10,42 +10,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pytest_batchinv.kernels import fusion, table
+from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten.common import as_floats
+from pytest_batchinv.kernels.inductor.guard import LeftoverError
+from pytest_batchinv.kernels.inductor.passes import passes
 from pytest_batchinv.kernels.operators import operators
-from pytest_batchinv.kernels.overloads import is_exact, overload_of, refusal, siblings
+from pytest_batchinv.kernels.overloads import is_exact, overload_of, refusal
 from pytest_batchinv.patches import inductor_config
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import torch_version
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 
+__all__ = ["LeftoverError", "decompositions", "installed"]
 
-class LeftoverError(RuntimeError):
-    """A compiled graph still holds a matrix product or a float reduction that the table should have replaced."""
-
-
-class Leftovers(CustomGraphPass):
-    """The last pass over a graph: the user's, our fusions, and an error where a product or a reduction on floats is left."""
-
-    def __init__(self, fingerprint: str, users_pass: Callable | None) -> None:
-        self._fingerprint = fingerprint
-        self._users_pass = users_pass
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        if self._users_pass is not None:
-            self._users_pass(graph)
-        fusion.fuse(graph)
-        found = sorted({str(node.target) for node in graph.nodes if _is_leftover(node)})
-        if found:
-            raise LeftoverError(
-                f"batch-invariant mode: the compiled graph still holds {', '.join(found)}, whose bits may depend on the "
-                "batch. Run this part in eager mode, or report it: the table lacks an entry."
-            )
-
-    def uuid(self) -> Any:
-        users = self._users_pass
-        return "batchinv", self._fingerprint, users.uuid() if isinstance(users, CustomGraphPass) else repr(users)
+Decomposition = Callable[..., Any]
 
 
 @contextlib.contextmanager
@@ -69,7 +47,7 @@ def installed(fingerprint: Callable[[], str]) -> Iterator[None]:
             torch._dynamo.reset()
 
 
-def decompositions() -> dict[OpOverload, Callable]:
+def decompositions() -> dict[OpOverload, Decomposition]:
     """Inductor's decompositions with the table's entries in front. A plain function, as it becomes part of a cache key."""
     from torch._inductor.decomposition import select_decomp_table
 
@@ -77,7 +55,7 @@ def decompositions() -> dict[OpOverload, Callable]:
 
 
 @functools.cache
-def _table() -> dict[OpOverload, Callable]:
+def _table() -> dict[OpOverload, Decomposition]:
     from torch._inductor.decomposition import select_decomp_table
 
     stock = dict(select_decomp_table())
@@ -95,19 +73,19 @@ def _table() -> dict[OpOverload, Callable]:
     return entries
 
 
-def _replacement(overload: OpOverload, operator: OpOverload) -> Callable:
-    def decompose(*args, **kwargs):
+def _replacement(overload: OpOverload, operator: OpOverload) -> Decomposition:
+    def decompose(*args: Any, **kwargs: Any) -> Any:
         return NotImplemented if is_exact(overload, args, kwargs) else operator(*args, **kwargs)
 
     return decompose
 
 
-def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Callable | None) -> Callable:
+def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Decomposition | None) -> Decomposition:
     """Pointwise entries are the CPU's alone; on a GPU Inductor's own code gives the bits of eager code."""
     if overload is torch.ops.aten.pow.Tensor_Scalar:
         stock = _pow
 
-    def decompose(self, *args, **kwargs):
+    def decompose(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.device.type == "cpu" and not is_exact(overload, (self, *args), kwargs):
             return operator(as_floats(self), *args, **kwargs)  # whose fake result has the dtype of its input
         return NotImplemented if stock is None else stock(self, *args, **kwargs)
@@ -115,17 +93,17 @@ def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Callable | No
     return decompose
 
 
-def _refusal_of_floats(overload: OpOverload, reason: str) -> Callable:
+def _refusal_of_floats(overload: OpOverload, reason: str) -> Decomposition:
     refuse = refusal(overload, reason)
 
-    def decompose(*args, **kwargs):
+    def decompose(*args: Any, **kwargs: Any) -> Any:
         return NotImplemented if is_exact(overload, args, kwargs) else refuse()
 
     return decompose
 
 
-def _pow(self: torch.Tensor, exponent: float):
-    """Small whole powers as eager CUDA takes them: by products, each rounded to the tensor's dtype.
+def _pow(self: torch.Tensor, exponent: float) -> Any:
+    """Squares and cubes as eager CUDA computes them: by products, each rounded to the tensor's dtype.
 
     Inductor multiplies in float32 and rounds once, which is another value in bf16.
     """
@@ -137,10 +115,9 @@ def _pow(self: torch.Tensor, exponent: float):
 
 @contextlib.contextmanager
 def _in_the_mode(fingerprint: str) -> Iterator[None]:
-    """What holds for the length of one compilation: the rules, the last pass, and the cache key."""
+    """What holds for the length of one compilation: the rules, the last passes, and the cache key."""
     config, compiler_config = torch._inductor.config, torch.compiler.config
-    users_pass = config.post_grad_custom_post_pass
-    last = users_pass if isinstance(users_pass, Leftovers) else Leftovers(fingerprint, users_pass)
+    last = passes(config.post_grad_custom_post_pass, fingerprint)
     # Without the tag a warm cache silently gives the graph of the other mode: decompositions are not in its key.
     tag = compiler_config.cache_key_tag
     tag = tag if fingerprint in tag else f"{tag};batchinv-{fingerprint}"
@@ -150,34 +127,3 @@ def _in_the_mode(fingerprint: str) -> Iterator[None]:
         compiler_config.patch(cache_key_tag=tag),
     ):
         yield
-
-
-@functools.cache
-def _leftover_overloads() -> frozenset[OpOverload]:
-    names = [*table.LEAVES, *table.REFUSED]
-    overloads = [overload for name in names if (overload := overload_of(name)) is not None]
-    return frozenset(overloads) | {sibling.overload for overload in overloads for sibling in siblings(overload)}
-
-
-# Higher-order operators whose kernels Inductor writes itself, with reductions in an order of its own.
-_LEFTOVER_HIGHER_ORDER = ("flex_attention", "flex_attention_backward", "associative_scan")
-
-
-def _is_leftover(node: torch.fx.Node) -> bool:
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, HigherOrderOperator):
-        return node.target.name() in _LEFTOVER_HIGHER_ORDER
-    if not isinstance(node.target, OpOverload):
-        return False
-    if node.target.namespace == "prims":
-        suspect = node.target in (torch.ops.prims.sum.default, torch.ops.prims.prod.default, torch.ops.prims.var.default)
-    else:
-        suspect = node.target in _leftover_overloads()
-    return suspect and _gives_floats(node)
-
-
-def _gives_floats(node: torch.fx.Node) -> bool:
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return any(not isinstance(v, torch.Tensor) or v.is_floating_point() or v.is_complex() for v in values)
