@@ -33,7 +33,7 @@ class _Options(NamedTuple):
 
 
 class _Dtypes(NamedTuple):
-    """Those of the tensors that not every call has. A binary depends on each of them."""
+    """The dtypes of the tensors that not every call has. A binary depends on each of them."""
 
     sinks: torch.dtype | None = None
     q_starts: torch.dtype | None = None
@@ -52,7 +52,7 @@ class _Heads(NamedTuple):
 
 
 class _Strides(NamedTuple):
-    """Of q, k or v. batch: of pages where the keys are in pages, 0 where the rows of a batch are packed."""
+    """The strides of q, k or v. batch: that of pages where the keys are in pages, 0 where the rows are packed."""
 
     batch: int
     head: int
@@ -183,7 +183,7 @@ def _plan(
     dtype: torch.dtype,
     device: torch.device,
 ) -> "_Attention":
-    """How attention over tensors like these is computed. ``aligned`` is no more than part of what a plan is remembered by."""
+    """How attention over tensors like these is computed. aligned: only tells plans apart, as a binary depends on it."""
     heads, layout = _layout(options, shapes, strides)
     ranges = None if mask is None else Ranges(*mask, options.is_causal, options.causal_offset, dtype.itemsize)
     range_strides = RangeStrides() if ranges is None else ranges.strides
@@ -265,10 +265,10 @@ def _tile_and_splits(
 
 
 def _constant_stride(stride: int, dim: int, heads: _Heads) -> int:
-    """The distance of two keys where only the model decides it, else 0: constants that follow a batch or a length would make
-    ever more binaries.
+    """The distance of two keys if only the model decides it, else 0.
 
     It is the model's own where the tokens of one head, of all key heads, or of query, key and value as one are contiguous.
+    Other strides follow a batch or a length: as constants they would make ever more binaries.
     """
     own = (dim, heads.key_heads * dim, (heads.heads + 2 * heads.key_heads) * dim)
     return stride if stride in own else 0
