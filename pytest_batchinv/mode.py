@@ -337,7 +337,3 @@ def _canary() -> None:
                 f"batch-invariant mode was entered, but {name} did not reach the table: another library holds this entry. "
                 "Enter the mode after that library has been set up, or turn its own mode off."
             )
-
-
-def receipt() -> dict[str, str]:
-    return {}

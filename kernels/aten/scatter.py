@@ -65,7 +65,7 @@ def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
 
 
 def _checked(index: Tensor, size: int, error: type[Exception]) -> Tensor:
-    """Raises for an index out of range on the CPU. On CUDA the kernel asserts it, because a check here would wait for the GPU."""
+    """Raises for an index out of range on the CPU. On CUDA the kernel asserts it: a check here would wait for the GPU."""
     if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
         raise error(f"index out of range: indices must be from 0 to {size - 1}")
     return index
