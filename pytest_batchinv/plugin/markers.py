@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pytest_batchinv.gpu import LOWEST_CAPABILITY
-from pytest_batchinv.plugin.options import DTYPES, RELATIONS, parse_count, parse_dtype, parse_relations
+from pytest_batchinv.plugin.options import DTYPES, RELATIONS, parse_dtype, parse_relations
 from pytest_batchinv.plugin.settings import Settings
 
 COMPILE_MODES = ("eager", "default", "dynamic", "fullgraph", "reduce-overhead", "max-autotune")
@@ -78,9 +78,9 @@ def _relations(value: Any) -> tuple[str, ...]:
 
 
 def _max_examples(value: Any) -> int:
-    if type(value) is not int:
+    if type(value) is not int or value < 1:
         raise ValueError(f"max_examples={value!r} is not a whole number from 1 on")
-    return parse_count(str(value))
+    return value
 
 
 def _dtype(value: Any) -> str:

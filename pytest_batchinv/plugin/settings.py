@@ -1,7 +1,7 @@
 """Settings: what the options come to, resolved once. Command line > environment > ini file > default."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,8 +76,13 @@ def _refuse_unknown_names(config: Any, environ: Mapping[str, str]) -> None:
     """A name of ours that nobody reads is a typo, and would be obeyed by nobody."""
     known = {"environment variable": {*(option.env for option in OPTIONS), *OTHER_VARIABLES}}
     known["ini option"] = {option.ini for option in OPTIONS}
-    given = {"environment variable": environ, "ini option": getattr(config, "inicfg", None) or {}}
+    given = {"environment variable": environ, "ini option": _names_in_ini(config)}
     for kind, prefix in (("environment variable", "BATCHINV_"), ("ini option", "batchinv_")):
         unknown = sorted(name for name in given[kind] if name.startswith(prefix) and name not in known[kind])
         if unknown:
             raise ValueError(f"there is no {kind} {', '.join(unknown)}; there are {', '.join(sorted(known[kind]))}")
+
+
+def _names_in_ini(config: Any) -> Iterable[str]:
+    """pytest 9 keeps them in ``_inicfg`` and warns at ``inicfg``, in which pytest 8 keeps them."""
+    return getattr(config, "_inicfg" if hasattr(config, "_inicfg") else "inicfg", ())
