@@ -104,6 +104,7 @@ class Reporter:
     def pytest_report_header(self) -> list[str]:
         return terminal.header(self.results.settings)
 
+    @pytest.hookimpl(tryfirst=True)  # before JUnit's file takes the report's properties
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.results.outcomes.update(lifecycle.outcome(report))
         self.results.records += lifecycle.records(report)

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_batchinv.plugin import lifecycle
 from pytest_batchinv.plugin.markers import GPU_COMPILE_MODES
-from pytest_batchinv.plugin.stash import MODELS, RUN, SETTINGS
+from pytest_batchinv.plugin.stash import MODELS, RUN
 
 if TYPE_CHECKING:
     from pytest_batchinv.mode import Mode
@@ -38,7 +38,7 @@ def _load(**words: str) -> Any:
 @pytest.fixture
 def batchinv_settings(request: pytest.FixtureRequest) -> Settings:
     """The Settings of this test: the options, and the arguments of its batch_invariant marker."""
-    if not request.config.stash[SETTINGS].enabled:
+    if not lifecycle.enabled(request.config):
         pytest.skip(lifecycle.NEEDS_OPTION)
     return request.node.stash[RUN].settings
 
@@ -55,7 +55,7 @@ def compile_mode(request: pytest.FixtureRequest) -> str:
     """The compile mode of this test item: from @pytest.mark.compile_mode, else "eager"."""
     mode = getattr(request, "param", "eager")
     if mode in GPU_COMPILE_MODES:
-        device = lifecycle.resolve_device(request.config.stash[SETTINGS])
+        device = lifecycle.resolve_device(lifecycle.settings_of(request.config))
         if device != "cuda":
             pytest.skip(f"compile mode {mode} needs a CUDA GPU; this run is on the {device}")
     return mode

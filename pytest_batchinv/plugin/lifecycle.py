@@ -7,12 +7,12 @@ import os
 import shlex
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_batchinv.plugin import markers
-from pytest_batchinv.plugin.settings import DEFAULTS
 from pytest_batchinv.plugin.stash import RESULTS, RUN, SETTINGS, Run
 
 if TYPE_CHECKING:
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 
 NEEDS_OPTION = "needs --batch-invariant"
 RECORD = "batchinv_record"  # the name of the user property that carries a record from a worker to the controller
+
+
+def enabled(config: Any) -> bool:
+    return SETTINGS in config.stash and config.stash[SETTINGS].enabled
+
+
+def settings_of(config: Any) -> Settings:
+    """Those of this run; the defaults where nothing of ours was given."""
+    from pytest_batchinv.plugin.settings import DEFAULTS
+
+    return config.stash.get(SETTINGS, DEFAULTS)
 
 
 def in_mode(item: Any) -> bool:
@@ -188,6 +199,8 @@ def resolve_device(settings: Settings) -> str:
 
 def replay_command(item: Any, info: SubjectInfo, relation: str, case: BatchShape) -> str:
     """The line that repeats a finding in a fresh process, from the folder in which pytest was started."""
+    from pytest_batchinv.plugin.settings import DEFAULTS
+
     given = vars(item.stash[RUN].settings)
     repeated = {name: given[name] for name in _REPEATED if given[name] != vars(DEFAULTS)[name]}
     if info.kind == "transformers":
@@ -210,7 +223,7 @@ def _path_and_name(item: Any) -> str:
 
 def _settings(item: Any) -> Settings:
     settings, mark = item.config.stash[SETTINGS], _marker(item, "batch_invariant")
-    return markers.parse_batch_invariant(mark.args, mark.kwargs).applied_to(settings) if mark else settings
+    return replace(settings, **markers.parse_batch_invariant(mark.args, mark.kwargs)) if mark else settings
 
 
 def _keep(item: Any, record: Record) -> None:

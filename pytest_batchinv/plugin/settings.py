@@ -1,12 +1,12 @@
 """Settings: what the options come to, resolved once. Command line > environment > ini file > default."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_batchinv.plugin.options import OPTIONS, Option
+from pytest_batchinv.plugin.options import OPTIONS, Option, names_in_ini
 
 if TYPE_CHECKING:
     from pytest_batchinv.shapes import BatchShape
@@ -76,13 +76,8 @@ def _refuse_unknown_names(config: Any, environ: Mapping[str, str]) -> None:
     """A name of ours that nobody reads is a typo, and would be obeyed by nobody."""
     known = {"environment variable": {*(option.env for option in OPTIONS), *OTHER_VARIABLES}}
     known["ini option"] = {option.ini for option in OPTIONS}
-    given = {"environment variable": environ, "ini option": _names_in_ini(config)}
+    given = {"environment variable": environ, "ini option": names_in_ini(config)}
     for kind, prefix in (("environment variable", "BATCHINV_"), ("ini option", "batchinv_")):
         unknown = sorted(name for name in given[kind] if name.startswith(prefix) and name not in known[kind])
         if unknown:
             raise ValueError(f"there is no {kind} {', '.join(unknown)}; there are {', '.join(sorted(known[kind]))}")
-
-
-def _names_in_ini(config: Any) -> Iterable[str]:
-    """pytest 9 keeps them in ``_inicfg`` and warns at ``inicfg``, in which pytest 8 keeps them."""
-    return getattr(config, "_inicfg" if hasattr(config, "_inicfg") else "inicfg", ())

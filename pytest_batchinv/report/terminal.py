@@ -237,7 +237,7 @@ def _conclusion(checks: list[Record], controls: list[Record]) -> Iterator[str]:
         batches = sum(record.counts.examples for record in equal)
         yield f"proven      0 bits differ in {relations}: {_count(subjects, 'subject')}, {batches:,} batches, {compared}"
         widest = max((r for r in equal if r.relation == "I"), key=lambda r: r.counts.examples, default=None)
-        if widest is not None:
+        if widest is not None and widest.covered:
             first, *rest = widest.covered
             yield f"covered     {'; '.join([first.partition(' (')[0], *rest])} ({widest.subject.name}, the widest)"
     for line in dict.fromkeys(_machine(record.machine) for record in checks + controls):
