@@ -27,7 +27,12 @@ def describe(record: Record) -> str:
 
 def subject_words(info: SubjectInfo) -> str:
     about = [info.dtype, f"attention {info.attention}" * bool(info.attention), info.compile_mode, info.device]
-    return f"{info.name} ({', '.join(filter(None, about))})"
+    return f"{short_name(info)} ({', '.join(filter(None, about))})"
+
+
+def short_name(info: SubjectInfo) -> str:
+    """Without Python's word for what was defined in a function."""
+    return info.name.replace("<locals>.", "")
 
 
 def _parts(record: Record, found: Finding) -> Iterator[tuple[str, str]]:
