@@ -71,7 +71,9 @@ class AroundTests:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector: pytest.Collector) -> Generator[None, Any, Any]:
-        self._seed(collector)  # modules draw while they are imported
+        if isinstance(collector, pytest.File):
+            seeds.load_torch()  # modules draw while they are imported
+        self._seed(collector)
         return (yield)
 
     def _seed(self, node: pytest.Item | pytest.Collector) -> None:

@@ -73,8 +73,10 @@ def batchinv_engine(request: pytest.FixtureRequest, batchinv_settings: Settings,
         dtype = "fp32" if device == "cpu" else "bf16"
     if model == "auto":
         model = DEFAULT_MODELS[device][0]
+    from pytest_batchinv.plugin.seeds import heavy_imports
+
     try:
-        with lifecycle.heavy_imports():
+        with heavy_imports():
             loaded = request.config.stash[MODELS](model=model, device=device, dtype=dtype, attn=batchinv_settings.attn)
         return loaded.in_compile_mode(compile_mode)
     except ValueError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -126,6 +125,8 @@ def mode_of(item: Any) -> Iterator[Mode]:
     if run.mode is not None:
         yield run.mode
         return
+    from pytest_batchinv.plugin.seeds import heavy_imports
+
     resolve_device(run.settings)
     with heavy_imports():
         from pytest_batchinv.mode import ModeError, batch_invariant_mode
@@ -177,15 +178,6 @@ def records(report: pytest.TestReport) -> list[Record]:
     from pytest_batchinv.report.record import Record
 
     return [Record.from_json(str(text)) for text in sent]
-
-
-@contextlib.contextmanager
-def heavy_imports() -> Iterator[None]:
-    """torch and transformers warn about themselves while they load: with -W error that would fail the first test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def resolve_device(settings: Settings) -> str:

@@ -166,7 +166,8 @@ OPTIONS = (
         "seed",
         parse_seed,
         None,
-        "The seed that every test starts from with --batch-invariant (torch, random, numpy). Without it torch's own.",
+        "With --batch-invariant every test starts from this seed (torch, random, numpy; 0 if it is not given). It also fixes "
+        "which batch shapes are drawn.",
         "N",
     ),
     Option(

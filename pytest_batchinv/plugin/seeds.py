@@ -5,12 +5,27 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
-DEFAULT = 67280421310721
-"""torch's own (c10::detail default_rng_seed_val): what a test draws alone, without this plugin, it draws with it."""
+DEFAULT = 0
+
+
+def load_torch() -> None:
+    """Its generator starts anywhere when it is imported: what a module draws right after its import must be seeded before."""
+    with heavy_imports():
+        import torch  # noqa: F401
+
+
+@contextlib.contextmanager
+def heavy_imports() -> Iterator[None]:
+    """torch and transformers warn about themselves while they load: with -W error that would fail the first test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def start(seed: int | None) -> None:

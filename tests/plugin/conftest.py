@@ -84,6 +84,11 @@ stub(
 stub("pytest_batchinv.subjects.transformers", TransformersSubject=TransformersSubject)
 
 
+if "torch" not in sys.modules:  # on a worker of xdist: the real one takes seconds to load
+    stub("torch", manual_seed=id, get_rng_state=int, set_rng_state=id)
+    sys.modules["torch"].cuda = types.SimpleNamespace(is_initialized=bool, is_available=bool)
+
+
 def subject(name="stub-model", kind="transformers", **words):
     from pytest_batchinv.subjects.base import SubjectInfo
 
