@@ -29,10 +29,11 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
+
 from pytest_batchinv.kernels import cuda, launch, reference, tiles
 from pytest_batchinv.kernels.cuda import matmul
 from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
 import other_gpus

@@ -11,8 +11,8 @@ import time
 
 import torch
 import torch._inductor.utils
-from pytest_batchinv.patches.registry import applied, status
 
+from pytest_batchinv.patches.registry import applied, status
 from pytest_batchinv.report.record import machine
 
 NAMESPACE = "batchinv_benchmark"

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import triton
+
 from pytest_batchinv.kernels import tiles
 from pytest_batchinv.kernels.cuda import matmul
 from pytest_batchinv.kernels.tiles import Tile

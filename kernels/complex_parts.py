@@ -5,8 +5,9 @@ the same bits at every place of a vector, which torch's own complex products and
 """
 
 import torch
-from pytest_batchinv.kernels.aten.common import kernels_of_device
 from torch import Tensor
+
+from pytest_batchinv.kernels.aten.common import kernels_of_device
 
 
 def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: complex = 1.0, beta: complex = 1.0) -> Tensor:

@@ -8,6 +8,8 @@ from operator import methodcaller
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
+
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
@@ -15,7 +17,6 @@ from pytest_batchinv.kernels.operators import may_skip_dispatcher
 from pytest_batchinv.kernels.overloads import Implementation, Sibling, is_exact, overload_of, refusal, siblings
 from pytest_batchinv.kernels.tracing import not_traced
 from pytest_batchinv.patches.dispatcher import COMPOSITE, Holding, Registration, foreign
-from torch._ops import OpOverload
 
 __tracebackhide__ = methodcaller("errisinstance", Refused)  # of a refusal pytest shows the user's frames alone
 

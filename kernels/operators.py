@@ -6,15 +6,16 @@ from operator import methodcaller
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten import attention, norms, reductions
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
 from pytest_batchinv.kernels.overloads import Implementation, overload_of
 from pytest_batchinv.kernels.tracing import not_traced
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch._ops import OpOverload
-from torch.autograd import forward_ad
 
 __tracebackhide__ = methodcaller("errisinstance", Refused)
 

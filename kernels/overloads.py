@@ -7,9 +7,10 @@ from operator import methodcaller
 from typing import Any
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten.common import Refused
-from torch._ops import OpOverload, OpOverloadPacket
 
 __tracebackhide__ = methodcaller("errisinstance", Refused)
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+
 from pytest_batchinv.patches import at_exit
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.fingerprints import NoSource, definition

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from pytest_batchinv.kernels.aten.common import Refused, kernel_set, reads_addresses, shape_of, too_few_dims
 from pytest_batchinv.kernels.plans import Description, alignment_bits, describe, on_device, plan
 from pytest_batchinv.kernels.reference import accumulator_dtype
-from torch import Tensor
 
 ATTENTION_SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, "

@@ -7,8 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from pytest_batchinv.kernels.plans import Description
 from torch import Tensor
+
+from pytest_batchinv.kernels.plans import Description
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Step = Callable[[Tensor], Tensor] | None

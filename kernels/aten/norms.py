@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
 from pytest_batchinv.kernels.aten.common import FLOATS, Refused, Step, after, kernel_set, merged, planned, shape_of
 from pytest_batchinv.kernels.plans import Description, describe, plan
 from pytest_batchinv.kernels.reference import accumulator_dtype
-from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 
 def native_layer_norm(input, normalized_shape, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from pytest_batchinv.kernels.aten.common import (
     FLOATS,
     Refused,
@@ -17,7 +19,6 @@ from pytest_batchinv.kernels.aten.common import (
     too_few_dims,
 )
 from pytest_batchinv.kernels.plans import Description, describe, plan
-from torch import Tensor
 
 Product = Callable[[Tensor, Tensor, Tensor | None, complex, complex], Tensor]
 """(a, b, bias, alpha, beta) -> alpha * (a @ b) + beta * bias"""

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from pytest_batchinv.kernels.aten.common import (
     after,
     as_floats,
@@ -19,7 +21,6 @@ from pytest_batchinv.kernels.aten.common import (
 from pytest_batchinv.kernels.complex_parts import magnitude
 from pytest_batchinv.kernels.plans import Description, describe, plan
 from pytest_batchinv.kernels.reference import accumulator_dtype
-from torch import Tensor
 
 Dims = int | tuple[int, ...] | None
 

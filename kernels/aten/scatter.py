@@ -3,8 +3,9 @@
 import math
 
 import torch
-from pytest_batchinv.kernels.aten.common import factor, kernel_set, shape_of, too_few_dims, wrap_dim
 from torch import Tensor
+
+from pytest_batchinv.kernels.aten.common import factor, kernel_set, shape_of, too_few_dims, wrap_dim
 
 
 def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:

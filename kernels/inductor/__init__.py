@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
+
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten.common import as_floats
 from pytest_batchinv.kernels.inductor.guard import LeftoverError
@@ -19,7 +21,6 @@ from pytest_batchinv.kernels.overloads import is_exact, overload_of, refusal
 from pytest_batchinv.patches import inductor_config
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import torch_version
-from torch._ops import OpOverload
 
 __all__ = ["LeftoverError", "decompositions", "installed"]
 

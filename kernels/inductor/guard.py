@@ -3,10 +3,11 @@
 import functools
 
 import torch
-from pytest_batchinv.kernels import table
-from pytest_batchinv.kernels.overloads import overload_of, siblings
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
+
+from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels.overloads import overload_of, siblings
 
 # Higher-order operators whose kernels Inductor writes itself, with reductions in an order of its own.
 _HIGHER_ORDER = ("flex_attention", "flex_attention_backward", "associative_scan")

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pytest_batchinv.kernels.inductor import fusions, guard
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
+
+from pytest_batchinv.kernels.inductor import fusions, guard
 
 Pass = Callable[[Graph], Any]
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest_batchinv.kernels.aten.common import Refused
 
 from pytest_batchinv import (
     BatchShape,
@@ -21,6 +20,7 @@ from pytest_batchinv import (
     context,
 )
 from pytest_batchinv.diagnose import account, coverage
+from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import ModeError, stock_torch
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.report.record import Breakpoints, Counts, Finding, OpCoverage, Record, Section, Skipped

@@ -11,17 +11,19 @@ import warnings
 
 import pytest
 import torch
-from pytest_batchinv.census import unclassified_ops
-from pytest_batchinv.kernels import eager, inductor, overloads, table
-from pytest_batchinv.kernels.aten.common import Refused
-from pytest_batchinv.patches import fingerprints, registry
-from pytest_batchinv.patches.compilation import around_compilation
-from pytest_batchinv.patches.registry import applied_names
 from torch.nn import functional as F
 
 from pytest_batchinv import batch_invariant_mode, flags
+from pytest_batchinv.diagnose.coverage import op_coverage
+from pytest_batchinv.kernels import eager, inductor, overloads, table
+from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import ModeError, fingerprint, is_on, receipt, stock_torch
+from pytest_batchinv.patches import fingerprints, registry
+from pytest_batchinv.patches.compilation import around_compilation
+from pytest_batchinv.patches.registry import applied_names
 from pytest_batchinv.receipt import sources
+from pytest_batchinv.shapes import of_rows
+from pytest_batchinv.subjects.rows import RowsSubject
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -576,11 +578,16 @@ def test_what_was_compiled_before_the_mode_is_compiled_again_inside():
         assert mode.hits == {}
 
 
-def test_the_census_names_what_is_neither_in_the_table_nor_row_local():
+def test_op_coverage_sorts_what_a_function_calls_by_how_the_mode_vouches_for_it():
     x = torch.rand(3, 5)
 
-    def run():
-        y = torch.where(x > 0, x, -x).exp() @ x.t()  # the table, and row-local operators
-        return y.sinh(), torch.pow(x, x), torch.cdist(x, x), x.transpose(0, 1).contiguous()
+    def run(x):
+        y = torch.where(x > 0, x, -x).exp() @ x.t()[:, :1].repeat(1, 3)  # the table, and row-local operators
+        return y, x.sinh(), torch.pow(x, x), x.erfinv()
 
-    assert unclassified_ops(run) == ["aten::_cdist_forward", "aten::pow.Tensor_Tensor", "aten::sinh"]
+    with batch_invariant_mode():
+        found = op_coverage(RowsSubject(run, [x]), [of_rows([0, 1, 2])])
+    assert {"aten::exp", "aten::mm"} <= set(found.covered)
+    assert found.unverified == ("aten::pow.Tensor_Tensor", "aten::sinh")
+    assert {"aten::erfinv", "aten::where.self", "aten::neg"} <= set(found.row_local)
+    assert found.bypassed == ()

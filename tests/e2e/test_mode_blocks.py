@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from pytest_batchinv.kernels import counters
 
 from pytest_batchinv import batch_invariant_mode, interrupts, mode
+from pytest_batchinv.kernels import counters
 from pytest_batchinv.mode import ModeError, ModeWarning, is_on, stock_torch, worker_init_fn
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from pytest_batchinv.kernels import overloads, table
 from torch.nn import functional as F
 
 from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.compare import first_difference
+from pytest_batchinv.kernels import overloads, table
 
 torch.manual_seed(0)
 A, B3, V = torch.randn(5, 7), torch.randn(3, 5, 7), torch.randn(7)

@@ -16,6 +16,8 @@ import other_gpus
 import pytest
 import torch
 import triton
+from triton.runtime.jit import JITFunction
+
 from pytest_batchinv.kernels import cuda, table, tiles
 from pytest_batchinv.kernels.aten import common
 from pytest_batchinv.kernels.cuda import matmul, norm, reduce, rows, scatter, softmax
@@ -23,7 +25,6 @@ from pytest_batchinv.kernels.cuda.attention import kernel as attention_kernel
 from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
 from pytest_batchinv.kernels.cuda.attention import ranges as attention_ranges
 from pytest_batchinv.kernels.launch import Launch
-from triton.runtime.jit import JITFunction
 
 CHILD_ENVIRONMENT = {"TRITON_INTERPRET": None}
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))

@@ -24,12 +24,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from pytest_batchinv.kernels import overloads, table
-from pytest_batchinv.kernels.aten import products
-from pytest_batchinv.kernels.aten.common import Refused
 from torch._ops import OpOverload
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.kernels import overloads, table
+from pytest_batchinv.kernels.aten import products
+from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import stock_torch
 
 EXAMPLES = 40  # calls of each entry

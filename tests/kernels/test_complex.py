@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest_batchinv.kernels.complex_parts import magnitude
 from torch.nn import functional as F
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.kernels.complex_parts import magnitude
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.complex64, torch.complex128]
@@ -80,7 +80,9 @@ def test_complex_products_are_differentiable_and_the_same_in_compiled_code():
 
 
 @pytest.mark.parametrize(("M", "K", "N"), [(4, 3, 0), (0, 3, 2), (4, 0, 2), (0, 0, 0)])
-@pytest.mark.parametrize("product", [torch.matmul, lambda a, b: torch.bmm(a[None], b[None]), torch.addmm], ids=str)
+@pytest.mark.parametrize(
+    "product", [torch.matmul, lambda a, b: torch.bmm(a[None], b[None]), torch.addmm], ids=["matmul", "bmm", "addmm"]
+)
 def test_complex_products_with_an_empty_side_have_torchs_results_and_gradients(product, M, K, N):
     def results():
         operands = [torch.ones(shape, dtype=torch.complex64, requires_grad=True) for shape in ((M, K), (K, N))]

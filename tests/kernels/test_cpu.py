@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pytest_batchinv.kernels import cpu, reference
 from pytest_batchinv.kernels.cpu import build
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest_batchinv.kernels import table
-from pytest_batchinv.kernels.aten import products
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels.aten import products
 from pytest_batchinv.mode import stock_torch
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pytest_batchinv.kernels import cuda, plans, reference
 from pytest_batchinv.kernels.cuda import reduce, rows, softmax
 

@@ -19,15 +19,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
 from pytest_batchinv.kernels import cuda, launch, plans, reference, table, tiles
 from pytest_batchinv.kernels.aten import common
 from pytest_batchinv.kernels.cuda import matmul
 from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
 from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
-from torch.nn import functional as F
-from triton import knobs
-from triton.compiler import CompiledKernel
-from triton.runtime import driver
 
 CHILD_ENVIRONMENT = {"TRITON_INTERPRET": "1"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

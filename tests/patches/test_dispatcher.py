@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from pytest_batchinv.kernels import eager
-from pytest_batchinv.patches.registry import Version, torch_version
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.kernels import eager
 from pytest_batchinv.mode import ModeError, is_on, stock_torch
+from pytest_batchinv.patches.registry import Version, torch_version
 
 A, B = torch.ones(2, 3, 4), torch.ones(2, 4, 5)
 SEVEN = torch.full((2, 3, 5), 7.0)

@@ -6,9 +6,10 @@ import textwrap
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from pytest_batchinv.patches import registry
 from pytest_batchinv.patches.registry import applied
-from torch.nn import functional as F
 
 needs_the_patch = pytest.mark.skipif(
     not registry.torch_version() < registry.Version("2.12"), reason="torch 2.12 and later write it right by themselves"

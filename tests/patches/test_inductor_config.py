@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.patches import inductor_config, registry
 from pytest_batchinv.patches.inductor_config import Setting, SettingError
 from pytest_batchinv.patches.registry import Version, torch_version
-
-from pytest_batchinv import batch_invariant_mode
 
 
 def value_of(setting: Setting):

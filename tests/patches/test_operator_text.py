@@ -4,8 +4,9 @@ import logging
 
 import pytest
 import torch
-from pytest_batchinv.patches.registry import applied
 from torch._inductor import exc
+
+from pytest_batchinv.patches.registry import applied
 
 NAMESPACE = "batchinv_chain"
 DEPTH = 5

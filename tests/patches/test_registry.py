@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pytest_batchinv.patches import fingerprints, registry
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import PatchRefused, PatchWarning, applied, bits_kept, patch, status

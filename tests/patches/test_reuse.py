@@ -4,10 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from pytest_batchinv.patches import inductor_config, registry
-from pytest_batchinv.patches.registry import PatchRefused, PatchWarning, applied, status
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.patches import inductor_config, registry
+from pytest_batchinv.patches.registry import PatchRefused, PatchWarning, applied, status
 
 HIDDEN, MOST = 256, 16
 pytestmark = pytest.mark.usefixtures("cold")

@@ -11,11 +11,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pytest_batchinv.kernels import launch, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from pytest_batchinv.kernels import launch, tiles
 
 DEVICES = {
     80: tiles.Device(multiprocessors=108, shared_memory=tiles.SHARED_MEMORY_SM80, capability=80),  # A100
