@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,9 +29,15 @@ from unittest import mock
 
 import torch
 import triton
-from pytest_batchinv.kernels import attention as attention_module
-from pytest_batchinv.kernels import cuda, launch, matmul, offline, order, reference, tiles
 from torch import Tensor
+
+from pytest_batchinv.kernels import cuda, launch, reference, tiles
+from pytest_batchinv.kernels.cuda import matmul
+from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
+import other_gpus
+import summation_order
 
 M_VALUES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128, 129, 200, 255, 256, 299, 300)
 ROW_COUNTS = (1, 2, 3, 7, 16, 17, 64, 129, 1000)
@@ -166,7 +173,7 @@ def run_section(name: str, args: argparse.Namespace) -> tuple[Report, float]:
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     report, begin = Report(), time.monotonic()
     clock = Clock(report, name, args.seconds)
-    with torch.device(device), offline.running_ptx_of(args.ptx_of) if args.ptx_of else nullcontext():
+    with torch.device(device), other_gpus.running_ptx_of(args.ptx_of) if args.ptx_of else nullcontext():
         SECTIONS[name](report, clock, args.tiny)
     return report, round(time.monotonic() - begin, 1)
 
@@ -179,11 +186,11 @@ def check_order(dtype: torch.dtype, report: Report, clock: Clock, tiny: bool) ->
     count = 64 if tiny else 2048
     # The product carries the planted value, as float16 itself ends below it.
     scale = 2.0**12 if dtype == torch.float16 else 1.0
-    large = order.LARGE if dtype != torch.float64 else order.LARGE_FLOAT64
+    large = summation_order.LARGE if dtype != torch.float64 else summation_order.LARGE_FLOAT64
     for K in (40,) if tiny else (40, 65, 256, 1000, 4096):
-        places = order.probes(K, count, seed=K)
-        b = order.planted(places, K, large / scale, 1 / scale).to(dtype).to(torch.zeros(()).device)
-        _check_product_order(report, clock, b, scale, order.survives_in_a_chain(places), {"dtype": dtype, "K": K})
+        places = summation_order.probes(K, count, seed=K)
+        b = summation_order.planted(places, K, large / scale, 1 / scale).to(dtype).to(torch.zeros(()).device)
+        _check_product_order(report, clock, b, scale, summation_order.survives_in_a_chain(places), {"dtype": dtype, "K": K})
 
 
 def _check_product_order(report: Report, clock: Clock, b: Tensor, scale: float, chain: Tensor, where: dict) -> None:
@@ -217,8 +224,8 @@ def _check_product_order(report: Report, clock: Clock, b: Tensor, scale: float, 
 def check_attention_order(report: Report, clock: Clock, tiny: bool) -> None:
     """The order over the keys: all weights are 1, so the planted values are summed, for any queries and division of keys."""
     S, heads, D = (150, 2, 16) if tiny else (3000, 8, 128)
-    places = order.probes(S, heads * D)
-    planted = order.planted(places, S).view(heads, D, S).mT.to(torch.zeros(()).device)
+    places = summation_order.probes(S, heads * D)
+    planted = summation_order.planted(places, S).view(heads, D, S).mT.to(torch.zeros(()).device)
     for dtype in (torch.bfloat16, torch.float32):
         v, k = planted[None].to(dtype), _randn(1, heads, S, D, dtype=dtype)
         wanted = None
@@ -233,7 +240,7 @@ def check_attention_order(report: Report, clock: Clock, tiny: bool) -> None:
                     if wanted is None:
                         wanted = got[:, ::4, :1]
                         survived = (wanted != 0).mT.reshape(-1)[: len(places)].cpu()
-                        differs = int((survived != order.survives_in_a_chain(places)).sum())
+                        differs = int((survived != summation_order.survives_in_a_chain(places)).sum())
                         report.notes.append(f"order of attention, {dtype}: {differs} of {len(places)} differ from one chain")
                     want = wanted.repeat_interleave(4, 1).expand(got.shape)
                     report.same("order: attention", got, want, dtype=dtype, queries=Sq, mask=mask is not None)
@@ -526,7 +533,7 @@ def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
     for block_m in heights:
         warps = 8 if block_m * chosen.block_k >= 128 * 128 else 4
         tile = chosen._replace(block_m=block_m, num_warps=warps, num_stages=2)
-        with _patched(attention_module, "attention_tile", lambda *args, tile=tile, **_: tile):
+        with _patched(attention_plan, "attention_tile", lambda *args, tile=tile, **_: tile):
             report.same("attention: tiles", cuda.attention(q, k, v, None, True, scale), want, block_m=block_m, **where)
     size = q.shape[2]
     mask = torch.ones(1, q.shape[1], size, size, dtype=torch.bool).tril()
@@ -534,13 +541,13 @@ def _check_attention_tiles(report, q, k, v, scale, want, where) -> None:
 
 
 DIVISIONS = ((0, 1), (1, 1), (1, 3), (8, 1), (8, 2))
-"""How keys are divided among programs: blocks of a part (0: not at all), and parts of a program."""
+"""How keys are divided among programs: blocks of a split (0: no splits), and splits of a program."""
 
 
-def _divided(part_blocks: int, parts_a_program: int) -> Callable[..., attention_module._Division]:
-    def division(programs: int, n_key_blocks: int, multiprocessors: int) -> attention_module._Division:
-        n_parts = tiles.ceil_div(n_key_blocks, part_blocks) if part_blocks else 1
-        return attention_module._Division(part_blocks, n_parts, parts_a_program)
+def _divided(split_blocks: int, splits_per_program: int) -> Callable[..., attention_plan.Splits]:
+    def division(programs: int, n_key_blocks: int, multiprocessors: int) -> attention_plan.Splits:
+        num_splits = tiles.ceil_div(n_key_blocks, split_blocks) if split_blocks else 1
+        return attention_plan.Splits(split_blocks, num_splits, splits_per_program)
 
     return division
 
@@ -556,7 +563,7 @@ def _check_decode(report, clock, q, k, v, scale, want, where) -> None:
         report.same("attention: decode == prefill", step, expected, position=i, **where)
         visible = (torch.arange(length) <= i).expand(1, q.shape[1], 1, length)
         for division in DIVISIONS:
-            with _patched(attention_module, "_division", _divided(*division)):
+            with _patched(attention_plan, "num_splits_heuristic", _divided(*division)):
                 alone = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, scale)
                 masked = cuda.attention(q[:, :, i : i + 1], k, v, visible, False, scale)
             report.same("attention: divisions", alone, expected, position=i, division=division, **where)

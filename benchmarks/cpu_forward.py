@@ -10,13 +10,13 @@ import time
 
 import torch
 
-from pytest_batchinv.engines.transformers import TransformersEngine
 from pytest_batchinv.mode import batch_invariant_mode
-from pytest_batchinv.records import machine
+from pytest_batchinv.report.record import machine
 from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.subjects.transformers import TransformersSubject
 
 
-def seconds(engine: TransformersEngine, shape: BatchShape, runs: int) -> float:
+def seconds(engine: TransformersSubject, shape: BatchShape, runs: int) -> float:
     taken = []
     for _ in range(runs):
         started = time.perf_counter()
@@ -27,9 +27,9 @@ def seconds(engine: TransformersEngine, shape: BatchShape, runs: int) -> float:
 
 def ratio(dtype: str, rows: int, tokens: int, rounds: int) -> dict[str, float]:
     shape = BatchShape(tuple(Row(i, tokens) for i in range(rows)))
-    stock = TransformersEngine("tiny-qwen3", device="cpu", dtype=dtype, attn="sdpa")
+    stock = TransformersSubject("tiny-qwen3", device="cpu", dtype=dtype, attn="sdpa")
     with batch_invariant_mode():
-        ours = TransformersEngine("tiny-qwen3", device="cpu", dtype=dtype)
+        ours = TransformersSubject("tiny-qwen3", device="cpu", dtype=dtype)
         seconds(ours, shape, 3)
     seconds(stock, shape, 3)
     stock_times, our_times = [], []

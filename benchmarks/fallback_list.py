@@ -1,4 +1,4 @@
-"""Compile time of a chain of custom operators by its depth, with and without the patched fallback list.
+"""Compile time of a chain of custom operators by its depth, with and without the patch ``lazy_operator_text``.
 
 ``python benchmarks/fallback_list.py``: each operator takes the previous result twice. Up to torch 2.12 Inductor writes each one
 out as text, with everything that it was made from: the time is exponential in the depth. A curve ends at the first depth that
@@ -6,17 +6,14 @@ takes longer than ``--most-seconds``. Nothing comes from a cache, and the first 
 """
 
 import argparse
-import contextlib
 import json
 import time
-from collections.abc import Iterator
 
 import torch
 import torch._inductor.utils
-from pytest_batchinv.patches.inductor_fallback_list import fast_namespaces
-from pytest_batchinv.patches.registry import applied, status
 
-from pytest_batchinv.records import machine
+from pytest_batchinv.patches.registry import applied, status
+from pytest_batchinv.report.record import machine
 
 NAMESPACE = "batchinv_benchmark"
 
@@ -47,12 +44,6 @@ def seconds(library: torch.library.Library, name: str, depth: int, device: str) 
     return taken
 
 
-@contextlib.contextmanager
-def patched() -> Iterator[None]:
-    with applied("inductor"), fast_namespaces(NAMESPACE):
-        yield
-
-
 def curve(library, name: str, depths: list[int], most_seconds: float, device: str) -> dict[int, float]:
     seconds(library, f"{name}_first", 1, device)
     taken: dict[int, float] = {}
@@ -74,8 +65,8 @@ def main() -> None:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     with torch._inductor.utils.fresh_cache():
         stock = curve(library, "stock", arguments.depths, arguments.most_seconds, arguments.device)
-        with patched():
-            state = {row.name: row.state for row in status()}["fallback_allow_list"]
+        with applied("inductor"):
+            state = {row.name: row.state for row in status()}["lazy_operator_text"]
             ours = curve(library, "patched", arguments.depths, arguments.most_seconds, arguments.device)
     if arguments.out:
         found = {"machine": machine(), "device": arguments.device, "patch": state, "seconds": {"stock": stock, "patched": ours}}

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from timing import Timing
 
-from pytest_batchinv.records import machine
+from pytest_batchinv.report.record import machine
 
 SCHEMA = 1
 OURS, STOCK = "ours", "torch"

@@ -1,6 +1,6 @@
-"""Finds the fastest tile of ``gemm`` for each size, among those that give one bit pattern, and writes ``kernels/tuned.py``.
+"""Finds the fastest tile of ``gemm`` for each size, among those that give one bit pattern, and writes ``kernels/tiles.json``.
 
-    python benchmarks/tune.py --write kernels/tuned.py --out tune.json
+    python benchmarks/tune.py --write kernels/tiles.json --out tune.json
 
 Every candidate computes every size, and its bits are compared with those of the first one: a candidate that differs
 anywhere is named and taken nowhere. How long cuBLAS takes is recorded beside, and whether its bits are the same.
@@ -16,7 +16,6 @@ import json
 import math
 import multiprocessing
 import os
-import pprint
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +23,14 @@ from pathlib import Path
 
 import torch
 import triton
-from pytest_batchinv.kernels import matmul, offline, tiles, tuned
+
+from pytest_batchinv.kernels import tiles
+from pytest_batchinv.kernels.cuda import matmul
 from pytest_batchinv.kernels.tiles import Tile
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
 sys.path.insert(0, str(Path(__file__).parent))
+import other_gpus
 from timing import Stopwatch, capture
 
 SIZES = [  # K, N of linear layers: Qwen3 0.6B and 8B, Llama 3.1 8B, and the facts' own
@@ -100,7 +103,7 @@ def _cublas(a: torch.Tensor, out: torch.Tensor, b: torch.Tensor) -> None:
 
 def compile_all(capability: int, seconds: float) -> int:
     """Compiles what ``main`` will launch, into Triton's cache on the disk, on all cores. Returns how many tiles failed."""
-    device = offline.DEVICES[capability]
+    device = other_gpus.DEVICES[capability]
     jobs = sorted({(M, tile) for M in (1, 16, 32, 64, 4096) for tile in candidates(M, device)})
     jobs = sorted({(tile, M % tile.block_m == 0): (M, tile) for M, tile in jobs}.values())
     context = multiprocessing.get_context("spawn")
@@ -118,7 +121,7 @@ def compile_all(capability: int, seconds: float) -> int:
 def _compile(capability: int, M: int, tile: Tile) -> None:
     a = torch.empty(1, M, 4096, dtype=torch.bfloat16)
     b = torch.empty(1, 4096, 4096, dtype=torch.bfloat16).mT
-    with offline.compiling_for(capability):
+    with other_gpus.compiling_for(capability):
         product(a, torch.empty(1, M, 4096, dtype=torch.bfloat16), tile, b)(b)
 
 
@@ -188,14 +191,16 @@ def table(records: list[dict], differing: set[Tile], before: Table) -> Table:
 
 
 def write(path: Path, capability: int, found: Table) -> None:
-    """The module ``kernels/tuned.py`` with this architecture's table replaced."""
-    entries = {**tuned.GEMM, (capability, 2): found}
-    text = pprint.pformat(entries, width=120, compact=True, sort_dicts=True)
-    path.write_text(
-        '"""Tiles by size, as ``benchmarks/tune.py`` found them; written by that script."""\n\n'
-        f"GEMM: dict[tuple[int, int], dict[tuple[int, int], dict[int, tuple[tuple, tuple]]]] = (\n{text}\n)\n"
-        '"""(compute capability, bytes an element) -> (K, N) -> M -> (the fastest tile, the fastest without TMA)."""\n'
-    )
+    """The file ``kernels/tiles.json`` with this architecture's table replaced: one line for each K, N and M."""
+    lines = [
+        json.dumps(
+            {"capability": of, "itemsize": itemsize, "K": K, "N": N, "M": M, "tile": best, "without_tma": best_without_tma}
+        )
+        for (of, itemsize), by_size in sorted({**tiles.TUNED_GEMM, (capability, 2): found}.items())
+        for (K, N), by_rows in sorted(by_size.items())
+        for M, (best, best_without_tma) in sorted(by_rows.items())
+    ]
+    path.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n")
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
@@ -217,7 +222,7 @@ def main() -> int:
     torch.manual_seed(0)
     stopwatch = Stopwatch(torch.device("cuda", torch.cuda.current_device()), min_repeats=8)
     capability = tiles.device_of(stopwatch.device).capability
-    if capability in offline.DEVICES:
+    if capability in other_gpus.DEVICES:
         compile_all(capability, args.seconds / 2)
     print(f"compiled in {time.monotonic() - begin:.0f} s")
 
@@ -243,7 +248,7 @@ def main() -> int:
     if args.out:
         args.out.write_text(json.dumps(record) + "\n")
     if args.write and records:
-        write(args.write, capability, table(records, differing, tuned.GEMM.get((capability, 2), {})))
+        write(args.write, capability, table(records, differing, tiles.TUNED_GEMM.get((capability, 2), {})))
     show(record)
     return 1 if differing else 0
 

@@ -1,21 +1,22 @@
 """A kernel set for complex numbers: their real and imaginary parts, by the kernels of the tensors' device.
 
-What is done to a part before or after is a sum, a product, a quotient or a root of two numbers, each rounded once: so it
-is the same for every place in a vector, which torch's own complex products and magnitudes on the CPU are not.
+All other arithmetic on the parts is a sum, product, quotient or root of one or two numbers, each rounded once. So it has
+the same bits at every place of a vector, which torch's own complex products and magnitudes on the CPU do not have.
 """
 
 import torch
-from pytest_batchinv.kernels.aten.common import kernels_of_device
 from torch import Tensor
+
+from pytest_batchinv.kernels.aten.common import kernels_of_device
 
 
 def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: complex = 1.0, beta: complex = 1.0) -> Tensor:
-    """``reference.gemm`` as one real product: [re, im] of a by [[re, im], [-im, re]] of b, so K is twice as long."""
+    """``reference.gemm`` as one real product of twice the K: [re, im] of a by [[re, im], [-im, re]] of b."""
     re, im = b.real, b.imag
     rows = torch.cat([a.real, a.imag], -1)
     columns = torch.cat([torch.cat([re, im], -1), torch.cat([-im, re], -1)], -2)
-    out = kernels_of_device(a.device).gemm(rows, columns)
-    out = _times(torch.complex(*out.split(b.shape[-1], -1)), alpha)
+    out, N = kernels_of_device(a.device).gemm(rows, columns), b.shape[-1]
+    out = _times(torch.complex(out[..., :N], out[..., N:]), alpha)
     if bias is None or beta == 0:
         return out
     bias = _times(bias, beta)

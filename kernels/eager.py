@@ -4,15 +4,24 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from operator import methodcaller
+from typing import Any
 
 import torch
+from torch._ops import OpOverload
+
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
-from pytest_batchinv.kernels.operators import is_straight
+from pytest_batchinv.kernels.operators import may_skip_dispatcher
 from pytest_batchinv.kernels.overloads import Implementation, Sibling, is_exact, overload_of, refusal, siblings
+from pytest_batchinv.kernels.tracing import not_traced
 from pytest_batchinv.patches.dispatcher import COMPOSITE, Holding, Registration, foreign
-from torch._ops import OpOverload
+
+__tracebackhide__ = methodcaller("errisinstance", Refused)  # of a refusal pytest shows the user's frames alone
+
+Kernel = Callable[..., Any]
+Entry = tuple[OpOverload, str, Kernel]  # the overload, the dispatch key, and what is called there
 
 _ALLOW_OVERRIDE = (
     {"allow_override": True} if "allow_override" in inspect.signature(torch.library.Library.impl).parameters else {}
@@ -29,7 +38,7 @@ def installed() -> Iterator[Holding]:
             # torch warns once a process that an entry is overridden, which is what we are here for.
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             for overload, key, function in _entries():
-                library.impl(overload, function, key, with_keyset=True, **_ALLOW_OVERRIDE)
+                library.impl(overload, not_traced(function), key, with_keyset=True, **_ALLOW_OVERRIDE)
                 held.append((overload.name(), key))
         yield Holding(held)
     finally:
@@ -41,15 +50,15 @@ def entries_of_others() -> list[Registration]:
     return foreign((overload.name(), key) for overload, key, _ in _entries())
 
 
-def _entries() -> Iterator[tuple[OpOverload, str, Callable]]:
-    for name, implementation in table.LEAVES.items():
-        yield from _leaf(name, implementation, _devices())
+def _entries() -> Iterator[Entry]:
+    for name, implementation in table.BACKEND_KERNELS.items():
+        yield from _backend_entries(name, implementation, _devices())
     for name, implementation in table.POINTWISE.items():
-        yield from _leaf(name, implementation, ("CPU",))
+        yield from _backend_entries(name, implementation, ("CPU",))
     for name, reason in table.REFUSED.items():
         overload = overload_of(name)
         if overload is not None:
-            yield from _leaf(name, refusal(overload, reason), _devices())
+            yield from _backend_entries(name, refusal(overload, reason), _devices())
     for name, implementation in table.COMPOSITES.items():
         overload = overload_of(name)
         if overload is not None:
@@ -60,56 +69,62 @@ def _devices() -> tuple[str, ...]:
     return ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",)
 
 
-def _leaf(name: str, implementation: Implementation, keys: tuple[str, ...]) -> Iterator[tuple[OpOverload, str, Callable]]:
+def _backend_entries(name: str, implementation: Implementation, keys: tuple[str, ...]) -> Iterator[Entry]:
     overload = overload_of(name)
     if overload is None:
         return
     for key in keys:
-        if not _is_leaf(overload, key):
+        if not _has_backend_kernel(overload, key):
             continue
         yield overload, key, _functional(overload, key, implementation)
         for sibling in siblings(overload):
-            if _is_leaf(sibling.overload, key):
+            if _has_backend_kernel(sibling.overload, key):
                 yield sibling.overload, key, _writing(sibling, key, implementation)
 
 
-def _is_leaf(overload: OpOverload, key: str) -> bool:
-    """An entry below autograd: one that is composite on this device has no gradient of its own there."""
+def _has_backend_kernel(overload: OpOverload, key: str) -> bool:
+    """Whether torch runs this overload below autograd on this device. A composite has no gradient of its own there."""
     name, has = overload.name(), torch._C._dispatch_has_kernel_for_dispatch_key
     if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key):
         return False  # what torch cannot do on this device, the mode does not offer
     return has(name, key) or not has(name, COMPOSITE)
 
 
-def _functional(overload: OpOverload, key: str, implementation: Implementation) -> Callable:
+def _functional(overload: OpOverload, key: str, implementation: Implementation) -> Kernel:
     name, stock = overload.name(), _stock(overload, key)
 
-    def run(keyset, *args, **kwargs):
-        if is_exact(overload, args, kwargs):
-            return stock(keyset, *args, **kwargs)
-        count(name)
-        return implementation(*args, **kwargs)
+    def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        try:
+            if is_exact(overload, args, kwargs):
+                return stock(keyset, *args, **kwargs)
+            count(name)
+            return implementation(*args, **kwargs)
+        except Refused as refused:
+            raise refused.with_traceback(None) from None
 
     return run
 
 
-def _writing(sibling: Sibling, key: str, implementation: Implementation) -> Callable:
+def _writing(sibling: Sibling, key: str, implementation: Implementation) -> Kernel:
     """Computes the functional result, then writes it where the caller wants it, with torch's checks of dtype and size."""
     overload, out_names = sibling.overload, sibling.out_names
     name, stock = overload.name(), _stock(overload, key)
     short_name = name.removeprefix("aten::")
     gives_dtype, may_cast = short_name in table.OUT_GIVES_DTYPE, short_name in table.OUT_MAY_CAST
 
-    def run(keyset, *args, **kwargs):
+    def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         outs = [kwargs[out_name] for out_name in out_names] or [args[0]]
         arguments = {k: v for k, v in kwargs.items() if k not in out_names}
         if gives_dtype and arguments.get("dtype") is None:
             arguments["dtype"] = outs[0].dtype
-        # An out of integers: torch's own kernel sums integers into it, or refuses it.
-        if is_exact(overload, args, arguments) or not (outs[0].is_floating_point() or outs[0].is_complex()):
-            return stock(keyset, *args, **kwargs)
-        count(name)
-        results = implementation(*args, **arguments)
+        try:
+            # An out of integers: torch's own kernel sums integers into it, or refuses it.
+            if is_exact(overload, args, arguments) or not (outs[0].is_floating_point() or outs[0].is_complex()):
+                return stock(keyset, *args, **kwargs)
+            count(name)
+            results = implementation(*args, **arguments)
+        except Refused as refused:
+            raise refused.with_traceback(None) from None
         for out, result in zip(outs, results if isinstance(results, tuple) else (results,), strict=True):
             _write(name, out, result, may_cast, may_resize=bool(out_names))
         return outs[0] if len(outs) == 1 else tuple(outs)
@@ -129,26 +144,29 @@ def _write(name: str, out: torch.Tensor, result: torch.Tensor, may_cast: bool, m
     out.copy_(result)
 
 
-def _composite(overload: OpOverload, implementation: Implementation) -> Callable:
-    """Composites may have a way past the dispatcher, ``straight``, for calls in which it would have nothing to do."""
+def _composite(overload: OpOverload, implementation: Implementation) -> Kernel:
+    """The composite, or its plan where the dispatcher has nothing to do."""
     name = overload.name()
-    has_straight_way = "straight" in inspect.signature(implementation).parameters
+    planned = table.PLANNED[name.removeprefix("aten::")]
 
-    def run(keyset, *args, **kwargs):
+    def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         count(name)
-        if has_straight_way and is_straight(keyset, (*args, *kwargs.values())):
-            return implementation(*args, **kwargs, straight=True)
-        return implementation(*args, **kwargs)
+        try:
+            if may_skip_dispatcher(keyset, (*args, *kwargs.values())):
+                return planned(*args, **kwargs)
+            return implementation(*args, **kwargs)
+        except Refused as refused:
+            raise refused.with_traceback(None) from None
 
     return run
 
 
-def _stock(overload: OpOverload, key: str) -> Callable:
+def _stock(overload: OpOverload, key: str) -> Kernel:
     """torch's own kernel, looked up before ours takes its place."""
     with contextlib.suppress(RuntimeError):
         return torch.library.get_kernel(overload, key).call_boxed
 
-    def refuse(keyset, *args, **kwargs):
+    def refuse(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         raise Refused(f"torch has no kernel of its own for {overload.name()} on {key}, so integers have none here.")
 
     return refuse

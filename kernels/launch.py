@@ -1,25 +1,22 @@
 """Launches whose Python side costs little: what depends on shapes, strides and alignment alone is worked out once.
 
-Triton binds and specialises every argument anew at every launch, 10 µs and more for kernels of 25 arguments. So a
-launcher asks a *plan* for its ``Launch``: a function of all that the numbers, the tile, the grid and the binary depend on,
-which remembers its results. Tensors are handed over as addresses, since Triton asks the driver about each tensor.
+Triton binds and specialises every argument anew at every launch, 10 µs and more for kernels of 25 arguments. So a plan
+(``plans.py``) holds a ``Launch``, which keeps the binary that its first call got. Tensors are handed over as addresses, since
+Triton asks the driver about each tensor.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
-import triton
+from torch import Tensor
 from triton import knobs, runtime
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-_P = ParamSpec("_P")
-_PLANS_KEPT = 1 << 14
-_KNOWS_ENTRY = triton.__version__.startswith("3.6.") and torch.version.hip is None
-"""Triton 3.6, which torch 2.11 has: others hand something else to what launches in the end."""
-_plans: list[Callable] = []
+from .plans import alignment_bits, forget_plans, plan
+
+__all__ = ["Launch", "alignment", "alignment_bits", "forget_plans", "plan"]
 
 
 class Launch:
@@ -27,11 +24,12 @@ class Launch:
 
     It must only be called with tensors of the same dtypes, alignment and sizes, and with the same ones absent: one plan, one
     binary. All must be on one GPU; nothing else asks, and one that is not would be read at an address that means nothing there.
+    While the kernel has pre-run hooks, or Triton has launch hooks, a call goes through Triton as a whole and runs them.
     """
 
     def __init__(self, kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple[Any, ...], **options: Any) -> None:
         self._kernel, self._grid, self._arguments, self._options = kernel, grid, arguments, options
-        self._run: Callable[[tuple, tuple], None] | None = None
+        self._run: Callable[[tuple[Any, ...], tuple[float, ...]], None] | None = None
 
     def __call__(self, *tensors: Any, numbers: tuple[float, ...] = ()) -> None:
         """tensors: the kernel's first parameters, as tensors or as TMA descriptors; None for what it neither reads nor writes.
@@ -41,67 +39,44 @@ class Launch:
         if self._run is not None:
             self._run(tensors, numbers)
             return
-        present = next(x for x in reversed(tensors) if isinstance(x, torch.Tensor))
-        stood_in = [present if x is None else x for x in tensors]
-        binary = self._kernel[self._grid](*stood_in, *numbers, *self._arguments, **self._options)
+        binary = self._run_by_triton(tensors, numbers)
         if isinstance(binary, CompiledKernel):  # Triton's interpreter has none
-            addresses = _addresses_beside_descriptors if any(hasattr(x, "block_shape") for x in tensors) else _addresses
-            self._run = _runner(binary, self._grid, addresses, self._arguments, present.get_device())
+            self._run = self._runner(binary, tensors)
+
+    def _run_by_triton(self, tensors: tuple[Any, ...], numbers: tuple[float, ...]) -> CompiledKernel | None:
+        present = _last_tensor(tensors)
+        stood_in = [present if x is None else x for x in tensors]
+        return self._kernel[self._grid](*stood_in, *numbers, *self._arguments, **self._options)
+
+    def _runner(self, binary: CompiledKernel, tensors: tuple[Any, ...]) -> Callable[[tuple[Any, ...], tuple[float, ...]], None]:
+        """What ``JITFunction.run`` does in the end, while nobody listens to it."""
+        pre_run_hooks, hooks = self._kernel.pre_run_hooks, knobs.runtime
+        run, function, metadata = binary.run, binary.function, binary.packed_metadata
+        grid, arguments, by_triton = self._grid, self._arguments, self._run_by_triton
+        stream_of, device = runtime.driver.active.get_current_stream, _last_tensor(tensors).get_device()
+        addresses = _addresses_beside_descriptors if any(hasattr(x, "block_shape") for x in tensors) else _addresses
+
+        def launch(tensors: tuple[Any, ...], numbers: tuple[float, ...]) -> None:
+            if pre_run_hooks or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+                by_triton(tensors, numbers)
+            else:  # None for the launch hooks, and for the metadata that is for them
+                run(*grid, stream_of(device), function, metadata, None, None, None, *addresses(tensors), *numbers, *arguments)
+
+        return launch
 
 
-def _addresses(tensors: tuple) -> list[int]:
+def _last_tensor(tensors: tuple[Any, ...]) -> Tensor:
+    return next(x for x in reversed(tensors) if isinstance(x, Tensor))
+
+
+def _addresses(tensors: tuple[Any, ...]) -> list[int]:
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
-def _addresses_beside_descriptors(tensors: tuple) -> list[Any]:
+def _addresses_beside_descriptors(tensors: tuple[Any, ...]) -> list[Any]:
     return [x if hasattr(x, "block_shape") else 0 if x is None else x.data_ptr() for x in tensors]
-
-
-def _runner(
-    binary: CompiledKernel, grid: tuple[int, int, int], addresses: Callable[[tuple], list], arguments: tuple, device: int
-) -> Callable[[tuple, tuple], None]:
-    """``binary[grid]``, without what that prepares at every launch for a profiler's hooks, while there are none."""
-    with_hooks, hooks, stream_of = binary[grid], knobs.runtime, runtime.driver.active.get_current_stream
-    run, before = _entry(binary)
-
-    def launch(tensors: tuple, numbers: tuple) -> None:
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            with_hooks(*addresses(tensors), *numbers, *arguments)
-        else:
-            run(*grid, stream_of(device), *before, *addresses(tensors), *numbers, *arguments)
-
-    return launch
-
-
-def _entry(binary: CompiledKernel) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """What launches the binary, and what it is handed between the stream and the kernel's arguments."""
-    run, metadata = binary.run, binary.packed_metadata
-    if _KNOWS_ENTRY and not run.global_scratch_size and not run.profile_scratch_size:
-        # What ``run`` calls in the end, after a microsecond spent on scratch memory that our kernels do not use.
-        cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
-        return run.launch, (binary.function, cooperative, pdl, None, None, metadata, None, None, None)
-    return run, (binary.function, metadata, None, None, None)
-
-
-def plan(function: Callable[_P, Any]) -> Callable[_P, Any]:
-    """Remembers what the function returned for these arguments, which must be hashable."""
-    remembering = functools.lru_cache(_PLANS_KEPT)(function)
-    _plans.append(remembering)
-    return remembering
-
-
-def forget_plans() -> None:
-    for remembering in _plans:
-        remembering.cache_clear()
 
 
 def alignment(*tensors: torch.Tensor | None) -> int:
     """One bit a tensor: whether it begins at a multiple of 16 bytes, which is what Triton specialises."""
     return alignment_bits(*[tensor is not None and tensor.data_ptr() % 16 == 0 for tensor in tensors])
-
-
-def alignment_bits(*aligned: bool) -> int:
-    bits = 0
-    for is_aligned in aligned:
-        bits = 2 * bits + is_aligned
-    return bits

@@ -2,15 +2,22 @@
 
 from collections.abc import Callable
 from functools import cache
+from operator import methodcaller
+from typing import Any
 
 import torch
-from pytest_batchinv.kernels import table
-from pytest_batchinv.kernels.aten import attention, norms, reductions
-from pytest_batchinv.kernels.counters import count
-from pytest_batchinv.kernels.overloads import Implementation, overload_of
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+
+from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels.aten import attention, norms, reductions
+from pytest_batchinv.kernels.aten.common import Refused
+from pytest_batchinv.kernels.counters import count
+from pytest_batchinv.kernels.overloads import Implementation, overload_of
+from pytest_batchinv.kernels.tracing import not_traced
+
+__tracebackhide__ = methodcaller("errisinstance", Refused)
 
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 _KEYS, _KEY_SET = torch._C.DispatchKey, torch._C.DispatchKeySet
@@ -28,19 +35,32 @@ def operators() -> dict[OpOverload, OpOverload]:
     They are defined once a process and do nothing until a graph calls them.
     """
     library = torch.library.Library("batchinv", "FRAGMENT")
+    try:
+        made = _define_all(library)
+    except BaseException:  # an interrupt too: the next call defines them again
+        library._destroy()
+        raise
     _keep_alive.append(library)
+    return made
+
+
+_keep_alive: list[torch.library.Library] = []
+
+
+def _define_all(library: torch.library.Library) -> dict[OpOverload, OpOverload]:
     attend = _define_own(library, attention.ATTENTION_SCHEMA, attention.attention, attention.attention_fake)
     _differentiate(library, "attention", attend, attention.attention_setup_context, attention.attention_backward)
     _define_own(library, reductions.MEAN_OF_SQUARES_SCHEMA, reductions.mean_of_squares, reductions.mean_of_squares_fake)
     _define_own(library, reductions.CHOSEN_LOGPROBS_SCHEMA, reductions.chosen_logprobs, reductions.chosen_logprobs_fake)
     made = {}
-    for name, implementation in table.LEAVES.items():
+    for name, implementation in table.BACKEND_KERNELS.items():
         overload = overload_of(name)
         if overload is not None:
             made[overload] = _define(library, overload, implementation, _contiguous_fake(overload))
     for name, implementation in table.POINTWISE.items():
         overload = overload_of(name)
-        made[overload] = _define(library, overload, implementation, _like_the_input)
+        if overload is not None:
+            made[overload] = _define(library, overload, implementation, _like_the_input)
     _differentiate(
         library,
         "_fused_rms_norm",
@@ -50,9 +70,6 @@ def operators() -> dict[OpOverload, OpOverload]:
         norms.rms_norm_jvp,
     )
     return made
-
-
-_keep_alive: list[torch.library.Library] = []
 
 
 def _define(
@@ -84,32 +101,34 @@ def _differentiate(
     name: str,
     kernel: Implementation,
     setup_context: Callable[..., None],
-    backward: Callable[..., tuple],
-    jvp: Callable[..., tuple] | None = None,
+    backward: Callable[..., tuple[Any, ...]],
+    jvp: Callable[..., tuple[Any, ...]] | None = None,
 ) -> None:
-    """Gives ``batchinv::name`` a gradient, in the way of torch's own kernels: one node, of the level that autograd is at.
+    """Gives ``batchinv::name`` a gradient as torch's own kernels have it: one node, of the level that autograd is at.
 
-    So ``torch.func.grad`` works too, and forward mode or an error that says there is none. What
-    ``torch.library.register_autograd`` makes refuses the one, forgets tangents in the other, and costs more a call.
+    So ``torch.func.grad`` works, and forward mode works or raises an error that says there is none. What
+    ``torch.library.register_autograd`` makes refuses ``torch.func.grad``, drops tangents in forward mode, and costs more
+    a call.
     """
     operator = getattr(torch.ops.batchinv, name).default
     defaults = tuple(argument.default_value for argument in operator._schema.arguments)
 
     class BatchInvariant(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(ctx, *args):
-            *args, out = args
-            setup_context(ctx, args, out)
-            return out
+        @not_traced
+        def forward(ctx: Any, *args: Any) -> Any:
+            setup_context(ctx, args[:-1], args[-1])
+            return args[-1]
 
         @staticmethod
-        def backward(ctx, *grads):
+        @not_traced
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             return *backward(ctx, *grads), None
 
     if jvp is not None:
-        BatchInvariant.jvp = staticmethod(lambda ctx, *tangents: jvp(ctx, *tangents[:-1]))
+        BatchInvariant.jvp = staticmethod(not_traced(lambda ctx, *tangents: jvp(ctx, *tangents[:-1])))
 
-    def run(keyset, *args):
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         # Not in the node's forward, where gradients are off for the levels below, too.
         with torch._C._AutoDispatchBelowAutograd():
             if keyset.raw_repr() in _DEVICE_ALONE:  # the kernel is next
@@ -121,34 +140,37 @@ def _differentiate(
         with enable_single_level_autograd_function():
             return BatchInvariant.apply(*args, *defaults[len(args) :], out)  # the dispatcher leaves defaults out
 
-    library.impl(name, run, "Autograd", with_keyset=True)
+    library.impl(name, not_traced(run), "Autograd", with_keyset=True)
 
 
-def is_straight(keyset: torch._C.DispatchKeySet, args: tuple) -> bool:
-    """Whether nothing stands between a call and the kernel of its device.
+def may_skip_dispatcher(keyset: torch._C.DispatchKeySet, args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher has nothing to do between this call and the kernel of its device.
 
     That is: no gradient is needed, and no mode, transform, wrapper or lazy bit takes part.
     """
     return keyset.raw_repr() in _DEVICE_ALONE and not _needs_gradient(args)
 
 
-def _needs_gradient(args: tuple) -> bool:
-    """In backward mode, or perhaps in forward mode, of which is asked only whether it is on."""
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    """Whether an argument needs a gradient, or forward mode is on, whose tangents are not looked for."""
     return forward_ad._current_level >= 0 or torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 def _counted(name: str, implementation: Implementation) -> Implementation:
-    def run(*args, **kwargs):
-        count(name)
-        return implementation(*args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            count(name)
+            return implementation(*args, **kwargs)
+        except Refused as refused:
+            raise refused.with_traceback(None) from None
 
-    return run
+    return not_traced(run)
 
 
 def _contiguous_fake(overload: OpOverload) -> Implementation:
     """aten's own fake, made contiguous: that is what every implementation returns."""
 
-    def fake(*args, **kwargs):
+    def fake(*args: Any, **kwargs: Any) -> Any:
         out = overload(*args, **kwargs)
         if isinstance(out, torch.Tensor):
             return torch.empty(out.shape, dtype=out.dtype, device=out.device)
@@ -157,5 +179,5 @@ def _contiguous_fake(overload: OpOverload) -> Implementation:
     return fake
 
 
-def _like_the_input(self: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def _like_the_input(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.empty_like(self)

@@ -1,14 +1,18 @@
-"""The overloads behind the table's names, their ``.out`` and in-place siblings, and what of a call the table serves."""
+"""The overloads that the table names, their ``.out`` and in-place siblings, and which calls the table serves."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from operator import methodcaller
 from typing import Any
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
 from pytest_batchinv.kernels import table
 from pytest_batchinv.kernels.aten.common import Refused
-from torch._ops import OpOverload
+
+__tracebackhide__ = methodcaller("errisinstance", Refused)
 
 Implementation = Callable[..., Any]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -52,7 +56,7 @@ def _inplace_siblings(overload: OpOverload) -> Iterator[Sibling]:
             yield Sibling(other, ())
 
 
-def _overloads(packet) -> Iterator[OpOverload]:
+def _overloads(packet: OpOverloadPacket) -> Iterator[OpOverload]:
     for name in packet.overloads():
         overload = getattr(packet, name)
         if torch._C._dispatch_has_kernel(overload.name()):
@@ -63,8 +67,8 @@ def _signature(overload: OpOverload) -> list[tuple[str, str]]:
     return [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
 
 
-def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
-    """Whether this call computes with integers or booleans alone, which no order can change: torch's own kernel serves it.
+def is_exact(overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call computes with integers or booleans alone. No order changes their bits: torch's own kernel serves it.
 
     Raises Refused for complex numbers where the entry does not take them.
     """
@@ -78,18 +82,18 @@ def is_exact(overload: OpOverload, args: tuple, kwargs: dict) -> bool:
     return not _makes_floats(overload, args)
 
 
-def _makes_floats(overload: OpOverload, args: tuple) -> bool:
-    """Whether torch gives floats for integers here. Of ``pow`` the last argument, its exponent, tells."""
+def _makes_floats(overload: OpOverload, args: tuple[Any, ...]) -> bool:
+    """Whether torch gives floats for integers here. ``pow`` does where its exponent, the last argument, is a float."""
     name = _name(overload)
     return name in table.FLOATS_OF_INTEGERS and (name != "pow" or isinstance(args[-1], float))
 
 
 def _name(overload: OpOverload) -> str:
-    """Without the underscore of what is in place."""
+    """The operator's name, without the underscore of an in-place form."""
     return overload.overloadpacket.__name__.removesuffix("_")
 
 
-def _first_dtype(args: tuple) -> torch.dtype | None:
+def _first_dtype(args: tuple[Any, ...]) -> torch.dtype | None:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             return arg.dtype
@@ -97,7 +101,9 @@ def _first_dtype(args: tuple) -> torch.dtype | None:
 
 
 def refusal(overload: OpOverload, reason: str) -> Implementation:
-    def refuse(*args, **kwargs):
+    """What stands for an overload that the mode does not cover."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
         raise Refused(f"batch-invariant mode does not cover {overload.name()}: {reason}.")
 
     return refuse

@@ -1,14 +1,17 @@
 """The table: which implementation stands for which aten overload, and nothing else.
 
-``LEAVES`` are installed below autograd, ``COMPOSITES`` above it (they are made of leaves, so gradients flow), ``POINTWISE``
-on the CPU only, whose stock kernels treat the tail of a vector differently, ``REFUSED`` raise with the reason.
-`OUT_GIVES_DTYPE` and `OUT_MAY_CAST` say which dtypes an ``out=`` may have.
+``BACKEND_KERNELS`` are installed below autograd. ``COMPOSITES`` are installed above it: they are made of backend kernels, so
+gradients flow. ``POINTWISE`` is installed on the CPU only, where torch's own kernels treat the tail of a vector in another
+way. ``REFUSED`` raise with the reason. ``OUT_GIVES_DTYPE`` and ``OUT_MAY_CAST`` say which dtypes an ``out=`` may have.
 A functional overload stands for its ``.out`` and in-place siblings too: ``overloads.py`` finds them by their schemas.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from pytest_batchinv.kernels.aten import attention, norms, pointwise, products, reductions, scatter
 
-LEAVES = {
+BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "mm": products.mm,
     "mm.dtype": products.mm_dtype,
     "addmm": products.addmm,
@@ -52,16 +55,24 @@ LEAVES = {
     "scatter_add": scatter.scatter_add,
 }
 
-COMPOSITES = {
+COMPOSITES: dict[str, Callable[..., Any]] = {
     "linear": products.linear,
     "layer_norm": norms.layer_norm,
     "rms_norm": norms.rms_norm,
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
 }
 
+PLANNED = {
+    "linear": products.planned_linear,
+    "layer_norm": norms.planned_layer_norm,
+    "rms_norm": norms.planned_rms_norm,
+    "scaled_dot_product_attention": attention.planned_sdpa,
+}
+"""The composites without their operators in between, for calls in which the dispatcher has nothing to do. The same bits."""
+
 _OF_ANY_DTYPE = ("sigmoid", "rsqrt", "exp", "tanh", "erf", "expm1", "log", "log1p", "sin", "cos")
 
-POINTWISE = {
+POINTWISE: dict[str, Callable[..., Any]] = {
     **{kind: pointwise.unary(kind) for kind in ("silu", "mish", *_OF_ANY_DTYPE)},
     "gelu": pointwise.gelu,
     "softplus": pointwise.softplus,
@@ -89,7 +100,10 @@ OUT_MAY_CAST = {
 """These write into any dtype that the result can be cast to."""
 
 _SDPA = "call torch.nn.functional.scaled_dot_product_attention, which the mode covers whatever backend is chosen"
-_UNFUSED = "this fused path is not covered: call it in training mode or with gradients, where torch uses plain operators"
+_FASTPATH = (
+    "call torch.backends.mha.set_fastpath_enabled(False), as the mode does when it is entered, and the layer uses operators "
+    "that are covered"
+)
 _NO_KERNEL = "there is no batch-invariant kernel for it"
 
 REFUSED = {
@@ -97,8 +111,8 @@ REFUSED = {
     "_scaled_dot_product_cudnn_attention": _SDPA,
     "_flash_attention_forward": _SDPA,
     "_efficient_attention_forward": _SDPA,
-    "_native_multi_head_attention": _UNFUSED,
-    "_transformer_encoder_layer_fwd": _UNFUSED,
+    "_native_multi_head_attention": _FASTPATH,
+    "_transformer_encoder_layer_fwd": _FASTPATH,
     "_scaled_mm": _NO_KERNEL,
     "_scaled_grouped_mm": _NO_KERNEL,
     "nansum": _NO_KERNEL,

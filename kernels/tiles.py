@@ -3,22 +3,22 @@
 A tile may follow the number of rows for speed, but only within one *invariance class*: tiles that give the same bits.
 For products the class is "K ascending, one accumulator": no split-K, no atomics. Blocks, warps, stages and the way of
 loading are free in it. BLOCK_N of attention is a function of the dtype and of the model's sizes alone.
-``benchmarks/class_check.py`` checks the class on a GPU; ``benchmarks/tune.py`` fills ``tuned.py`` on one, where it takes
+``benchmarks/class_check.py`` checks the class on a GPU; ``benchmarks/tune.py`` fills ``tiles.json`` on one, where it takes
 no tile whose bits differ. Nothing is timed on the user's machine.
 
-For sums over rows the order is written out in the kernels: ``rows.py`` has their tiles.
+For sums over rows the order is written out in the kernels: ``cuda/rows.py`` has their tiles.
 """
 
 import functools
+import json
 import math
-from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
-from .tuned import GEMM as TUNED_GEMM
+from .plans import on_device as on_device
 
 SHARED_MEMORY_SM80 = 166_912
 """Bytes of shared memory that one block may have on SM80 (A100); SM90 has 232,448, SM86 and SM89 101,376."""
@@ -90,6 +90,22 @@ GEMM_TILES: dict[torch.dtype, tuple[Tile, ...]] = {
 """For each dtype, largest tile first; all of one dtype have the same BLOCK_K."""
 GEMM_TILES[torch.float16] = GEMM_TILES[torch.bfloat16]
 
+TunedGemm = dict[tuple[int, int], dict[int, tuple[tuple, tuple]]]
+"""(K, N) -> M -> (the fastest tile, the fastest without TMA)."""
+
+
+def _tuned_gemm() -> dict[tuple[int, int], TunedGemm]:
+    """``tiles.json``, by (compute capability, bytes of an element)."""
+    tuned: dict[tuple[int, int], TunedGemm] = {}
+    for entry in json.loads(Path(__file__).with_name("tiles.json").read_text()):
+        of_architecture = tuned.setdefault((entry["capability"], entry["itemsize"]), {})
+        pair = tuple(entry["tile"]), tuple(entry["without_tma"])
+        of_architecture.setdefault((entry["K"], entry["N"]), {})[entry["M"]] = pair
+    return tuned
+
+
+TUNED_GEMM = _tuned_gemm()
+
 GROUP_M = 8
 """Tiles of this many block rows are run column by column, so that neighbours share operands in the L2 cache."""
 
@@ -140,7 +156,7 @@ def tiles_and_programs(tile: Tile, M: int, N: int, device: torch.device) -> tupl
     return tiles, min(tiles, device_of(device).multiprocessors * tile.programs)
 
 
-def _nearest(tuned: dict[tuple[int, int], dict[int, tuple[tuple, tuple]]], M: int, N: int, K: int, fits_tma: bool) -> Tile:
+def _nearest(tuned: TunedGemm, M: int, N: int, K: int, fits_tma: bool) -> Tile:
     """By the logarithms of K and N first; then the next larger M that was tuned, else the largest."""
     size = min(tuned, key=lambda size: abs(math.log(size[0] / max(K, 1))) + abs(math.log(size[1] / N)))
     rows = next((rows for rows in sorted(tuned[size]) if rows >= M), max(tuned[size]))
@@ -201,16 +217,6 @@ def ceil_div(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
-
-
-def on_device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's: this guard makes it so."""
-    if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():  # as torch.cuda.current_device(), at half its cost
-        return _HERE
-    return torch.cuda.device(x.device)
-
-
-_HERE = nullcontext()
 
 
 @functools.cache

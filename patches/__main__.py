@@ -1,35 +1,26 @@
-"""Prints what the patches, the rules and the dispatcher come to on this torch: ``python -m pytest_batchinv.patches``."""
+"""Prints the state of the patches, Inductor's settings and the dispatcher here: ``python -m pytest_batchinv.patches``."""
 
-import textwrap
 from importlib import metadata
 
-from pytest_batchinv.patches import registry, rules
+from pytest_batchinv.patches import inductor_config, registry
 
 
 def main() -> None:
     version = registry.torch_version()
     print(f"torch {version}, pytest-batchinv {metadata.version('pytest-batchinv')}\n\npatches")
     for row in registry.status():
-        _print(
-            f"  {row.name}", row.state, f"{row.why}. Target {row.target}, torch {row.torch}. Upstream: {row.upstream or '-'}"
-        )
+        print(f"  {row.name}: {row.state}\n      {row.why}")
+        print(f"      Target {row.target}, torch {row.torch}. Upstream: {row.upstream or '-'}")
     print("\nInductor's settings in batch-invariant mode")
-    for rule in rules.RULES:
-        state = repr(rule.value) if rule.exists_in(version) else "not there"
-        _print(f"  {rule.name}", state, rule.reason + (f" (torch {rule.torch})" if rule.torch else ""))
-    for name, reason in rules.LEFT_ALONE.items():
-        _print(f"  {name}", "left alone", reason)
+    for setting in inductor_config.SETTINGS:
+        print(f"  {setting.name}: {repr(setting.value) if setting.exists_in(version) else 'not there'}")
+        print(f"      {setting.reason}{setting.torch and f' (torch {setting.torch})'}")
     print("\ndispatcher entries of the table that others hold")
     from pytest_batchinv.kernels.eager import entries_of_others
 
     for registration in entries_of_others() or ["none"]:
         print(f"  {registration}")
-    rules.check(version)
-
-
-def _print(name: str, state: str, why: str) -> None:
-    print(f"{name}: {state}")
-    print(textwrap.fill(why, 100, initial_indent="      ", subsequent_indent="      "))
+    inductor_config.check(version)
 
 
 if __name__ == "__main__":

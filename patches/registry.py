@@ -1,493 +1,335 @@
-"""Patches of torch: each behind two gates, in force only inside a context, and undone to the object that was there.
+"""Patches of torch: behind two gates, in force only inside a context, and undone to the very object that was there.
 
-    @patch("torch._inductor.codegen.cpp.CppVecKernel.indirect_assert", torch="<2.12", group="inductor",
-           reason="...", upstream="pytorch/pytorch#178148", fingerprints={"2.11.0": "0123456789abcdef"})
-    def indirect_assert(original):
-        def indirect_assert(self, ...):  # a plain function: Dynamo looks through other wrappers and skips them
-            ...
-        return indirect_assert
-
-    with applied("inductor"):  # a group, or a patch by its name
-        ...
-
-The gates: the version of torch must be in the PEP 440 range (else the patch is *not needed*), and the source text that the
-patch was written for must be one whose fingerprint is known, held by nobody else (else it is *refused*, aloud). Targets are
-found by their source files, so neither a look at the status nor entering the context imports the module of a target: a
-patch lands when that module is imported. The names of what is applied are part of every compilation's cache key.
-
+The first gate is the version of torch: outside its range a patch is *not needed*. The second one is the source text that the
+patch was written for: if its fingerprint is unknown, or another library holds the target, the patch is *refused*. ``applied``
+imports the targets; ``status`` imports neither them nor torch. The applied patches are part of every compilation's cache key.
 Other distributions name modules with patches of their own in the entry point group ``pytest_batchinv.patches``.
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
+import itertools
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import KW_ONLY, dataclass, field
 from importlib import import_module, metadata
+from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from pytest_batchinv.patches.compilation import around_compilation
-from pytest_batchinv.patches.imports import has_run, is_imported, when_imported
-from pytest_batchinv.patches.sources import Definition, NoSource, definition, split
 
-ENTRY_POINTS = "pytest_batchinv.patches"
-_OURS = ("inductor_fallback_list", "inductor_indirect_assert", "inductor_rounded_casts", "inductor_reuse")
-_MISSING = object()
+from pytest_batchinv.patches import at_exit
+from pytest_batchinv.patches.compilation import around_compilation
+from pytest_batchinv.patches.fingerprints import NoSource, definition
+
+_OURS = ("inductor_operator_text", "inductor_indirect_assert", "inductor_rounded_casts", "inductor_reuse")
+_ABSENT = object()
+_lock = threading.RLock()
+_patches: dict[str, "Patch"] = {}
+_broken: dict[str, str] = {}  # entry point -> why its module could not be loaded
+_kept_bits: dict[object, Collection[str]] = {}  # the settings of each open block of bits_kept
 
 
 class PatchRefused(RuntimeError):
-    """A patch was asked for by name, and its target is not what it was written for, or the mode forbids it."""
+    """A patch cannot be applied: its target is not what it was written for, or it would change bits in the mode."""
 
 
 class PatchWarning(UserWarning):
-    """A patch of a group that is needed here was refused, or another library took its target."""
+    """A patch of a group is needed here and was refused."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """The state of one patch: applied, waiting (for its module), off, not needed, refused, or taken; and why."""
+class Row(NamedTuple):
+    """One patch. state: applied, taken (by another library since), off, not needed or refused; why: the reason for it."""
 
     name: str
     group: str
     state: str
     why: str
-    target: str
-    torch: str
-    numerics: bool
-    upstream: str
+    target: str = ""
+    torch: str = ""
+    numerics: bool = False
+    upstream: str = ""
 
 
 @dataclass(eq=False)
 class Patch:
-    """One patch. What is not in the constructor's call is its state: everything of it is changed under the lock."""
+    """One patch. As a decorator it registers a factory, and takes its name; a second patch of that name raises ValueError.
 
-    name: str
-    target: str
-    factory: Callable[[Any], Any]
-    torch: SpecifierSet
-    group: str
-    reason: str
-    fingerprints: Mapping[str, str]
-    numerics: bool = False
-    harmless_with: str = ""
-    gives_effect_to: str = ""
-    upstream: str = ""
-    also: tuple[str, ...] = ()
-    source: str = ""
-
-    users: int = field(default=0, init=False)
-    failure: str = field(default="", init=False)  # why it could not be put in place when its module came
-    made: tuple[Any, Any] | None = field(default=None, init=False)  # the original, and what stands for it
-    held: dict[str, Any] = field(default_factory=dict, init=False)  # place -> what its owner's __dict__ held
-    withdraw: list[Callable[[], None]] = field(default_factory=list, init=False)
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        return (self.target, *self.also)
-
-    def is_needed(self) -> bool:
-        return self.torch.contains(torch_version(), prereleases=True)
-
-    def obstacle(self) -> str:
-        """Why this patch cannot be applied although it is needed; empty where nothing stands against it. Imports nothing."""
-        try:
-            found = definition(self.source or self.target)
-        except NoSource as error:
-            return f"its target was not found: {error}"
-        if found.fingerprint not in self.fingerprints.values():
-            return (
-                f"the source of {self.source or self.target} has the unknown fingerprint {found.fingerprint} in torch "
-                f"{torch_version()}: read it, and if the patch fits, add {{{str(torch_version().public)!r}: "
-                f"{found.fingerprint!r}}} to its fingerprints"
-            )
-        if self.users and not self.failure:
-            return ""
-        return self.failure or (self._holder_before_us() if has_run(split(self.target)[0]) else "")
-
-    def _holder_before_us(self) -> str:
-        owner, name = _owner(self.target)
-        raw = _raw(owner, name)
-        if self.made is not None and _plain(raw) is self.made[1]:
-            return ""  # ours, put back by a library that had taken it for the original
-        value = _plain(getattr(owner, name, None) if raw is _MISSING else raw)
-        stock = definition(self.source if self.source and raw is _MISSING else self.target)
-        return "" if _is_stock(value, stock) else f"{self.target} is held by {holder(value)}"
-
-    def settle(self, arrived: str = "") -> None:
-        """Puts the patch in every place whose module has run. Where it cannot: ``failure`` says why, and a warning.
-
-        arrived: a module that has run just now, which Python still counts as being imported.
-        """
-
-        def is_there(place: str) -> bool:
-            module = split(place)[0]
-            return module == arrived or has_run(module)
-
-        if not self.users or self.failure or not is_there(self.target):
-            return
-        try:
-            if not self.held:
-                if why := self._holder_before_us():
-                    raise PatchRefused(why)
-                self.made = self._make()
-            for place in self.places:
-                if place not in self.held and is_there(place):
-                    self._take(place)
-        except Exception as error:  # it may be somebody's import that we are called from
-            self._give_back()
-            self.failure = f"{error}" if isinstance(error, PatchRefused) else f"{type(error).__name__}: {error}"
-            warnings.warn(PatchWarning(f"patch {self.name} is not in force: {self.failure}"), stacklevel=3)
-
-    def _make(self) -> tuple[Any, Any]:
-        owner, name = _owner(self.target)
-        original = _plain(getattr(owner, name) if _raw(owner, name) is _MISSING else _raw(owner, name))
-        if self.made is not None and original is self.made[1]:
-            return self.made
-        replacement = self.factory(original)
-        if isinstance(original, FunctionType) and not isinstance(replacement, FunctionType):
-            raise TypeError(
-                f"the factory of patch {self.name} returned a {type(replacement).__name__} for a function: Dynamo looks "
-                "through wrappers and would skip it. Return a plain function"
-            )
-        return original, replacement
-
-    def _take(self, place: str) -> None:
-        owner, name = _owner(place)
-        original, replacement = self.made
-        raw = _raw(owner, name)
-        value = _plain(getattr(owner, name) if raw is _MISSING else raw)
-        if value is replacement:  # bound after the target was patched; what belongs there is the original
-            raw = original
-        elif value is not original:
-            raise PatchRefused(f"{place} is held by {holder(value)}")
-        self.held[place] = raw
-        setattr(owner, name, type(raw)(replacement) if isinstance(raw, (staticmethod, classmethod)) else replacement)
-
-    def _give_back(self) -> None:
-        for place, raw in reversed(self.held.items()):
-            owner, name = _owner(place)
-            if _plain(_raw(owner, name)) is not self.made[1]:
-                continue  # somebody came later: it is theirs
-            if raw is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, raw)
-        self.held.clear()
-
-    def begin(self) -> None:
-        self.failure = ""
-        for module in dict.fromkeys(split(place)[0] for place in self.places):
-            self.withdraw.append(when_imported(module, _settle_all))
-
-    def end(self) -> None:
-        for withdraw in self.withdraw:
-            withdraw()
-        self.withdraw.clear()
-        self._give_back()
-        self.failure = ""
-
-    def later_owners(self) -> list[str]:
-        """Who holds a place that was ours, as sentences."""
-        found = []
-        for place in self.held:
-            value = _plain(_raw(*_owner(place)))
-            if value is not self.made[1]:
-                found.append(f"{place} has since been taken by {holder(value)}, which is left alone")
-        return found
-
-    def row(self) -> Row:
-        state, why = self._state()
-        return Row(self.name, self.group, state, why, self.target, str(self.torch), self.numerics, self.upstream)
-
-    def _state(self) -> tuple[str, str]:
-        if not self.is_needed():
-            return "not needed", f"torch {torch_version()} is not {self.torch}"
-        if why := self.obstacle():
-            return "refused", why
-        if not self.users:
-            return "off", "changes bits: applied only when asked for by name" if self.numerics else self.reason
-        if taken := self.later_owners():
-            return "taken", "; ".join(taken)
-        if not self.held:
-            return "waiting", f"{split(self.target)[0]} is not imported yet"
-        return "applied", self.reason
-
-
-_lock = threading.RLock()
-_patches: dict[str, Patch] = {}
-_only_harmless_with: list[Collection[str]] = []
-
-
-def patch(
-    target: str,
-    *,
-    torch: str,
-    group: str,
-    reason: str,
-    fingerprints: Mapping[str, str],
-    upstream: str = "",
-    numerics: bool = False,
-    harmless_with: str = "",
-    gives_effect_to: str = "",
-    also: Collection[str] = (),
-    source: str = "",
-) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Registers a factory: it gets the original object and returns what shall stand for it, for functions a plain function.
-
-    target: dotted path of a function, a method or a module's name. torch: PEP 440 range of the versions that need the
-    patch. fingerprints: torch version -> fingerprint of the source text that was read, as ``status`` prints it. source:
-    the dotted path of that text, where it is not the target's own. also: other places that bound the same object.
-    numerics: the patch changes bits, and is applied only when asked for by name. harmless_with: the Inductor setting with
-    which it changes none. gives_effect_to: an Inductor setting that does nothing on these versions without the patch.
-    The factory's name is the patch's name; a second patch of that name raises ValueError.
+    The factory gets the original object and returns the replacement, for a function a plain function.
     """
 
-    def register(factory: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        name = factory.__name__
+    target: str  # dotted path of a function, a method or a module's name
+    _: KW_ONLY
+    torch: str  # PEP 440 range of the versions that need the patch
+    group: str
+    reason: str
+    fingerprints: Mapping[str, str]  # torch version -> fingerprint of the target's source, as ``status`` prints it
+    upstream: str = ""
+    numerics: bool = False  # changes bits, so it is applied only when asked for by name
+    harmless_with: str = ""  # the Inductor setting with which it changes none
+    gives_effect_to: str = ""  # an Inductor setting that does nothing on these versions without the patch
+
+    name: str = field(default="", init=False)
+    factory: Callable[[Any], Any] = field(init=False)
+    blocks: set[object] = field(default_factory=set, init=False)  # the open blocks that have applied it
+    # Both are kept after the last block: another library may have saved the replacement, and put it back later.
+    original: Any = field(default=_ABSENT, init=False)  # as in its owner's __dict__
+    replacement: Any = field(default=_ABSENT, init=False)
+
+    def __call__(self, factory: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        self.name, self.factory = factory.__name__, factory
         with _lock:
-            if name in _patches:
-                raise ValueError(f"there is a patch named {name} already, of {_patches[name].target}")
-            _patches[name] = Patch(
-                name, target, factory, SpecifierSet(torch), group, reason, dict(fingerprints), numerics, harmless_with,
-                gives_effect_to, upstream, tuple(also), source,
-            )  # fmt: skip
+            if _patches.setdefault(self.name, self) is not self:
+                raise ValueError(f"there is a patch named {self.name} already, of {_patches[self.name].target}")
         return factory
 
-    return register
+    def is_needed(self) -> bool:
+        return SpecifierSet(self.torch).contains(torch_version(), prereleases=True)
+
+    def state(self) -> tuple[str, str]:
+        """The state and the reason for it."""
+        if not self.is_needed():
+            return "not needed", f"torch {torch_version()} is not {self.torch}"
+        if self.blocks and not self._is_in_place():
+            return "taken", f"{self.target} has since been taken by {holder(_plain(self._held()))}, which is left alone"
+        if self.blocks:
+            return "applied", self.reason
+        if why := self.obstacle():
+            return "refused", why
+        return "off", "changes bits: applied only when asked for by name" if self.numerics else self.reason
+
+    def obstacle(self) -> str:
+        """Why the patch cannot be applied, as far as this shows without an import; empty if nothing does."""
+        try:
+            stock = definition(self.target)
+        except NoSource as error:
+            return f"its target was not found: {error}"
+        if stock.fingerprint not in self.fingerprints.values():
+            return (
+                f"the source of {self.target} has the unknown fingerprint {stock.fingerprint} in torch {torch_version()}: read "
+                f"it, and if the patch fits, add {{{str(torch_version().public)!r}: {stock.fingerprint!r}}} to its fingerprints"
+            )
+        value = _plain(self._held())
+        if stock.module not in sys.modules or self._is_in_place() or value is not _ABSENT and stock.defines(value):
+            return ""
+        return f"{self.target} is not there" if value is _ABSENT else f"{self.target} is held by {holder(value)}"
+
+    def put(self) -> None:
+        """Puts the replacement in the original's place. Raises PatchRefused, and what the factory raises."""
+        if why := self.obstacle():
+            raise PatchRefused(why)
+        if self._is_in_place():
+            return
+        held = self._held()
+        replacement = self.factory(_plain(held))
+        if isinstance(_plain(held), FunctionType) and not isinstance(replacement, FunctionType):
+            kind = type(replacement).__name__
+            raise PatchRefused(
+                f"its factory returned a {kind}, which Dynamo would look through and skip. Return a plain function"
+            )
+        self.original, self.replacement = held, replacement
+        is_wrapped = isinstance(held, (staticmethod, classmethod))
+        setattr(*self._place(), type(held)(replacement) if is_wrapped else replacement)
+
+    def restore(self) -> bool:
+        """Gives the place its original, unless another library has taken it since. Returns whether it did."""
+        if is_ours := self._is_in_place():
+            setattr(*self._place(), self.original)
+        return is_ours
+
+    def _is_in_place(self) -> bool:
+        return self.replacement is not _ABSENT and _plain(self._held()) is self.replacement
+
+    def _held(self) -> Any:
+        """What the owner of the target itself holds, as in its __dict__; _ABSENT if its module is not imported."""
+        owner, name = self._place()
+        return getattr(owner, "__dict__", {}).get(name, _ABSENT)
+
+    def _place(self) -> tuple[Any, str]:
+        found = definition(self.target)
+        owner = functools.reduce(lambda o, name: getattr(o, name, None), found.attributes[:-1], sys.modules.get(found.module))
+        return owner, found.attributes[-1]
+
+
+patch = Patch  # the name of the decorator
 
 
 @contextlib.contextmanager
+@at_exit.closed_at_exit
 def applied(*groups_or_names: str) -> Iterator[None]:
-    """Inside, for all threads, these patches are in force; each is undone when the last block that asked for it leaves.
+    """Inside, these patches are in force for all threads; each is undone when the last block that asked for it is left.
 
-    A group stands for those of its patches that are needed here and change no bits; the ones among them that are refused
-    are told by a PatchWarning. A name stands for that patch, also one that changes bits. What this torch does not need is
-    left out. Compiled code of Dynamo is dropped whenever the set changes.
+    A group stands for those of its patches that are needed here and change no bits; a PatchWarning names each one that is
+    refused. A name stands for that patch, even if it changes bits; what this torch does not need is left out. Dynamo's
+    compiled code is dropped whenever the set changes.
 
-    Raises PatchRefused where a patch that was asked for by name is refused, ValueError for an unknown name.
+    Raises PatchRefused if a patch that was asked for by name is refused, ValueError for an unknown name.
     """
-    chosen, refused = _choose(groups_or_names)
-    for sentence in refused:
-        warnings.warn(PatchWarning(sentence), stacklevel=3)
-    with contextlib.ExitStack() as stack:
-        if chosen:
-            stack.enter_context(around_compilation(_cache_key))
-        stack.callback(_release, _acquire(chosen))
-        yield
+    block, chosen, changed = object(), _chosen({*groups_or_names}), False
+    try:
+        for found in chosen:
+            try:
+                changed |= _enter(found, block)
+            except PatchRefused as refusal:
+                if found.name in groups_or_names:
+                    raise
+                warnings.warn(PatchWarning(str(refusal)), stacklevel=3)
+        if changed:
+            _drop_compiled_code()
+        with around_compilation(_cache_key) if chosen else contextlib.nullcontext():
+            yield
+    finally:
+        if any([_leave(found, block) for found in reversed(chosen)]):
+            _drop_compiled_code()
+
+
+@contextlib.contextmanager
+@at_exit.closed_at_exit
+def bits_kept(settings: Collection[str]) -> Iterator[None]:
+    """Inside, a patch that changes bits is refused, unless it is harmless with one of these Inductor settings.
+
+    Raises PatchRefused if such a patch is applied already. A compilation raises it if the patch that gives the setting its
+    effect is not in force at that time, since it was refused or another library has taken its place.
+    """
+    block = object()
+    try:
+        with _lock:
+            _kept_bits[block] = settings
+            _refuse_changed_bits()
+        with around_compilation(_bits_checked):
+            yield
+    finally:
+        with _lock:
+            _kept_bits.pop(block, None)
 
 
 def status() -> list[Row]:
     """One row for each patch, in the order in which they were registered. Imports neither torch nor a target's module."""
     load()
     with _lock:
-        rows = [found.row() for found in _patches.values()]
-    return rows + [
-        Row(name, "", "refused", f"its module could not be loaded: {why}", "", "", False, "") for name, why in _broken.items()
-    ]
+        rows = [Row(p.name, p.group, *p.state(), p.target, p.torch, p.numerics, p.upstream) for p in _patches.values()]
+    return rows + [Row(name, "", "refused", f"its module could not be loaded: {why}") for name, why in _broken.items()]
 
 
 def applied_names() -> list[str]:
-    """The patches that blocks have asked for and that are not refused, sorted: those that wait for their module too."""
+    """The patches that an open block has applied, sorted."""
     with _lock:
-        return sorted(found.name for found in _patches.values() if found.users and not found.failure)
+        return sorted(found.name for found in _patches.values() if found.blocks)
 
 
 def applied_tag() -> str:
-    """What names the applied patches in a cache key; empty with none. Holds a hash of each one's own source."""
-    return ",".join(f"{name}-{_own_hash(_patches[name].factory)}" for name in applied_names())
+    """Names the applied patches in a cache key, each with a hash of its source file; empty without patches."""
+    files = {name: Path(inspect.getfile(_patches[name].factory)) for name in applied_names()}
+    return ",".join(f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}" for name, file in files.items())
 
 
-@contextlib.contextmanager
-def bits_kept(settings: Collection[str]) -> Iterator[None]:
-    """Inside, a patch that changes bits is refused, but for one that is harmless with one of these Inductor settings on.
-
-    Raises PatchRefused if such a patch is applied already. So does a compilation inside, if it turned out that the patch
-    which gives the setting its effect could not be put in place, or was taken.
-    """
-    with _lock:
-        _refuse_what_moves_bits(settings)
-        _only_harmless_with.append(settings)
-    try:
-        with around_compilation(lambda: _refused_after(settings)):
-            yield
-    finally:
-        with _lock:
-            _only_harmless_with.remove(settings)
-
-
-@contextlib.contextmanager
-def _refused_after(settings: Collection[str]) -> Iterator[None]:
-    """After the compilation, since it is what imports the modules in which the patches land."""
-    yield
-    with _lock:
-        _refuse_what_moves_bits(settings)
-
-
-@cache
+@functools.cache
 def load() -> None:
     """Imports the modules that register patches: ours, and those of the entry points."""
     for name in _OURS:
         import_module(f"pytest_batchinv.patches.{name}")
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
+    for entry in metadata.entry_points(group="pytest_batchinv.patches"):
         try:
             entry.load()
         except Exception as error:
             _broken[entry.name] = f"{type(error).__name__}: {error} (entry point {entry.value})"
 
 
-_broken: dict[str, str] = {}
-
-
-@cache
+@functools.cache
 def torch_version() -> Version:
     """The version of the installed torch, without importing it."""
     return Version(metadata.version("torch"))
 
 
 def holder(value: Any) -> str:
-    """Who made this object, in words: for a function its name, file and line."""
-    code = getattr(value, "__code__", None)
-    if code is not None:
+    """Who made this object: for a function its name, file and line."""
+    if code := getattr(value, "__code__", None):
         return f"{value.__module__}.{value.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
     kind = value if isinstance(value, type) else type(value)
     return f"an object of {kind.__module__}.{kind.__qualname__}"
 
 
-def _choose(groups_or_names: tuple[str, ...]) -> tuple[list[Patch], list[str]]:
+def _plain(held: Any) -> Any:
+    return held.__func__ if isinstance(held, (staticmethod, classmethod)) else held
+
+
+def _chosen(asked: set[str]) -> list[Patch]:
     load()
     with _lock:
         known = {*_patches, *(found.group for found in _patches.values())}
-        if unknown := [name for name in groups_or_names if name not in known] or (not groups_or_names and ["nothing"]):
+        if unknown := sorted(asked - known) or ([] if asked else ["nothing"]):
             raise ValueError(f"no patch and no group is called {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
-        chosen, refused = [], []
-        for found in _patches.values():
-            by_name = found.name in groups_or_names
-            if not found.is_needed() or not (by_name or found.group in groups_or_names and not found.numerics):
-                continue
-            why = found.obstacle() or next(filter(None, (_moves_bits(found, kept) for kept in _only_harmless_with)), "")
-            if not why:
-                chosen.append(found)
-            elif by_name:
-                raise PatchRefused(f"patch {found.name} is refused: {why}")
-            else:
-                refused.append(f"patch {found.name} is refused: {why}")
-        return chosen, refused
+        return [p for p in _patches.values() if p.is_needed() and (p.name in asked or p.group in asked and not p.numerics)]
 
 
-def _refuse_what_moves_bits(settings: Collection[str]) -> None:
-    for found in _patches.values():
-        if found.users and not found.failure and (why := _moves_bits(found, settings)):
-            raise PatchRefused(why)
+def _enter(found: Patch, block: object) -> bool:
+    """Applies a patch for this block. Returns whether no other block had applied it. Raises PatchRefused."""
+    try:
+        with contextlib.suppress(NoSource):
+            import_module(definition(found.target).module)  # without the lock, which another importing thread may want
+        with _lock:
+            fresh = not found.blocks
+            found.blocks.add(block)
+            if found.numerics:
+                _refuse_changed_bits()
+            if fresh:
+                found.put()
+        return fresh
+    except Exception as error:
+        _leave(found, block)
+        why = str(error) if isinstance(error, PatchRefused) else f"it could not be applied: {type(error).__name__}: {error}"
+        raise PatchRefused(f"patch {found.name} is refused: {why}") from error
 
 
-def _moves_bits(found: Patch, settings: Collection[str]) -> str:
-    """Why this patch would change bits beside these settings; empty where it would not."""
-    if not found.numerics:
-        return ""
-    setting = found.harmless_with
-    without_effect = _without_effect(setting) if setting in settings else ""
-    if setting in settings and not without_effect:
-        return ""
-    unless = f" unless {setting} is set" if setting else ""
-    because = f", which has no effect here: {without_effect}" if without_effect else ""
-    return f"patch {found.name} changes bits{unless}{because}, so it cannot be used together with batch-invariant mode"
-
-
-def _without_effect(setting: str) -> str:
-    """Why this Inductor setting does nothing on this torch: the patch that would give it its effect is not in force."""
-    for found in _patches.values():
-        if found.gives_effect_to == setting and found.is_needed():
-            if why := found.obstacle() or "; ".join(found.later_owners()):
-                return f"patch {found.name} is not in force ({why})"
-    return ""
-
-
-def _acquire(chosen: list[Patch]) -> list[Patch]:
+def _leave(found: Patch, block: object) -> bool:
+    """Undoes a patch after its last block. Returns whether it did. Right at any moment, also if ``_enter`` was interrupted."""
     with _lock:
-        fresh = [found for found in chosen if found.users == 0]
-        for found in chosen:
-            found.users += 1
-        for found in fresh:
-            found.begin()
-    for module in {split(place)[0] for found in fresh for place in found.places}:
-        is_imported(module)  # waits, outside the lock, for a thread that is importing it
-    _settle_all()
-    if fresh:
-        _forget_compiled_code()
-    return chosen
+        found.blocks.discard(block)
+        return not found.blocks and found.restore()
 
 
-def _release(chosen: list[Patch]) -> None:
+def _refuse_changed_bits(states: Collection[str] = ("off", "applied")) -> None:
+    """Raises PatchRefused if an applied patch would change bits in an open block of ``bits_kept``.
+
+    states: those in which a patch may be that gives a setting its effect; the mode applies it before it compiles.
+    """
+    changing = [found for found in _patches.values() if found.numerics and found.blocks]
+    for found, settings in itertools.product(changing, _kept_bits.values()):
+        setting = found.harmless_with
+        givers = [other for other in _patches.values() if other.gives_effect_to == setting and other.is_needed()]
+        missing = [f"patch {p.name} is not in force ({p.state()[1]})" for p in givers if p.state()[0] not in states]
+        if setting in settings and not missing:
+            continue
+        why = f" unless {setting} is set" if setting else ""
+        why += f", which has no effect here: {missing[0]}" if setting in settings else ""
+        raise PatchRefused(f"patch {found.name} changes bits{why}, so it cannot be used together with batch-invariant mode")
+
+
+@contextlib.contextmanager
+def _bits_checked() -> Iterator[None]:
     with _lock:
-        for found in chosen:
-            found.users -= 1
-        leaving = [found for found in reversed(chosen) if found.users == 0]
-        for found in leaving:
-            found.end()
-    if leaving:
-        _forget_compiled_code()
-
-
-def _settle_all(arrived: str = "") -> None:
-    with _lock:
-        for found in _patches.values():
-            found.settle(arrived)
-
-
-def _forget_compiled_code() -> None:
-    if is_imported("torch._dynamo"):
-        sys.modules["torch._dynamo"].reset()
+        _refuse_changed_bits(("applied",))
+    yield
 
 
 @contextlib.contextmanager
 def _cache_key() -> Iterator[None]:
-    """torch hashes its files, and not what stands for its functions: without the tag a warm cache mixes the two."""
+    """torch hashes its files, not what replaces their functions: without the tag a warm cache mixes the two."""
     import torch
 
-    _settle_all()
-    config = torch.compiler.config
-    ours = f";patches={applied_tag()}"
-    with config.patch(cache_key_tag=config.cache_key_tag + ours) if ours not in config.cache_key_tag else _nothing():
+    config, ours = torch.compiler.config, f";patches={applied_tag()}"
+    with config.patch(cache_key_tag=config.cache_key_tag if ours in config.cache_key_tag else config.cache_key_tag + ours):
         yield
 
 
-_nothing = contextlib.nullcontext
+def _drop_compiled_code() -> None:
+    if not at_exit.ended:  # at exit nothing runs any more, and a daemon thread that compiles would hold Dynamo's lock
+        import torch._dynamo
 
-
-@cache
-def _own_hash(factory: Callable) -> str:
-    return hashlib.sha256(inspect.getsource(factory).encode()).hexdigest()[:8]
-
-
-def _owner(place: str) -> tuple[Any, str]:
-    """The object that holds the last name of a dotted path. Its module must have been imported."""
-    module, attributes = split(place)
-    owner = sys.modules[module]
-    for name in attributes[:-1]:
-        owner = getattr(owner, name)
-    return owner, attributes[-1]
-
-
-def _raw(owner: Any, name: str) -> Any:
-    """What the owner itself holds, as it is in its __dict__: no inherited attribute, and no bound descriptor."""
-    return vars(owner).get(name, _MISSING)
-
-
-def _plain(raw: Any) -> Any:
-    return raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
-
-
-def _is_stock(value: Any, found: Definition) -> bool:
-    """Whether this object is the one that the source file defines."""
-    code = getattr(value, "__code__", None)
-    if code is not None:
-        return code.co_filename == found.file and code.co_firstlineno == found.line
-    kind = value if isinstance(value, type) else type(value)
-    return kind.__module__.split(".")[0] in (found.module.split(".")[0], "builtins")
+        torch._dynamo.reset()

@@ -58,7 +58,7 @@ def check_batch_invariant(
     """
     __tracebackhide__ = True
     given = _Given("check_batch_invariant", subject, relations, max_examples, seed, case)
-    records = [_checked(given, relation) for relation in given.relations if relation.applies(subject)]
+    records = _all_checked(given)
     if given.control:
         records.append(check_negative_control(subject, max_examples=max_examples, seed=seed))
     return records
@@ -101,7 +101,7 @@ def assert_batch_invariant(
         compile_mode = "default"
     subject = RowsSubject(fn, inputs, batch_dim, compile_mode=compile_mode, collate=collate)
     given = _Given("assert_batch_invariant", subject, relations, max_examples, seed, case)
-    return [_checked(given, relation) for relation in given.relations if relation.applies(subject)][-1]
+    return _all_checked(given)[-1]
 
 
 def check_negative_control(
@@ -146,13 +146,17 @@ class _Given:
         self.case_is_own = case is not None
 
 
-def _checked(given: _Given, relation: Relation) -> Record:
+def _all_checked(given: _Given) -> list[Record]:
     __tracebackhide__ = True
-    record, error = _check(given, relation)
-    context.current().emit(record)
-    if error is not None:
-        raise error.with_traceback(_users_frames(error.__traceback__))
-    return record
+    records = []
+    for relation in given.relations:
+        if relation.applies(given.runs.subject):
+            record, error = _check(given, relation)
+            context.current().emit(record)
+            if error is not None:
+                raise error.with_traceback(_users_frames(error.__traceback__))
+            records.append(record)
+    return records
 
 
 def _users_frames(traceback: TracebackType | None) -> TracebackType | None:

@@ -58,7 +58,7 @@ class Context:
     replay: Callable[[SubjectInfo, str, BatchShape], str] = _without_the_plugin
 
 
-_current: ContextVar[Context] = ContextVar("batchinv_context", default=Context())
+_current: ContextVar[Context] = ContextVar("batchinv_context", default=Context())  # noqa: B039 (it is frozen)
 
 
 def current() -> Context:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
-from urllib.parse import urlsplit
 
 SECONDS = 3.0
 
@@ -16,11 +14,8 @@ def out_of_reach(model: str) -> str:
         return ""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return "it is not in the local cache, and HF_HUB_OFFLINE is set"
-    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    host, port = address.hostname or "huggingface.co", address.port or 443
-    if _proxy_is_set() or _answers(host, port):
-        return ""
-    return f"it is not in the local cache, and {host} cannot be reached from here"
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return "" if _answers(address) else f"it is not in the local cache, and {address} cannot be reached from here"
 
 
 def _is_cached(model: str) -> bool:
@@ -31,20 +26,26 @@ def _is_cached(model: str) -> bool:
     return isinstance(try_to_load_from_cache(model, "config.json"), str)
 
 
-def _proxy_is_set() -> bool:
-    return any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-
-
-def _answers(host: str, port: int) -> bool:
-    """In a thread of its own: the resolver has no time-out that could be set."""
+def _answers(address: str) -> bool:
+    """Any answer will do, also by way of a proxy. In a thread of its own: the resolver has no time-out that could be set."""
     answered = threading.Event()
 
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), timeout=SECONDS).close()
-            answered.set()
-        except OSError:
-            pass
+    def ask() -> None:
+        import ssl
+        import urllib.error
+        import urllib.request
 
-    threading.Thread(target=connect, daemon=True).start()
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS).close()
+        except urllib.error.HTTPError:
+            answered.set()
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, ssl.SSLError):  # the hub's client has certificates of its own
+                answered.set()
+        except (OSError, ValueError):
+            pass
+        else:
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
     return answered.wait(SECONDS)

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 import torch
 from measurements import Budget, Result
-from pytest_batchinv.kernels.aten.common import kernel_set
 from timing import Stopwatch, reason
+
+from pytest_batchinv.kernels.aten.common import kernel_set
 
 T = TypeVar("T")
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from cases import DTYPES, Bench, ModeDidNothing
-from pytest_batchinv.engines import attention
-from pytest_batchinv.engines.weights import build_preset
 from pytest_batchinv.mode import batch_invariant_mode
+from pytest_batchinv.subjects.transformers import attention
+from pytest_batchinv.subjects.transformers.weights import build_preset
 
 COMPILED, EAGER = "compiled", "eager"
 MAX_DISTANCE = 0.1

@@ -1,17 +1,24 @@
 """``batchinv::attention`` with its gradient, and torch's operators that it stands for."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from pytest_batchinv.kernels.aten.common import Refused, kernel_set, shape_of, too_few_dims, usual
-from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
+
+from pytest_batchinv.kernels.aten.common import Refused, kernel_set, reads_addresses, shape_of, too_few_dims
+from pytest_batchinv.kernels.plans import Description, alignment_bits, describe, on_device, plan
+from pytest_batchinv.kernels.reference import accumulator_dtype
 
 ATTENTION_SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, "
     "float? soft_cap=None, Tensor? sinks=None) -> (Tensor, Tensor)"
 )
 MAX_HEAD_DIM = 256
+
+Operand = Tensor | Description
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def attention(
@@ -21,19 +28,68 @@ def attention(
 
     Raises Refused for head dims above 256.
     """
-    if soft_cap is None and sinks is None:
-        results = usual("attention", query, key, value, mask, is_causal, scale, True, with_lse)
-        if results is not None:
-            return results
-    head_dim = max(query.shape[-1], value.shape[-1])
+    described = describe(query), describe(key), describe(value), describe(mask)
+    attend = _plan_attention(*described, is_causal, scale, soft_cap, sinks is not None, with_lse)
+    return attend(query, key, value, mask, sinks)
+
+
+@plan
+def _plan_attention(
+    q: Description,
+    k: Description,
+    v: Description,
+    mask: Description | None,
+    is_causal: bool,
+    scale: float,
+    soft_cap: float | None,
+    has_sinks: bool,
+    with_lse: bool,
+) -> Attend:
+    head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > MAX_HEAD_DIM:
         raise Refused(f"batch-invariant attention covers head dims up to {MAX_HEAD_DIM}, not {head_dim}.")
-    if head_dim > 128 and query.dtype == torch.float64 and query.is_cuda:
+    if head_dim > 128 and q.dtype == torch.float64 and q.is_cuda:
         raise Refused("batch-invariant attention in float64 covers head dims up to 128 on CUDA: Triton compiles no larger.")
-    if mask is not None:
-        mask = mask.expand(*query.shape[:3], key.shape[2])
-    attend = kernel_set(query).attention
-    return attend(query, key, value, mask, is_causal, scale, soft_cap=soft_cap, sinks=sinks, with_lse=with_lse)
+    scores = (*q.shape[:3], k.shape[2])
+    expanded = None if mask is None else mask.expand(scores)
+    if reads_addresses(q) and soft_cap is None and not has_sinks and 0 not in (*q.shape, *k.shape, *v.shape):
+        return _plan_launch(q, k, v, expanded, is_causal, scale, with_lse)
+    options = {"soft_cap": soft_cap, "with_lse": with_lse}
+    kernel = kernel_set(q).attention
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        mask = None if mask is None else mask.expand(scores)
+        return kernel(q, k, v, mask, is_causal, scale, sinks=sinks, **options)
+
+    return call
+
+
+def _plan_launch(
+    q: Description, k: Description, v: Description, mask: Description | None, is_causal: bool, scale: float, with_lse: bool
+) -> Attend:
+    """The kernel and its results, by addresses alone."""
+    shape, lse_dtype = (*q.shape[:3], v.shape[3]), accumulator_dtype(q.dtype) if with_lse else None
+    tensors = (q, k, v)
+    kernel = kernel_set(q).plan_attention(
+        tuple(x.shape for x in tensors),
+        tuple(x.strides for x in tensors),
+        None if mask is None else (mask.dtype, mask.shape, mask.strides),
+        lse_dtype,
+        alignment_bits(*(x.is_aligned for x in (*tensors, k if mask is None else mask))),
+        is_causal,
+        scale,
+        q.dtype,
+        q.device,
+    )
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        out = q.new_empty(shape)
+        lse = None if lse_dtype is None else q.new_empty(shape[:3], dtype=lse_dtype)
+        with on_device(q):
+            kernel(q, k, v, out, lse, mask)
+        return out, lse
+
+    return call
 
 
 def attention_fake(query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None) -> tuple[Tensor, Tensor]:
@@ -121,7 +177,7 @@ def _check_four_dims(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         raise RuntimeError(f"attention: batches and heads differ: {shape_of(query)}, {shape_of(key)}, {shape_of(value)}")
 
 
-def _check_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+def _check_attention(query: Operand, key: Operand, value: Operand, mask: Operand | None) -> None:
     """Dtypes, devices and the last two dims: what torch itself asks for."""
     q, k, v = query.shape, key.shape, value.shape
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
@@ -141,42 +197,98 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False, straight=False
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ) -> Tensor:
     """One kernel whatever backend torch would pick: the pick depends on masks, strides and head dims."""
-    if straight and dropout_p == 0.0 and not (is_causal and attn_mask is not None):
-        results = usual("attention", query, key, value, attn_mask, is_causal, scale, enable_gqa, False)
-        if results is not None:
-            return results[0]
+    needs_gradient = attn_mask is not None and attn_mask.requires_grad
+    _check_sdpa(query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, enable_gqa)
+    attend = torch.ops.batchinv.attention.default
+    return _attention_of_any_rank(attend, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+
+
+def planned_sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False) -> Tensor:
+    """:func:`scaled_dot_product_attention` for calls in which the dispatcher has nothing to do: nobody asks for the lse."""
+    described = describe(query), describe(key), describe(value), describe(attn_mask)
+    needs_gradient = attn_mask is not None and attn_mask.requires_grad
+    return _plan_sdpa(*described, needs_gradient, dropout_p, is_causal, scale, enable_gqa)(query, key, value, attn_mask)
+
+
+@plan
+def _plan_sdpa(
+    q: Description,
+    k: Description,
+    v: Description,
+    mask: Description | None,
+    mask_needs_gradient: bool,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    _check_sdpa(q, k, v, mask, mask_needs_gradient, dropout_p, is_causal, enable_gqa)
+    q, k, v = _broadcast(q, k, v, enable_gqa)
+    if reads_addresses(q) and q.dim() == 4 and (mask is None or mask.dim() <= 4 and mask.dtype in (torch.bool, q.dtype)):
+        attend = _plan_attention(q, k, v, mask, is_causal, _scale(q, scale), None, False, False)
+        return lambda q, k, v, mask: attend(q, k, v, mask, None)[0]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return _attention_of_any_rank(_without_lse, q, k, v, mask, is_causal, scale, enable_gqa)
+
+    return call
+
+
+def _without_lse(*args: Any) -> tuple[Tensor, Tensor | None]:
+    return attention(*args, with_lse=False)
+
+
+def _attention_of_any_rank(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """``attend`` of tensors whose leading dims are broadcast and become a batch and heads."""
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    if mask is not None and mask.dim() > query.dim():
+        raise RuntimeError(f"attention: a mask of {shape_of(mask)} has more dims than the query, {shape_of(query)}")
+    leading = query.shape[:-2]
+    if len(leading) != 2:
+        query, key, value = (_four_dims(x) for x in (query, key, value))
+    if mask is not None:
+        if len(leading) > 2:  # several dims become the batch: the mask is broadcast over each of them first
+            mask = _four_dims(mask.expand(*leading, query.shape[2], key.shape[2]))
+        mask = _expanded_mask(mask, query, key)
+    out, _ = attend(query, key, value, mask, is_causal, _scale(query, scale))
+    return out if len(leading) == 2 else out.view(*leading, *out.shape[-2:])
+
+
+def _check_sdpa(
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    mask: Operand | None,
+    mask_needs_gradient: bool,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) == 2:
         raise too_few_dims("scaled_dot_product_attention", query, key, value)
-    _check_attention(query, key, value, attn_mask)
-    if attn_mask is not None and is_causal:
+    _check_attention(query, key, value, mask)
+    if mask is not None and is_causal:
         raise RuntimeError("scaled_dot_product_attention: give attn_mask or is_causal, not both")
     _refuse_dropout(dropout_p)
     if not query.is_floating_point():
         raise Refused(f"batch-invariant attention covers floats, not {query.dtype}.")
-    if attn_mask is not None and attn_mask.requires_grad:
+    if mask_needs_gradient:
         raise Refused("batch-invariant attention has no gradient for attn_mask; detach it.")
-    query, key, value = _broadcast(query, key, value, enable_gqa)
-    if attn_mask is not None and attn_mask.dim() > query.dim():
-        raise RuntimeError(f"attention: a mask of {shape_of(attn_mask)} has more dims than the query, {shape_of(query)}")
-    leading = query.shape[:-2]
-    if len(leading) != 2:
-        query, key, value = (_four_dims(x) for x in (query, key, value))
-    if attn_mask is not None:
-        if len(leading) > 2:  # several dims become the batch: the mask is broadcast over each of them first
-            attn_mask = _four_dims(attn_mask.expand(*leading, query.shape[2], key.shape[2]))
-        attn_mask = _expanded_mask(attn_mask, query, key)
-    scale = _scale(query, scale)
-    if straight:
-        out, _ = attention(query, key, value, attn_mask, is_causal, scale, with_lse=False)
-    else:
-        out, _ = torch.ops.batchinv.attention.default(query, key, value, attn_mask, is_causal, scale)
-    return out if len(leading) == 2 else out.view(*leading, *out.shape[-2:])
 
 
-def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _broadcast(query: Operand, key: Operand, value: Operand, enable_gqa: bool) -> tuple[Operand, Operand, Operand]:
     """Leading dims as torch's product would broadcast them; with ``enable_gqa`` the heads (dim -3) stay as they are."""
     q, k, v = query.shape, key.shape, value.shape
     if enable_gqa:
@@ -185,11 +297,11 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
         if q[:-3] == k[:-3] == v[:-3]:
             return query, key, value
         batch = torch.broadcast_shapes(q[:-3], k[:-3], v[:-3])
-        return tuple(x if x.shape[:-3] == batch else x.expand(*batch, *x.shape[-3:]) for x in (query, key, value))
+        return tuple(x if x.shape[:-3] == batch else x.expand((*batch, *x.shape[-3:])) for x in (query, key, value))
     if q[:-2] == k[:-2] == v[:-2]:
         return query, key, value
     leading = torch.broadcast_shapes(q[:-2], k[:-2], v[:-2])
-    return tuple(x.expand(*leading, *x.shape[-2:]) for x in (query, key, value))
+    return tuple(x.expand((*leading, *x.shape[-2:])) for x in (query, key, value))
 
 
 def _four_dims(x: Tensor) -> Tensor:
@@ -207,7 +319,7 @@ def _expanded_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | 
     return mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
 
 
-def _scale(query: Tensor, scale: float | None) -> float:
+def _scale(query: Operand, scale: float | None) -> float:
     if not query.shape[-1]:
         return 1.0  # all scores are sums of nothing
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)

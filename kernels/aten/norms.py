@@ -1,35 +1,60 @@
 """Layer, group and rms norm."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from pytest_batchinv.kernels.aten.common import Refused, kernel_set, shape_of, usual
-from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from pytest_batchinv.kernels.aten.common import FLOATS, Refused, Step, after, kernel_set, merged, planned, shape_of
+from pytest_batchinv.kernels.plans import Description, describe, plan
+from pytest_batchinv.kernels.reference import accumulator_dtype
+
 
 def native_layer_norm(input, normalized_shape, weight, bias, eps) -> tuple[Tensor, Tensor, Tensor]:
-    results = usual("layer_norm", input, normalized_shape, weight, bias, eps, True)
-    if results is not None:
-        return results
-    n_dims = _check_normalized("layer_norm", input, normalized_shape, weight, bias)
-    _check_parameter_dtypes("layer_norm", input, weight, bias)
-    y, mean, rstd = kernel_set(input).row_layer_norm(_rows(input, n_dims), _flat(weight), _flat(bias), eps)
-    stats = (*input.shape[:-n_dims], *[1] * n_dims)
+    parameters = describe(weight), describe(bias)
+    return _plan_layer_norm(describe(input), tuple(normalized_shape), *parameters, eps, True)(input, weight, bias)
+
+
+@plan
+def _plan_layer_norm(
+    x: Description,
+    normalized_shape: tuple[int, ...],
+    weight: Description | None,
+    bias: Description | None,
+    eps: float,
+    with_statistics: bool,
+) -> Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]:
+    n_dims = _check_normalized("layer_norm", x, normalized_shape, weight, bias)
+    _check_parameter_dtypes("layer_norm", x, weight, bias)
+    (rows, rows_of), (flat, flatten), (flat_bias, flatten_bias) = _rows(x, n_dims), _flat(weight), _flat(bias)
+    shape = x.shape, _statistics_shape(x, n_dims)
+    norm = planned("row_layer_norm", (rows, flat, flat_bias), eps, shape=shape, with_statistics=with_statistics)
+    norm = after((rows_of, flatten, flatten_bias), norm)
     # The CPU's stock layer norm hands its statistics out in the input's dtype when no parameter is wider; CUDA's never.
-    wider = _wider(weight, input) or _wider(bias, input)
-    stats_dtype = input.dtype if input.device.type == "cpu" and not wider else mean.dtype
-    return _unflattened(y, input), mean.view(stats).to(stats_dtype), rstd.view(stats).to(stats_dtype)
+    dtype = x.dtype
+    if x.device.type != "cpu" or _wider(weight, x) or _wider(bias, x) or accumulator_dtype(dtype) == dtype:
+        return norm
+
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        y, *statistics = norm(x, weight, bias)
+        return y, *(z if z is None else z.to(dtype) for z in statistics)
+
+    return call
 
 
-def layer_norm(
-    input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True, *, straight: bool = False
-) -> Tensor:
-    """torch's own composite, but a usual call without a gradient writes neither mean nor rstd."""
-    results = usual("layer_norm", input, normalized_shape, weight, bias, eps, False) if straight else None
-    return (results or torch.native_layer_norm(input, normalized_shape, weight, bias, eps))[0]
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True) -> Tensor:
+    """torch's own composite."""
+    return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)[0]
+
+
+def planned_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True) -> Tensor:
+    """:func:`layer_norm` for calls in which the dispatcher has nothing to do: nobody asks for mean and rstd."""
+    if input.dtype not in FLOATS:
+        return layer_norm(input, normalized_shape, weight, bias, eps)
+    parameters = describe(weight), describe(bias)
+    return _plan_layer_norm(describe(input), tuple(normalized_shape), *parameters, eps, False)(input, weight, bias)[0]
 
 
 def native_group_norm(input, weight, bias, N, C, HxW, group, eps) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,36 +84,50 @@ def native_group_norm(input, weight, bias, N, C, HxW, group, eps) -> tuple[Tenso
 
 
 def fused_rms_norm(input, normalized_shape, weight, eps) -> tuple[Tensor, Tensor]:
-    y, rstd = _rms_norm(input, normalized_shape, weight, eps, with_rstd=True)
-    n_dims = len(normalized_shape)
-    return y, rstd.view(*input.shape[: input.dim() - n_dims], *[1] * n_dims)
+    return _plan_rms_norm(describe(input), tuple(normalized_shape), describe(weight), eps, True)(input, weight)
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None, *, straight: bool = False) -> Tensor:
+def rms_norm(input, normalized_shape, weight=None, eps=None) -> Tensor:
     """The same kernel in eager and in compiled code, with a gradient and without."""
-    y = usual("rms_norm", input, normalized_shape, weight, eps) if straight else None
-    if y is not None:
-        return y
-    if not 0 < len(normalized_shape) <= input.dim():  # an error of another type here than in the leaf, as torch has it
-        _check_normalized("rms_norm", input, normalized_shape, weight)
-    if not input.is_floating_point():
-        _check_normalized("rms_norm", input, normalized_shape, weight)
-        raise (Refused if input.is_complex() else NotImplementedError)(f"rms_norm is for floats, not for {input.dtype}.")
-    if straight:
-        return _rms_norm(input, normalized_shape, weight, eps, with_rstd=False)[0]
+    _check_rms_norm(input, normalized_shape, weight)
     return torch.ops.batchinv._fused_rms_norm.default(input, normalized_shape, weight, eps)[0]
 
 
-def _rms_norm(
-    input: Tensor, normalized_shape, weight: Tensor | None, eps: float | None, with_rstd: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The result and one rstd a row."""
-    rows = _rows(input, _check_normalized("_fused_rms_norm", input, normalized_shape, weight))
+def planned_rms_norm(input, normalized_shape, weight=None, eps=None) -> Tensor:
+    """:func:`rms_norm` for calls in which the dispatcher has nothing to do: nobody asks for rstd."""
+    return _plan_rms_norm_alone(describe(input), tuple(normalized_shape), describe(weight), eps)(input, weight)[0]
+
+
+@plan
+def _plan_rms_norm_alone(
+    x: Description, normalized_shape: tuple[int, ...], weight: Description | None, eps: float | None
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    _check_rms_norm(x, normalized_shape, weight)
+    return _plan_rms_norm(x, normalized_shape, weight, eps, False)
+
+
+def _check_rms_norm(x: Tensor | Description, normalized_shape: Sequence[int], weight: Tensor | Description | None) -> None:
+    """What the composite refuses by errors of other types than the leaf, as torch has it."""
+    if not 0 < len(normalized_shape) <= x.dim():
+        _check_normalized("rms_norm", x, normalized_shape, weight)
+    if not x.is_floating_point():
+        _check_normalized("rms_norm", x, normalized_shape, weight)
+        raise (Refused if x.is_complex() else NotImplementedError)(f"rms_norm is for floats, not for {x.dtype}.")
+
+
+@plan
+def _plan_rms_norm(
+    x: Description, normalized_shape: tuple[int, ...], weight: Description | None, eps: float | None, with_rstd: bool
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    n_dims = _check_normalized("_fused_rms_norm", x, normalized_shape, weight)
+    wide = accumulator_dtype(x.dtype)
     if weight is not None and not weight.is_floating_point():
-        weight = weight.to(accumulator_dtype(input.dtype))
-    eps = torch.finfo(accumulator_dtype(input.dtype)).eps if eps is None else eps
-    y, rstd = kernel_set(input).row_rms_norm(rows, _flat(weight), eps, with_rstd)
-    return _unflattened(y, input), rstd
+        norm = _plan_rms_norm(x, normalized_shape, weight._replace(dtype=wide).contiguous(), eps, with_rstd)
+        return after((None, lambda weight: weight.to(wide, memory_format=torch.contiguous_format)), norm)
+    (rows, rows_of), (flat, flatten) = _rows(x, n_dims), _flat(weight)
+    eps = torch.finfo(wide).eps if eps is None else eps
+    norm = planned("row_rms_norm", (rows, flat), eps, with_rstd, shape=(x.shape, _statistics_shape(x, n_dims)))
+    return after((rows_of, flatten), norm)
 
 
 def rms_norm_setup_context(ctx, inputs, output) -> None:
@@ -130,7 +169,9 @@ def _last(normalized_shape: Sequence[int]) -> list[int]:
     return list(range(-len(normalized_shape), 0))
 
 
-def _check_normalized(name: str, input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> int:
+def _check_normalized(
+    name: str, input: Tensor | Description, normalized_shape: Sequence[int], *parameters: Tensor | Description | None
+) -> int:
     """How many dims are normalised. Raises RuntimeError where they are not the input's last, or not the parameters'."""
     shape, n_dims = tuple(normalized_shape), len(normalized_shape)
     for parameter in parameters:
@@ -148,7 +189,9 @@ def _check_normalized(name: str, input: Tensor, normalized_shape: Sequence[int],
     return n_dims
 
 
-def _check_parameter_dtypes(name: str, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _check_parameter_dtypes(
+    name: str, input: Tensor | Description, weight: Tensor | Description | None, bias: Tensor | Description | None
+) -> None:
     """The parameters share one dtype: the input's, or float32 beside 16 bits on the CPU."""
     dtypes = {x.dtype for x in (weight, bias) if x is not None}
     is_mixed = input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16) and dtypes == {torch.float32}
@@ -159,20 +202,19 @@ def _check_parameter_dtypes(name: str, input: Tensor, weight: Tensor | None, bia
         )
 
 
-def _rows(input: Tensor, n_dims: int) -> Tensor:
+def _rows(x: Description, n_dims: int) -> tuple[Description, Step]:
     """[rows, n_cols]: the last n_dims are a row."""
-    if input.dim() == 2 and n_dims == 1:
-        return input
-    return input.reshape(math.prod(input.shape[:-n_dims]), math.prod(input.shape[-n_dims:]))
+    first = x.dim() - n_dims
+    return merged(x, range(first), range(first, x.dim()))
 
 
-def _unflattened(y: Tensor, input: Tensor) -> Tensor:
-    return y if y.shape == input.shape else y.view(input.shape)
+def _statistics_shape(x: Description, n_dims: int) -> tuple[int, ...]:
+    return (*x.shape[: x.dim() - n_dims], *[1] * n_dims)
 
 
-def _flat(parameter: Tensor | None) -> Tensor | None:
-    return parameter if parameter is None or parameter.dim() == 1 else parameter.reshape(-1)
+def _flat(parameter: Description | None) -> tuple[Description | None, Step]:
+    return (None, None) if parameter is None else merged(parameter, range(parameter.dim()))
 
 
-def _wider(parameter: Tensor | None, x: Tensor) -> bool:
+def _wider(parameter: Tensor | Description | None, x: Tensor | Description) -> bool:
     return parameter is not None and parameter.dtype != x.dtype

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from pytest_batchinv.kernels.aten.common import as_floats
 from torch import Tensor
+
+from pytest_batchinv.kernels.aten.common import as_floats
 
 
 def _pointwise(x: Tensor, kind: str, *params: float) -> Tensor:

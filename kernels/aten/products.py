@@ -1,17 +1,37 @@
 """Matrix products, linear layers and convolutions: all by ``gemm`` and ``grouped_gemm`` of the kernel sets."""
 
 import math
+from collections.abc import Callable
 
 import torch
-from pytest_batchinv.kernels.aten.common import Refused, factor, kernel_set, shape_of, too_few_dims, usual
 from torch import Tensor
+
+from pytest_batchinv.kernels.aten.common import (
+    FLOATS,
+    Refused,
+    after,
+    factor,
+    kernel_set,
+    merged,
+    planned,
+    reads_addresses,
+    shape_of,
+    too_few_dims,
+)
+from pytest_batchinv.kernels.plans import Description, describe, plan
+
+Product = Callable[[Tensor, Tensor, Tensor | None, complex, complex], Tensor]
+"""(a, b, bias, alpha, beta) -> alpha * (a @ b) + beta * bias"""
 
 
 def mm(self: Tensor, mat2: Tensor) -> Tensor:
-    a, b = self.shape, mat2.shape
-    if len(a) != 2 or len(b) != 2 or a[1] != b[0] or self.dtype != mat2.dtype or self.device != mat2.device:
-        raise _wrong_product("mm", self, mat2, 2)
-    return kernel_set(self).gemm(self, mat2)
+    return _plan_mm(describe(self), describe(mat2))(self, mat2, None, 1.0, 1.0)
+
+
+@plan
+def _plan_mm(a: Description, b: Description) -> Product:
+    _check_matrices("mm", a, b)
+    return planned("gemm", (a, b, None))
 
 
 def mm_dtype(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -23,11 +43,35 @@ def mm_dtype(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 
 def addmm(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    a, b = mat1.shape, mat2.shape
-    if len(a) != 2 or len(b) != 2 or a[1] != b[0] or mat1.dtype != mat2.dtype or mat1.device != mat2.device:
-        raise _wrong_product("addmm", mat1, mat2, 2)
-    bias = _expanded_bias("addmm", self, (a[0], b[1]), mat1, beta)
-    return kernel_set(mat1).gemm(mat1, mat2, bias, factor(alpha, mat1), factor(beta, mat1))
+    product = _plan_addmm(describe(mat1), describe(mat2), describe(self), beta != 0)
+    return product(mat1, mat2, self, factor(alpha, mat1), factor(beta, mat1))
+
+
+@plan
+def _plan_addmm(a: Description, b: Description, bias: Description, reads_bias: bool) -> Product:
+    _check_matrices("addmm", a, b)
+    # torch's addmm on CUDA does not look at the shape of what beta leaves out.
+    return _plan_biased("addmm", a, b, bias, reads_bias, must_fit=reads_bias or not a.is_cuda)
+
+
+def _plan_biased(
+    name: str,
+    a: Description,
+    b: Description,
+    bias: Description,
+    reads_bias: bool = True,
+    must_fit: bool = True,
+    shape: tuple[int, ...] | None = None,
+) -> Product:
+    """A product and its bias, which is expanded to [M, N] or [B, M, N]. shape: of the result, if it is another."""
+    full = (*a.shape[:-1], b.shape[-1])
+    _check_bias(name, bias, a)
+    expanded = bias.expand(full) if must_fit else None
+    if not reads_bias:
+        product = planned("gemm", (a, b, None), shape=shape)
+        return lambda a, b, bias, alpha, beta: product(a, b, None, alpha, beta)
+    product = planned("gemm", (a, b, expanded), shape=shape)
+    return product if reads_addresses(a) else after((None, None, lambda bias: bias.expand(full)), product)
 
 
 def addmm_dtype(self: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: torch.dtype, *, beta=1, alpha=1) -> Tensor:
@@ -44,34 +88,46 @@ def addmm_activation(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=
 
 
 def bmm(self: Tensor, mat2: Tensor) -> Tensor:
-    a, b = self.shape, mat2.shape
-    if len(a) != 3 or len(b) != 3 or a[2] != b[1] or a[0] != b[0] or self.dtype != mat2.dtype or self.device != mat2.device:
-        raise _wrong_product("bmm", self, mat2, 3)
-    return kernel_set(self).gemm(self, mat2)
+    return _plan_bmm(describe(self), describe(mat2))(self, mat2, None, 1.0, 1.0)
+
+
+@plan
+def _plan_bmm(a: Description, b: Description) -> Product:
+    if a.dim() != 3 or b.dim() != 3:
+        raise _wrong_product("bmm", a, b, 3)
+    _check_batches("bmm", a, b)
+    return planned("gemm", (a, b, None))
 
 
 def bmm_dtype(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
-    _batched_shapes("bmm", self, mat2)
+    _check_batches("bmm", self, mat2)
     _check_out_dtype("bmm", self, out_dtype)
     return bmm(self.to(out_dtype), mat2.to(out_dtype))
 
 
 def baddbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    a, b = _batched_shapes("baddbmm", batch1, batch2)
-    bias = _expanded_bias("baddbmm", self, (a[0], a[1], b[2]), batch1)
-    return kernel_set(batch1).gemm(batch1, batch2, bias, factor(alpha, batch1), factor(beta, batch1))
+    product = _plan_baddbmm(describe(batch1), describe(batch2), describe(self), beta != 0)
+    return product(batch1, batch2, self, factor(alpha, batch1), factor(beta, batch1))
+
+
+@plan
+def _plan_baddbmm(a: Description, b: Description, bias: Description, reads_bias: bool) -> Product:
+    _check_batches("baddbmm", a, b)
+    return _plan_biased("baddbmm", a, b, bias, reads_bias)
 
 
 def baddbmm_dtype(self: Tensor, batch1: Tensor, batch2: Tensor, out_dtype: torch.dtype, *, beta=1, alpha=1) -> Tensor:
-    _batched_shapes("baddbmm", batch1, batch2)
+    _check_batches("baddbmm", batch1, batch2)
     _check_out_dtype("baddbmm", batch1, out_dtype, self)
     return baddbmm(self.to(out_dtype), batch1.to(out_dtype), batch2.to(out_dtype), beta=beta, alpha=alpha)
 
 
 def addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """The sum over the batch is one longer K: [M, B * K] @ [B * K, N]."""
-    a, b = _batched_shapes("addbmm", batch1, batch2)
-    bias = _expanded_bias("addbmm", self, (a[1], b[2]), batch1)
+    _check_batches("addbmm", batch1, batch2)
+    a, b = batch1.shape, batch2.shape
+    _check_bias("addbmm", self, batch1)
+    bias = self.expand(a[1], b[2])
     rows = batch1.transpose(0, 1).reshape(a[1], a[0] * a[2])
     return addmm(bias, rows, batch2.reshape(a[0] * a[2], b[2]), beta=beta, alpha=alpha)
 
@@ -130,6 +186,8 @@ def _check_grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
         raise RuntimeError(f"_grouped_mm: expected operands of 2 or 3 dims, but got {shape_of(a)} and {shape_of(b)}")
     if a.dtype not in _GROUPED_DTYPES or a.dtype != b.dtype:
         raise RuntimeError(f"_grouped_mm: expected float32, bfloat16 or float16 twice, but got {a.dtype} and {b.dtype}")
+    if a.device != b.device:
+        raise RuntimeError(f"_grouped_mm: expected both operands on one device, but got {a.device} and {b.device}")
     if a.shape[-1] != b.shape[-2] or (a.dim() == b.dim() == 3 and a.shape[0] != b.shape[0]):
         raise RuntimeError(f"_grouped_mm: shapes cannot be multiplied ({shape_of(a)} and {shape_of(b)})")
     if (offs is None) != (a.dim() == b.dim() == 3):
@@ -156,7 +214,7 @@ def convolution(input, weight, bias, stride, padding, dilation, transposed, outp
     """1-d convolution as one GEMM a group: each output position is a row of the C // groups * k inputs under the kernel."""
     if input.dim() != 3 or transposed:
         kind = "transposed" if transposed else f"{input.dim() - 2}-d"
-        raise Refused(f"batch-invariant mode covers 1-d convolution; this one is {kind}. Run it outside the mode.")
+        raise Refused(f"batch-invariant mode covers 1-d convolution; this one is {kind}.")
     _check_convolution(input, weight, bias, stride, padding, dilation, output_padding, groups)
     n_batch, channels, _ = input.shape
     out_channels, group_channels, taps = weight.shape
@@ -197,7 +255,10 @@ def _check_convolution(input, weight, bias, stride, padding, dilation, output_pa
         raise RuntimeError(f"convolution: only batch and channels may be empty, but the input is {shape_of(input)}")
 
 
-def _wrong_product(name: str, a: Tensor, b: Tensor, dims: int) -> RuntimeError:
+Operand = Tensor | Description
+
+
+def _wrong_product(name: str, a: Operand, b: Operand, dims: int) -> RuntimeError:
     """What is wrong with operands that failed a product's check."""
     if a.dim() != dims or b.dim() != dims or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
         return RuntimeError(f"{name}: shapes cannot be multiplied ({shape_of(a)} and {shape_of(b)})")
@@ -206,19 +267,18 @@ def _wrong_product(name: str, a: Tensor, b: Tensor, dims: int) -> RuntimeError:
     return RuntimeError(f"{name}: expected both matrices to have the same dtype, but got {a.dtype} and {b.dtype}")
 
 
-def _check_matrices(name: str, a: Tensor, b: Tensor) -> None:
+def _check_matrices(name: str, a: Operand, b: Operand) -> None:
     """The check of :func:`mm`."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype or a.device != b.device:
         raise _wrong_product(name, a, b, 2)
 
 
-def _batched_shapes(name: str, a: Tensor, b: Tensor) -> tuple[torch.Size, torch.Size]:
-    """The shapes [B, M, K] and [B, K, N], after the check of :func:`bmm`."""
+def _check_batches(name: str, a: Operand, b: Operand) -> None:
+    """[B, M, K] and [B, K, N], of one dtype on one device."""
     if a.dim() != 3 or b.dim() != 3 or a.shape[2] != b.shape[1] or a.shape[0] != b.shape[0]:
         raise too_few_dims(name, a, b) if a.dim() < 2 or b.dim() < 3 else _wrong_product(name, a, b, 3)
     if a.dtype != b.dtype or a.device != b.device:
         raise _wrong_product(name, a, b, 3)
-    return a.shape, b.shape
 
 
 def _check_matrix_and_vector(name: str, matrix: Tensor, vector: Tensor) -> None:
@@ -226,15 +286,9 @@ def _check_matrix_and_vector(name: str, matrix: Tensor, vector: Tensor) -> None:
         raise RuntimeError(f"{name}: expected a matrix and a vector, but got shapes {shape_of(matrix)} and {shape_of(vector)}")
 
 
-def _expanded_bias(name: str, bias: Tensor, shape: tuple[int, ...], a: Tensor, beta: float = 1) -> Tensor:
+def _check_bias(name: str, bias: Operand, a: Operand) -> None:
     if bias.dtype != a.dtype or bias.device != a.device:
         raise RuntimeError(f"{name}: expected a bias in {a.dtype} on {a.device}, but got {bias.dtype} on {bias.device}")
-    try:
-        return bias.expand(shape)
-    except RuntimeError:
-        if beta != 0 or not a.is_cuda:
-            raise
-        return a.new_empty(()).expand(shape)  # torch's addmm on CUDA does not look at the shape of what beta leaves out
 
 
 def _check_out_dtype(name: str, a: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None) -> None:
@@ -244,14 +298,11 @@ def _check_out_dtype(name: str, a: Tensor, out_dtype: torch.dtype, bias: Tensor 
         raise RuntimeError(f"{name}: expected a bias in {a.dtype} or {out_dtype}, but got {bias.dtype}")
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, straight: bool = False) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Always one product of [rows, K] by [K, N] with the bias in its epilogue.
 
     torch chooses between addmm and a product followed by an addition by contiguity, which can depend on the batch.
     """
-    out = usual("linear", input, weight, bias) if straight else None
-    if out is not None:
-        return out
     if input.dim() == 0 or weight.dim() == 0:
         raise RuntimeError(
             f"linear: expected input and weight of at least 1 dim, but got {shape_of(input)}, {shape_of(weight)}"
@@ -264,6 +315,31 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, straigh
     rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
     return out if input.dim() == 2 else out.view(*input.shape[:-1], weight.shape[0])
+
+
+def planned_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` for calls in which the dispatcher has nothing to do."""
+    return _plan_linear(describe(input), describe(weight), describe(bias))(input, weight, bias)
+
+
+@plan
+def _plan_linear(
+    x: Description, weight: Description, bias: Description | None
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The product that :func:`linear` comes to; or :func:`linear`, for what is no float or no single product."""
+    is_product = x.dim() > 0 and weight.dim() == 2 and (bias is None or bias.dim() < 2 or x.dim() == 2)
+    if not is_product or x.dtype not in FLOATS:
+        return linear
+    rows, rows_of = merged(x, range(x.dim() - 1), [x.dim() - 1])
+    columns, columns_of = weight.t(), None if reads_addresses(x) else torch.t
+    shape = (*x.shape[:-1], weight.shape[0])
+    _check_matrices("mm" if bias is None else "addmm", rows, columns)
+    if bias is None:
+        product = planned("gemm", (rows, columns, None), shape=shape)
+    else:
+        product = _plan_biased("addmm", rows, columns, bias, shape=shape)
+    product = after((rows_of, columns_of), product)
+    return lambda x, weight, bias: product(x, weight, bias, 1.0, 1.0)
 
 
 def _with_wide_bias(out: Tensor, bias: Tensor) -> Tensor:

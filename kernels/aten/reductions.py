@@ -1,13 +1,28 @@
 """Sums, means, variances, norms of vectors, cumsum, softmax and topk: all over the rows of a matrix."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from pytest_batchinv.kernels.aten.common import as_floats, factor, kernel_set, shape_of, usual, wrap_dim
-from pytest_batchinv.kernels.complex_parts import magnitude
-from pytest_batchinv.kernels.reference import accumulator_dtype
 from torch import Tensor
+
+from pytest_batchinv.kernels.aten.common import (
+    after,
+    as_floats,
+    factor,
+    hashable,
+    kernel_set,
+    merged,
+    planned,
+    shape_of,
+    wrap_dim,
+)
+from pytest_batchinv.kernels.complex_parts import magnitude
+from pytest_batchinv.kernels.plans import Description, describe, plan
+from pytest_batchinv.kernels.reference import accumulator_dtype
+
+Dims = int | tuple[int, ...] | None
 
 
 def sum_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -15,7 +30,7 @@ def sum_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def sum_dim(self: Tensor, dim, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    return _reduce(self, dim, keepdim, dtype, "sum")
+    return _plan_sum(describe(self), hashable(dim), keepdim, dtype, "row_sum")(self)
 
 
 def mean_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -23,17 +38,19 @@ def mean_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def mean_dim(self: Tensor, dim, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    return _reduce(self, dim, keepdim, dtype, "mean")
+    return _plan_sum(describe(self), hashable(dim), keepdim, dtype, "row_mean")(self)
 
 
-def _reduce(x: Tensor, dim, keepdim: bool, dtype: torch.dtype | None, result: str) -> Tensor:
-    x = x if dtype is None else x.to(dtype)
-    out = usual("reduce", x, dim, keepdim, result)
-    if out is not None:
-        return out
-    rows, kernels = _Rows(x, dim, keepdim), kernel_set(x)
-    kernel = kernels.row_sum if result == "sum" else kernels.row_mean
-    return rows.restore(kernel(rows.matrix, x.dtype))
+@plan
+def _plan_sum(x: Description, dim: Dims, keepdim: bool, dtype: torch.dtype | None, kernel: str) -> Callable[[Tensor], Tensor]:
+    if dtype not in (None, x.dtype):
+
+        def converted(x: Tensor) -> Tensor:
+            x = x.to(dtype)
+            return _plan_sum(describe(x), dim, keepdim, None, kernel)(x)
+
+        return converted
+    return _over_rows(x, dim, keepdim, kernel, x.dtype)
 
 
 MEAN_OF_SQUARES_SCHEMA = "mean_of_squares(Tensor self, int[1]? dim, bool keepdim) -> Tensor"
@@ -41,8 +58,12 @@ MEAN_OF_SQUARES_SCHEMA = "mean_of_squares(Tensor self, int[1]? dim, bool keepdim
 
 def mean_of_squares(self: Tensor, dim, keepdim: bool) -> Tensor:
     """``mean_dim`` of ``x * x`` for x = self in the accumulator's dtype, bit for bit, but the squares stay in registers."""
-    rows = _Rows(self, dim, keepdim)
-    return rows.restore(kernel_set(self).row_mean_of_squares(rows.matrix, accumulator_dtype(self.dtype)))
+    return _plan_mean_of_squares(describe(self), hashable(dim), keepdim)(self)
+
+
+@plan
+def _plan_mean_of_squares(x: Description, dim: Dims, keepdim: bool) -> Callable[[Tensor], Tensor]:
+    return _over_rows(x, dim, keepdim, "row_mean_of_squares", accumulator_dtype(x.dtype))
 
 
 def mean_of_squares_fake(self: Tensor, dim, keepdim: bool) -> Tensor:
@@ -51,8 +72,7 @@ def mean_of_squares_fake(self: Tensor, dim, keepdim: bool) -> Tensor:
 
 
 def var(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
-    out = usual("reduce", self, dim, keepdim, "var", _correction(correction))
-    return var_mean(self, dim, correction=correction, keepdim=keepdim)[0] if out is None else out
+    return _plan_var(describe(self), hashable(dim), keepdim, _correction(correction))(self)
 
 
 def std(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
@@ -60,46 +80,86 @@ def std(self: Tensor, dim=None, *, correction: float | None = None, keepdim: boo
 
 
 def var_mean(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    rows = _Rows(self, dim, keepdim)
-    var, mean = kernel_set(self).row_var_mean(rows.matrix, _correction(correction), self.dtype)
-    return rows.restore(var), rows.restore(mean)
+    return _plan_var_mean(describe(self), hashable(dim), keepdim, _correction(correction))(self)
 
 
 def std_mean(self: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    rows, real_dtype = _Rows(self, dim, keepdim), self.dtype.to_real()
-    var, mean = kernel_set(self).row_var_mean(rows.matrix, _correction(correction), accumulator_dtype(real_dtype))
-    return rows.restore(var.sqrt().to(real_dtype)), rows.restore(mean.to(self.dtype))
+    return _plan_std_mean(describe(self), hashable(dim), keepdim, _correction(correction))(self)
+
+
+def _correction(correction: float | None) -> float:
+    return 1.0 if correction is None else float(correction)
+
+
+@plan
+def _plan_var(x: Description, dim: Dims, keepdim: bool, correction: float) -> Callable[[Tensor], Tensor]:
+    var_mean = _over_rows(x, dim, keepdim, "row_var_mean", correction, x.dtype, with_mean=False)
+    return lambda x: var_mean(x)[0]
+
+
+@plan
+def _plan_var_mean(x: Description, dim: Dims, keepdim: bool, correction: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return _over_rows(x, dim, keepdim, "row_var_mean", correction, x.dtype)
+
+
+@plan
+def _plan_std_mean(x: Description, dim: Dims, keepdim: bool, correction: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """In the accumulator's dtype, and rounded once after the root."""
+    dtype, real_dtype = x.dtype, x.dtype.to_real()
+    var_mean = _over_rows(x, dim, keepdim, "row_var_mean", correction, accumulator_dtype(real_dtype))
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        var, mean = var_mean(x)
+        return var.sqrt().to(real_dtype), mean.to(dtype)
+
+    return call
 
 
 def logsumexp(self: Tensor, dim, keepdim: bool = False) -> Tensor:
     self = as_floats(self)
-    rows = _Rows(self, dim, keepdim)
-    return rows.restore(kernel_set(self).row_logsumexp(rows.matrix, self.dtype))
+    return _plan_logsumexp(describe(self), hashable(dim), keepdim)(self)
+
+
+@plan
+def _plan_logsumexp(x: Description, dim: Dims, keepdim: bool) -> Callable[[Tensor], Tensor]:
+    return _over_rows(x, dim, keepdim, "row_logsumexp", x.dtype)
 
 
 def vector_norm(self: Tensor, ord: float = 2, dim=None, keepdim: bool = False, *, dtype=None) -> Tensor:
     """p = 1 and p = 2 in one kernel; other p as a sum of powers; 0 counts; infinite p is a maximum, free of any order."""
-    dtype = dtype or self.dtype
-    if not self.is_floating_point() and not self.is_complex():  # the errors are of torch's types
+    return _plan_vector_norm(describe(self), ord, hashable(dim), keepdim, dtype)(self)
+
+
+@plan
+def _plan_vector_norm(
+    x: Description, ord: float, dim: Dims, keepdim: bool, dtype: torch.dtype | None
+) -> Callable[[Tensor], Tensor]:
+    dtype = dtype or x.dtype
+    if not x.is_floating_point() and not x.is_complex():  # the errors are of torch's types
         error = RuntimeError if torch.__version__ < "2.14" else NotImplementedError
-        raise error(f"linalg.vector_norm is for floats, not for {self.dtype}: convert it to the dtype {dtype} first")
-    if dtype.is_complex != self.is_complex() or torch.promote_types(self.dtype, dtype) != dtype:
-        raise RuntimeError(f"linalg.vector_norm: {self.dtype} cannot be converted without narrowing to the dtype {dtype}")
-    x = magnitude(self.to(dtype)) if dtype.is_complex else self.to(dtype)
-    rows = _Rows(x, dim, keepdim)
-    kernels, p = kernel_set(x), factor(ord, x)
-    if not rows.matrix.shape[1] and (p < 0 or math.isinf(p)):
+        raise error(f"linalg.vector_norm is for floats, not for {x.dtype}: convert it to the dtype {dtype} first")
+    if dtype.is_complex != x.is_complex() or torch.promote_types(x.dtype, dtype) != dtype:
+        raise RuntimeError(f"linalg.vector_norm: {x.dtype} cannot be converted without narrowing to the dtype {dtype}")
+    if dtype.is_complex:
+        return lambda x: vector_norm(magnitude(x.to(dtype)), ord, dim, keepdim)
+    if dtype != x.dtype:
+        return lambda x: vector_norm(x.to(dtype), ord, dim, keepdim)
+    rows, p = _Rows(x, dim, keepdim), factor(ord, x)
+    if not rows.n_cols and (p < 0 or math.isinf(p)):
         raise RuntimeError(f"linalg.vector_norm cannot compute the norm of order {p} of no values: it has no identity")
     if p in (1.0, 2.0):
-        return rows.restore(kernels.row_norm(rows.matrix, p, x.dtype))
-    magnitudes = rows.matrix.abs()
-    if math.isinf(p):
-        return rows.restore(magnitudes.amax(1) if p > 0 else magnitudes.amin(1))
-    wide = accumulator_dtype(x.dtype)
-    if p == 0.0:
-        return rows.restore(kernels.row_sum((magnitudes != 0).to(wide), wide).to(x.dtype))
-    total = kernels.row_sum(magnitudes.to(wide).pow(p), wide)
-    return rows.restore(total.pow(1.0 / p).to(x.dtype))
+        return _over_rows(x, dim, keepdim, "row_norm", p, dtype)
+    row_sum, wide = kernel_set(x).row_sum, accumulator_dtype(dtype)
+
+    def call(x: Tensor) -> Tensor:
+        magnitudes = rows.of(x).abs()
+        if math.isinf(p):
+            return (magnitudes.amax(1) if p > 0 else magnitudes.amin(1)).view(rows.shape)
+        if p == 0.0:
+            return row_sum((magnitudes != 0).to(wide), wide).to(dtype).view(rows.shape)
+        return row_sum(magnitudes.to(wide).pow(p), wide).pow(1.0 / p).to(dtype).view(rows.shape)
+
+    return call
 
 
 def norm_all(self: Tensor, p: float = 2) -> Tensor:
@@ -119,16 +179,31 @@ def norm_dim_dtype(self: Tensor, p: float | None, dim, keepdim: bool, *, dtype: 
 
 
 def cumsum(self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    x = self.to(dtype or self.dtype)
-    return _along(x, dim, lambda matrix: kernel_set(x).row_cumsum(matrix, x.dtype))
+    x = self if dtype is None else self.to(dtype)
+    return _plan_cumsum(describe(x), dim)(x)
+
+
+@plan
+def _plan_cumsum(x: Description, dim: int) -> Callable[[Tensor], Tensor]:
+    return _along(x, dim, "row_cumsum", x.dtype)
 
 
 def softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    return _softmax(self, dim, half_to_float, False)
+    return _plan_softmax(describe(self), dim, half_to_float, False)(self)
 
 
 def log_softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    return _softmax(self, dim, half_to_float, True)
+    return _plan_softmax(describe(self), dim, half_to_float, True)(self)
+
+
+@plan
+def _plan_softmax(x: Description, dim: int, half_to_float: bool, log: bool) -> Callable[[Tensor], Tensor]:
+    out_dtype = x.dtype
+    if half_to_float:
+        if x.device.type == "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
+            raise RuntimeError(f"softmax: half_to_float is for float16 and bfloat16 on a GPU, not {x.dtype} on {x.device}")
+        out_dtype = torch.float32
+    return _along(x, dim, "row_softmax", log, out_dtype)
 
 
 CHOSEN_LOGPROBS_SCHEMA = "chosen_logprobs(Tensor self, Tensor index, ScalarType dtype) -> Tensor"
@@ -139,26 +214,17 @@ def chosen_logprobs(self: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
 
     self: [..., vocab]; index: int64 [..., k] with the same leading dims -> [..., k].
     """
-    rows, columns = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (self, index))
-    return kernel_set(self).row_logprobs(rows, columns, dtype).view(index.shape)
+    return _plan_chosen_logprobs(describe(self), describe(index), dtype)(self, index)
+
+
+@plan
+def _plan_chosen_logprobs(x: Description, index: Description, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    (rows, rows_of), (columns, columns_of) = (merged(y, range(y.dim() - 1), [y.dim() - 1]) for y in (x, index))
+    return after((rows_of, columns_of), planned("row_logprobs", (rows, columns), dtype, shape=index.shape))
 
 
 def chosen_logprobs_fake(self: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     return self.new_empty(index.shape, dtype=dtype)
-
-
-def _softmax(x: Tensor, dim: int, half_to_float: bool, log: bool) -> Tensor:
-    out_dtype = _softmax_dtype(x, half_to_float)
-    out = usual("softmax", x, dim, log, out_dtype)
-    return _along(x, dim, lambda matrix: kernel_set(x).row_softmax(matrix, log, out_dtype)) if out is None else out
-
-
-def _softmax_dtype(x: Tensor, half_to_float: bool) -> torch.dtype:
-    if not half_to_float:
-        return x.dtype
-    if x.device.type == "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
-        raise RuntimeError(f"softmax: half_to_float is for float16 and bfloat16 on a GPU, not {x.dtype} on {x.device}")
-    return torch.float32
 
 
 def topk(self: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
@@ -171,7 +237,7 @@ def topk(self: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool
         indices = _topk_of_keys(self, k, dim, largest)
         return self.gather(dim, indices), indices
     x = self
-    if x.is_cuda:  # its sort puts a NaN with the sign bit set in front of -inf: all of them become one without
+    if x.is_cuda:  # its sort puts a NaN with the sign bit set before -inf: all of them become one without
         x = x.nan_to_num(nan=math.nan, posinf=math.inf, neginf=-math.inf)
     values, indices = torch.sort(x, dim=dim, descending=largest, stable=True)
     if self.dim():
@@ -198,44 +264,44 @@ def _topk_of_keys(x: Tensor, k: int, dim: int, largest: bool) -> Tensor:
 
 
 class _Rows:
-    """A tensor as [rows, n_cols] over the dims that are reduced, and the way back for one value a row."""
+    """A tensor as [rows, n_cols] over the dims that are reduced, and the shape of one value for each row."""
 
-    def __init__(self, x: Tensor, dim: int | Sequence[int] | None, keepdim: bool) -> None:
-        dims = _dims(x, dim)
-        kept = [d for d in range(x.dim()) if d not in dims]
-        n_cols = math.prod([x.shape[d] for d in dims])
-        n_rows = math.prod([x.shape[d] for d in kept])
-        order = kept + dims
-        x_last = x if order == sorted(order) else x.permute(order)
-        self.matrix = x_last if x.dim() == 2 and len(dims) == 1 else x_last.reshape(n_rows, n_cols)
-        self._shape = [1 if d in dims else x.shape[d] for d in range(x.dim()) if keepdim or d not in dims]
+    def __init__(self, x: Description, dim: int | Sequence[int] | None, keepdim: bool) -> None:
+        self.dims = _dims(x, dim)
+        self.kept = [d for d in range(x.dim()) if d not in self.dims]
+        self.n_cols = math.prod([x.shape[d] for d in self.dims])
+        self.shape = tuple([1 if d in self.dims else x.shape[d] for d in range(x.dim()) if keepdim or d not in self.dims])
 
-    def restore(self, values: Tensor) -> Tensor:
-        return values.view(self._shape)
+    def of(self, x: Tensor) -> Tensor:
+        return x.permute(self.kept + self.dims).reshape(math.prod([x.shape[d] for d in self.kept]), self.n_cols)
 
 
-def _dims(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:
+def _over_rows(
+    x: Description, dim: int | Sequence[int] | None, keepdim: bool, kernel: str, *options: Any, **spared: bool
+) -> Callable[[Tensor], Any]:
+    """``kernel`` of [rows, n_cols] -> [rows], over the dims that are reduced."""
+    rows = _Rows(x, dim, keepdim)
+    matrix, step = merged(x, rows.kept, rows.dims)
+    return after((step,), planned(kernel, (matrix,), *options, shape=rows.shape, **spared))
+
+
+def _dims(x: Description, dim: int | Sequence[int] | None) -> list[int]:
     """The reduced dims in ascending order; none given, or an empty list, means all of them."""
     if not isinstance(dim, int) and not dim:
         return list(range(x.dim()))
     wrapped = sorted([wrap_dim(x, d) for d in ([dim] if isinstance(dim, int) else dim)])
     if len(set(wrapped)) != len(wrapped):
-        raise RuntimeError(f"a dim appears multiple times in the list of dims {dim}")
+        raise RuntimeError(f"a dim appears multiple times in the list of dims {list(dim)}")
     return wrapped if x.dim() else []
 
 
-def _along(x: Tensor, dim: int, function) -> Tensor:
-    """``function`` of [rows, n_cols] -> [rows, n_cols], applied along any dim."""
+def _along(x: Description, dim: int, kernel: str, *options: Any) -> Callable[[Tensor], Tensor]:
+    """``kernel`` of [rows, n_cols] -> [rows, n_cols], applied along any dim."""
     dim = wrap_dim(x, dim)
-    if x.dim() == 0:
-        return function(x.view(1, 1)).view(())
-    if dim == x.dim() - 1:
-        return function(x) if x.dim() == 2 else function(x.reshape(math.prod(x.shape[:-1]), x.shape[-1])).view(x.shape)
-    moved = x.movedim(dim, -1)
-    n_cols = moved.shape[-1]
-    out = function(moved.reshape(math.prod(moved.shape[:-1]), n_cols))
-    return out.view(moved.shape).movedim(-1, dim).contiguous()
-
-
-def _correction(correction: float | None) -> float:
-    return 1.0 if correction is None else float(correction)
+    others = [d for d in range(x.dim()) if d != dim]
+    matrix, step = merged(x, others, [dim] if x.dim() else [])
+    moved = tuple([x.shape[d] for d in others] + ([x.shape[dim]] if x.dim() else []))
+    call = after((step,), planned(kernel, (matrix,), *options, shape=moved))
+    if dim == x.dim() - 1 or not x.dim():
+        return call
+    return lambda x: call(x).movedim(-1, dim).contiguous()

@@ -1,10 +1,11 @@
-"""Sums into places that an index names, in the order of the index."""
+"""Sums at the places that an index names, in the order of the index."""
 
 import math
 
 import torch
-from pytest_batchinv.kernels.aten.common import factor, kernel_set, shape_of, too_few_dims, wrap_dim
 from torch import Tensor
+
+from pytest_batchinv.kernels.aten.common import factor, kernel_set, shape_of, too_few_dims, wrap_dim
 
 
 def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
@@ -31,7 +32,7 @@ def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: f
 
 
 def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
-    """Each value as a row of one column, added at its place in the flat tensor, in the order of the flat index."""
+    """Adds each value, as a row of one column, at its place in the flat tensor, in the order of the flat index."""
     if self.device != src.device or self.device != index.device:
         raise RuntimeError("scatter_add: expected self, index and src on one device")
     dim = wrap_dim(self, dim)
@@ -51,6 +52,7 @@ def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
             f"scatter_add: an index of {shape_of(index)} is larger than self {shape_of(self)} or src {shape_of(src)}"
         )
     index = _checked(index.long(), self.shape[dim], RuntimeError)
+    in_range = (index >= 0) & (index < self.shape[dim])
     src = src[tuple(slice(size) for size in index.shape)]
     strides = [math.prod(self.shape[d + 1 :]) for d in range(n_dims)]
     place = index * strides[dim]
@@ -58,12 +60,13 @@ def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
         if d != dim:
             steps = torch.arange(index.shape[d], device=index.device) * strides[d]
             place = place + steps.view([-1 if i == d else 1 for i in range(n_dims)])
+    place = place.where(in_range, -1)  # an index out of range is one in the flat tensor, too, and not another row's
     out = kernel_set(self).index_add(self.reshape(-1, 1), place.reshape(-1), src.reshape(-1, 1), 1.0)
     return out.view(shape)
 
 
 def _checked(index: Tensor, size: int, error: type[Exception]) -> Tensor:
-    """On the CPU an index out of range is an error; on CUDA such rows are left out, as asking would wait for the GPU."""
+    """Raises for an index out of range on the CPU. On CUDA the kernel asserts it: a check here would wait for the GPU."""
     if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
         raise error(f"index out of range: indices must be from 0 to {size - 1}")
     return index

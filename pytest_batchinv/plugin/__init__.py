@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pytest_batchinv.plugin import lifecycle, markers, options, settings
+from pytest_batchinv.plugin import lifecycle, markers, options
 from pytest_batchinv.plugin.fixtures import batch_invariant, batchinv_engine, batchinv_settings, compile_mode
 from pytest_batchinv.plugin.stash import SETTINGS
 
@@ -22,9 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for line in markers.HELP:
         config.addinivalue_line("markers", line)
+    if not options.any_given(config):
+        return
     with _usage_errors():
+        from pytest_batchinv.plugin import settings
+
         config.stash[SETTINGS] = settings.resolve(config)
-        if config.stash[SETTINGS].enabled:
+        if lifecycle.enabled(config):
             from pytest_batchinv.plugin import enabled
 
             enabled.start(config)
@@ -39,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.stash[SETTINGS].enabled:
+    if lifecycle.enabled(config):
         return
     skip = pytest.mark.skip(reason=lifecycle.NEEDS_OPTION)
     for item in items:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pytest_batchinv.plugin import lifecycle, preflight, progress, xdist
+from pytest_batchinv.plugin import lifecycle, preflight, progress, seeds, xdist
 from pytest_batchinv.plugin.fixtures import model_loader
 from pytest_batchinv.plugin.stash import MODELS, RESULTS, SETTINGS
 from pytest_batchinv.report import json, terminal
@@ -52,24 +52,33 @@ class AroundTests:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, Any, Any]:
-        if fixturedef.scope == "function" or not lifecycle.is_in_mode_now(self.item):
+        if fixturedef.scope == "function" or self.item is None:
             return (yield)
-        from pytest_batchinv.mode import stock_torch
-
-        with stock_torch():
+        with lifecycle.building_wider_fixture(self.item, fixturedef.argname):
             return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, Any, Any]:
         self.item = item
         lifecycle.begin(item)
-        lifecycle.seed(item)
+        self._seed(item)
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        lifecycle.seed(item)
+        self._seed(item)
         return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> Generator[None, Any, Any]:
+        if isinstance(collector, pytest.File):
+            seeds.load_torch()  # modules draw while they are imported
+        self._seed(collector)
+        return (yield)
+
+    def _seed(self, node: pytest.Item | pytest.Collector) -> None:
+        """A test alone draws what it draws among others: each collection and each phase starts from one seed."""
+        seeds.start(node.config.stash[SETTINGS].seed)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
@@ -97,6 +106,7 @@ class Reporter:
     def pytest_report_header(self) -> list[str]:
         return terminal.header(self.results.settings)
 
+    @pytest.hookimpl(tryfirst=True)  # before JUnit's file takes the report's properties
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.results.outcomes.update(lifecycle.outcome(report))
         self.results.records += lifecycle.records(report)

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_batchinv.plugin import lifecycle
 from pytest_batchinv.plugin.markers import GPU_COMPILE_MODES
-from pytest_batchinv.plugin.stash import MODELS, RUN, SETTINGS
+from pytest_batchinv.plugin.stash import MODELS, RUN
 
 if TYPE_CHECKING:
     from pytest_batchinv.mode import Mode
@@ -38,7 +38,7 @@ def _load(**words: str) -> Any:
 @pytest.fixture
 def batchinv_settings(request: pytest.FixtureRequest) -> Settings:
     """The Settings of this test: the options, and the arguments of its batch_invariant marker."""
-    if not request.config.stash[SETTINGS].enabled:
+    if not lifecycle.enabled(request.config):
         pytest.skip(lifecycle.NEEDS_OPTION)
     return request.node.stash[RUN].settings
 
@@ -55,7 +55,7 @@ def compile_mode(request: pytest.FixtureRequest) -> str:
     """The compile mode of this test item: from @pytest.mark.compile_mode, else "eager"."""
     mode = getattr(request, "param", "eager")
     if mode in GPU_COMPILE_MODES:
-        device = lifecycle.resolve_device(request.config.stash[SETTINGS])
+        device = lifecycle.resolve_device(lifecycle.settings_of(request.config))
         if device != "cuda":
             pytest.skip(f"compile mode {mode} needs a CUDA GPU; this run is on the {device}")
     return mode
@@ -73,8 +73,10 @@ def batchinv_engine(request: pytest.FixtureRequest, batchinv_settings: Settings,
         dtype = "fp32" if device == "cpu" else "bf16"
     if model == "auto":
         model = DEFAULT_MODELS[device][0]
+    from pytest_batchinv.plugin.seeds import heavy_imports
+
     try:
-        with lifecycle.heavy_imports():
+        with heavy_imports():
             loaded = request.config.stash[MODELS](model=model, device=device, dtype=dtype, attn=batchinv_settings.attn)
         return loaded.in_compile_mode(compile_mode)
     except ValueError as error:

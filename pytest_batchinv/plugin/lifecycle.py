@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shlex
-import sys
-import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,10 +21,19 @@ if TYPE_CHECKING:
     from pytest_batchinv.shapes import BatchShape
     from pytest_batchinv.subjects.base import SubjectInfo
 
-_SEED_OF_A_NEW_PROCESS = 67280421310721
-"""torch's own (c10::detail default_rng_seed_val): what a test draws alone, without this plugin, it draws with it."""
 NEEDS_OPTION = "needs --batch-invariant"
 RECORD = "batchinv_record"  # the name of the user property that carries a record from a worker to the controller
+
+
+def enabled(config: Any) -> bool:
+    return SETTINGS in config.stash and config.stash[SETTINGS].enabled
+
+
+def settings_of(config: Any) -> Settings:
+    """Those of this run; the defaults where nothing of ours was given."""
+    from pytest_batchinv.plugin.settings import DEFAULTS
+
+    return config.stash.get(SETTINGS, DEFAULTS)
 
 
 def in_mode(item: Any) -> bool:
@@ -84,8 +91,9 @@ def begin(item: Any) -> None:
     surrounding = context.Context(
         max_examples=settings.max_examples,
         case=settings.shape,
+        seed=settings.seed,
         emit=lambda record: _keep(item, record),
-        progress=progress.teller(item),
+        progress=run.stack.enter_context(progress.told(item)),
         replay=lambda info, relation, case: replay_command(item, info, relation, case),
     )
     run.stack.enter_context(context.surrounding(surrounding))
@@ -96,18 +104,18 @@ def end(item: Any) -> None:
         item.stash[RUN].stack.close()
 
 
-def seed(item: Any) -> None:
-    """Every phase starts from the same random numbers, so that a test alone draws what it drew among others."""
-    if RUN not in item.stash or "torch" not in sys.modules:
-        return
-    import torch
+@contextlib.contextmanager
+def building_wider_fixture(item: Any, name: str) -> Iterator[None]:
+    """With the mode off, and from random numbers of its own: whichever test asks for it first, it is the same."""
+    from pytest_batchinv.plugin import seeds
 
-    given = item.stash[RUN].settings.seed
-    number = _SEED_OF_A_NEW_PROCESS if given is None else given
-    torch.manual_seed(number)
-    random.seed(number)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(number % 2**32)
+    with contextlib.ExitStack() as stack:
+        if is_in_mode_now(item):
+            from pytest_batchinv.mode import stock_torch
+
+            stack.enter_context(stock_torch())
+        stack.enter_context(seeds.apart(item.config.stash[SETTINGS].seed, name))
+        yield
 
 
 @contextlib.contextmanager
@@ -117,18 +125,17 @@ def mode_of(item: Any) -> Iterator[Mode]:
     if run.mode is not None:
         yield run.mode
         return
+    from pytest_batchinv.plugin.seeds import heavy_imports
+
     resolve_device(run.settings)
     with heavy_imports():
         from pytest_batchinv.mode import ModeError, batch_invariant_mode
-    block = batch_invariant_mode()
     try:
-        run.mode = block.__enter__()
-    except ModeError as error:
+        with batch_invariant_mode() as mode:
+            run.mode = mode
+            yield mode
+    except ModeError as error:  # on the way in, or out
         pytest.fail(str(error), pytrace=False)
-    try:
-        yield run.mode
-    finally:
-        block.__exit__(None, None, None)
 
 
 def is_in_mode_now(item: Any) -> bool:
@@ -167,18 +174,10 @@ def records(report: pytest.TestReport) -> list[Record]:
     sent = [text for name, text in report.user_properties if name == RECORD]
     if not sent:
         return []
+    report.user_properties = [(name, text) for name, text in report.user_properties if name != RECORD]  # not for JUnit's file
     from pytest_batchinv.report.record import Record
 
     return [Record.from_json(str(text)) for text in sent]
-
-
-@contextlib.contextmanager
-def heavy_imports() -> Iterator[None]:
-    """torch and transformers warn about themselves while they load: with -W error that would fail the first test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def resolve_device(settings: Settings) -> str:
@@ -192,15 +191,20 @@ def resolve_device(settings: Settings) -> str:
 
 def replay_command(item: Any, info: SubjectInfo, relation: str, case: BatchShape) -> str:
     """The line that repeats a finding in a fresh process, from the folder in which pytest was started."""
-    settings = item.stash[RUN].settings
-    words = ["pytest", "--batch-invariant"]
+    from pytest_batchinv.plugin.settings import DEFAULTS
+
+    given = vars(item.stash[RUN].settings)
+    repeated = {name: given[name] for name in _REPEATED if given[name] != vars(DEFAULTS)[name]}
     if info.kind == "transformers":
-        words += ["--batchinv-model", info.name, "--batchinv-attn", info.attention, "--batchinv-dtype", info.dtype]
-        words += ["--batchinv-device", info.device.partition(":")[0]]
-    if settings.seed is not None:
-        words += ["--batchinv-seed", str(settings.seed)]
-    words += ["--batchinv-shape", case.to_json(), _path_and_name(item)]
-    return shlex.join(words)
+        device = info.device.partition(":")[0]
+        repeated |= {"model": info.name, "device": device, "dtype": info.dtype, "attn": info.attention}
+    words = ["pytest", "--batch-invariant"]
+    for name, value in repeated.items():
+        words += [f"--batchinv-{name}", str(value)]
+    return shlex.join([*words, "--batchinv-shape", case.to_json(), _path_and_name(item)])
+
+
+_REPEATED = ("model", "engine", "url", "device", "dtype", "attn", "seed")
 
 
 def _path_and_name(item: Any) -> str:
@@ -211,7 +215,7 @@ def _path_and_name(item: Any) -> str:
 
 def _settings(item: Any) -> Settings:
     settings, mark = item.config.stash[SETTINGS], _marker(item, "batch_invariant")
-    return markers.parse_batch_invariant(mark.args, mark.kwargs).applied_to(settings) if mark else settings
+    return replace(settings, **markers.parse_batch_invariant(mark.args, mark.kwargs)) if mark else settings
 
 
 def _keep(item: Any, record: Record) -> None:

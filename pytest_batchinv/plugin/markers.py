@@ -1,12 +1,9 @@
 """The markers: their help lines, and strict parsers that raise ValueError with a sentence."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from pytest_batchinv.gpu import LOWEST_CAPABILITY
-from pytest_batchinv.plugin.options import DTYPES, RELATIONS, parse_count, parse_dtype, parse_relations
-from pytest_batchinv.plugin.settings import Settings
+from pytest_batchinv.plugin.options import DTYPES, RELATIONS, parse_dtype, parse_relations
 
 COMPILE_MODES = ("eager", "default", "dynamic", "fullgraph", "reduce-overhead", "max-autotune")
 GPU_COMPILE_MODES = ("reduce-overhead", "max-autotune")
@@ -21,27 +18,16 @@ HELP = (
 )
 
 
-@dataclass(frozen=True)
-class BatchInvariant:
-    """@pytest.mark.batch_invariant: None leaves a setting as the options have it."""
-
-    relations: tuple[str, ...] | None = None
-    max_examples: int | None = None
-    dtype: str | None = None
-
-    def applied_to(self, settings: Settings) -> Settings:
-        return replace(settings, **{name: value for name, value in vars(self).items() if value is not None})
-
-
-def parse_batch_invariant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchInvariant:
-    parsers = {"relations": _relations, "max_examples": _max_examples, "dtype": _dtype}
+def parse_batch_invariant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the marker changes."""
+    parsers: dict[str, Callable[[Any], Any]] = {"relations": _relations, "max_examples": _max_examples, "dtype": _dtype}
     if args:
         raise ValueError(f"batch_invariant takes {_words(parsers, 'and')} by name only, not {args[0]!r}")
     for name in kwargs:
         if name not in parsers:
             raise ValueError(f"batch_invariant takes no argument {name!r}; it takes {_words(parsers, 'and')}")
     try:
-        return BatchInvariant(**{name: parsers[name](value) for name, value in kwargs.items()})
+        return {name: parsers[name](value) for name, value in kwargs.items()}
     except ValueError as error:
         raise ValueError(f"batch_invariant: {error}") from None
 
@@ -64,6 +50,8 @@ def parse_sm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         raise ValueError(f"sm takes no argument {next(iter(kwargs))!r}, only compute capabilities, as in sm(80, 90)")
     if not args:
         raise ValueError("sm names no compute capability; write sm(80) for an A100, sm(90) for an H100 or H200")
+    from pytest_batchinv.gpu import LOWEST_CAPABILITY
+
     for capability in args:
         if type(capability) is not int or capability < LOWEST_CAPABILITY:
             raise ValueError(
@@ -78,9 +66,9 @@ def _relations(value: Any) -> tuple[str, ...]:
 
 
 def _max_examples(value: Any) -> int:
-    if type(value) is not int:
+    if type(value) is not int or value < 1:
         raise ValueError(f"max_examples={value!r} is not a whole number from 1 on")
-    return parse_count(str(value))
+    return value
 
 
 def _dtype(value: Any) -> str:

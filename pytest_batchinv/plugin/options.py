@@ -1,7 +1,7 @@
 """The options: one table that the command line, the environment and the ini file are all served from."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,32 +84,27 @@ def parse_name(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
 class Option:
     """One setting with its three sources: ``--batchinv-NAME``, ``BATCHINV_NAME`` and the ini option ``batchinv_name``.
 
     parse: text -> value; raises ValueError with a sentence. form: "value", "switch" (no argument), "list" (repeatable).
+    No dataclass: those take a millisecond to define, in every pytest run.
     """
 
-    name: str
-    parse: Callable[[str], Any]
-    default: Any
-    help: str
-    metavar: str | None = None
-    form: str = "value"
-    own_flag: str = ""
-
-    @property
-    def flag(self) -> str:
-        return self.own_flag or f"--batchinv-{self.name.replace('_', '-')}"
-
-    @property
-    def ini(self) -> str:
-        return f"batchinv_{self.name}"
-
-    @property
-    def env(self) -> str:
-        return f"BATCHINV_{self.name.upper()}"
+    def __init__(
+        self,
+        name: str,
+        parse: Callable[[str], Any],
+        default: Any,
+        help: str,
+        metavar: str = "...",
+        form: str = "value",
+        flag: str = "",
+    ) -> None:
+        self.name, self.parse, self.default, self.help = name, parse, default, help
+        self.metavar, self.form = metavar, form
+        self.flag = flag or f"--batchinv-{name.replace('_', '-')}"
+        self.ini, self.env = f"batchinv_{name}", f"BATCHINV_{name.upper()}"
 
 
 OPTIONS = (
@@ -119,7 +114,7 @@ OPTIONS = (
         False,
         "Turn batch-invariant mode on for the tests marked batch_invariant; without it they are skipped.",
         form="switch",
-        own_flag="--batch-invariant",
+        flag="--batch-invariant",
     ),
     Option(
         "model",
@@ -171,7 +166,8 @@ OPTIONS = (
         "seed",
         parse_seed,
         None,
-        "The seed that every test starts from with --batch-invariant (torch, random, numpy). Without it torch's own.",
+        "With --batch-invariant every test starts from this seed (torch, random, numpy; 0 if it is not given). It also fixes "
+        "which batch shapes are drawn.",
         "N",
     ),
     Option(
@@ -195,15 +191,12 @@ OPTIONS = (
 def declare(parser: Any) -> None:
     """Adds the table to pytest's parser. Texts stay texts: ``settings.resolve`` parses all of them alike."""
     group = parser.getgroup("batchinv", "batch invariance", after="general")
-    actions: dict[str, dict[str, Any]] = {
-        "value": {"metavar": "..."},
-        "switch": {"action": "store_true"},
-        "list": {"action": "append"},
-    }
     for option in OPTIONS:
-        action = dict(actions[option.form])
-        if option.metavar:
-            action["metavar"] = option.metavar
+        action = {
+            "value": {"metavar": option.metavar},
+            "switch": {"action": "store_true"},
+            "list": {"action": "append", "metavar": option.metavar},
+        }[option.form]
         default = "" if option.default in (None, (), False) else f" Default: {_text(option.default)}."
         group.addoption(
             option.flag,
@@ -214,6 +207,20 @@ def declare(parser: Any) -> None:
         )
         kind = {"value": "string", "switch": "bool", "list": "linelist"}[option.form]
         parser.addini(option.ini, f"The ini form of {option.flag}.", type=kind, default=None)
+
+
+def any_given(config: Any, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the command line, the environment or the ini file has any word of ours, a misspelt one included."""
+    return (
+        any(config.getoption(option.ini) is not None for option in OPTIONS)
+        or any(name.startswith("BATCHINV_") for name in environ)
+        or any(name.startswith("batchinv_") for name in names_in_ini(config))
+    )
+
+
+def names_in_ini(config: Any) -> Iterable[str]:
+    """pytest 9 keeps them in ``_inicfg`` and warns at ``inicfg``, in which pytest 8 keeps them."""
+    return getattr(config, "_inicfg" if hasattr(config, "_inicfg") else "inicfg", ())
 
 
 def _text(value: Any) -> str:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,19 @@ def words(progress: Progress) -> str:
     return text
 
 
-def teller(item: Any) -> Callable[[Progress], None]:
-    """What takes the progress of this test's checks: the display here, or on a worker the file that the controller reads."""
+@contextlib.contextmanager
+def told(item: Any) -> Iterator[Callable[[Progress], None]]:
+    """Takes the progress of this test's checks: to the display here, or on a worker to the file that the controller reads."""
     display = item.config.pluginmanager.get_plugin("batchinv-progress")
-    if display is not None:
-        return lambda progress: display.show(words(progress))
     folder = getattr(item.config, "workerinput", {}).get(_FOLDER)
-    return _Note(Path(folder, item.config.workerinput["workerid"])) if folder else lambda progress: None
+    if display is not None:
+        yield lambda progress: display.show(words(progress))
+    elif folder:
+        path = Path(folder, item.config.workerinput["workerid"])
+        yield _Note(path)
+        path.unlink(missing_ok=True)
+    else:
+        yield lambda progress: None
 
 
 class _Note:
@@ -58,38 +65,42 @@ class _Note:
 
 
 class Display:
-    """Where the terminal is. Silent with -q."""
+    """Where the terminal is. On a terminal the line stands below pytest's own, and the cursor goes back. Silent with -q."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._rewrites = False
         self._last = time.monotonic()
         self._drawn = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._ended = threading.Event()
 
-    def show(self, text: str) -> None:
-        """At most as often as the kind of terminal asks for."""
+    def pytest_sessionstart(self) -> None:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-        if terminal is None or self._config.get_verbosity() < 0:
+        # With -s tests write to the terminal, too, and would write over the line.
+        self._rewrites = terminal is not None and terminal.isatty and self._config.getoption("capture") != "no"
+
+    def show(self, text: str) -> None:
+        """At most as often as the kind of terminal asks for, counted from the last report of a test on."""
+        if self._config.get_verbosity() < 0:
             return
-        rewrites = terminal.isatty
         now = time.monotonic()
-        if now - self._last < (SECONDS_BETWEEN_REWRITES if rewrites else SECONDS_BETWEEN_LINES):
+        if now - self._last < (SECONDS_BETWEEN_REWRITES if self._rewrites else SECONDS_BETWEEN_LINES):
             return
         self._last = now
-        capture = self._config.pluginmanager.get_plugin("capturemanager")
-        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-            if rewrites:
-                if not self._drawn:
-                    terminal.ensure_newline()
-                terminal.rewrite(text[: terminal._tw.fullwidth - 1], erase=True)
-                self._drawn = True
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None:
+            return
+        with self._uncaptured():
+            if self._rewrites:
+                self._draw(text)
             else:
                 terminal.ensure_newline()
                 terminal.write_line(text)
 
     def pytest_runtest_logreport(self) -> None:
         self._clear()
+        self._last = time.monotonic()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -99,18 +110,30 @@ class Display:
             threading.Thread(target=self._watch, daemon=True).start()
         node.workerinput[_FOLDER] = self._folder.name
 
+    def pytest_keyboard_interrupt(self) -> None:
+        self._clear()
+
     def pytest_sessionfinish(self) -> None:
         self._ended.set()
         self._clear()
         if self._folder is not None:
             self._folder.cleanup()
 
+    def _draw(self, text: str) -> None:
+        """Writes the line below the cursor's, and goes back up to the cursor's column."""
+        writer = self._config.get_terminal_writer()
+        sys.stdout.write(f"\n\x1b[2K{text[: writer.fullwidth - 1]}\x1b[A\x1b[{writer.width_of_current_line + 1}G")
+        sys.stdout.flush()
+        self._drawn = bool(text)
+
     def _clear(self) -> None:
-        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-        if self._drawn and terminal is not None:
-            terminal.rewrite("", erase=True)
-            terminal.rewrite("")
-            self._drawn = False
+        if self._drawn:
+            with self._uncaptured():
+                self._draw("")
+
+    def _uncaptured(self) -> contextlib.AbstractContextManager[None]:
+        capture = self._config.pluginmanager.get_plugin("capturemanager")
+        return capture.global_and_fixture_disabled() if capture else contextlib.nullcontext()
 
     def _watch(self) -> None:
         assert self._folder is not None

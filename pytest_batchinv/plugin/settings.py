@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_batchinv.plugin.options import OPTIONS, Option
+from pytest_batchinv.plugin.options import OPTIONS, Option, names_in_ini
 
 if TYPE_CHECKING:
     from pytest_batchinv.shapes import BatchShape
@@ -76,7 +76,7 @@ def _refuse_unknown_names(config: Any, environ: Mapping[str, str]) -> None:
     """A name of ours that nobody reads is a typo, and would be obeyed by nobody."""
     known = {"environment variable": {*(option.env for option in OPTIONS), *OTHER_VARIABLES}}
     known["ini option"] = {option.ini for option in OPTIONS}
-    given = {"environment variable": environ, "ini option": getattr(config, "inicfg", None) or {}}
+    given = {"environment variable": environ, "ini option": names_in_ini(config)}
     for kind, prefix in (("environment variable", "BATCHINV_"), ("ini option", "batchinv_")):
         unknown = sorted(name for name in given[kind] if name.startswith(prefix) and name not in known[kind])
         if unknown:

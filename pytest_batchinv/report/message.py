@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pytest_batchinv.relations import RELATIONS
 from pytest_batchinv.report.record import Breakpoints, Finding, Record
 from pytest_batchinv.shapes import BatchShape, Row, as_ranges
 from pytest_batchinv.subjects.base import SubjectInfo
@@ -14,6 +13,8 @@ from pytest_batchinv.subjects.base import SubjectInfo
 
 def describe(record: Record) -> str:
     """All of a finding, as lines."""
+    from pytest_batchinv.relations import RELATIONS  # imports torch, which the summary has no need of
+
     assert record.finding is not None
     found = record.finding
     lines = [f"{subject_words(record.subject)}: {RELATIONS[record.relation].meaning}."]
@@ -26,7 +27,12 @@ def describe(record: Record) -> str:
 
 def subject_words(info: SubjectInfo) -> str:
     about = [info.dtype, f"attention {info.attention}" * bool(info.attention), info.compile_mode, info.device]
-    return f"{info.name} ({', '.join(filter(None, about))})"
+    return f"{short_name(info)} ({', '.join(filter(None, about))})"
+
+
+def short_name(info: SubjectInfo) -> str:
+    """Without Python's word for what was defined in a function."""
+    return info.name.replace("<locals>.", "")
 
 
 def _parts(record: Record, found: Finding) -> Iterator[tuple[str, str]]:

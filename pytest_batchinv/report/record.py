@@ -175,7 +175,7 @@ def machine() -> dict[str, str]:
     for name in ("torch", "triton", "transformers", "hypothesis", "pytest", "pytest-batchinv"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)
-    facts["torch"] = torch.__version__
+    facts["torch"] = str(torch.__version__)  # a str of a class of its own, which JSON does not know
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         facts["gpu"] = properties.name

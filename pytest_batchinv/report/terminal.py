@@ -94,7 +94,9 @@ def _tables(records: list[Record]) -> Iterator[str]:
     functions = [record for record in records if record.subject.kind != "transformers"]
     by_case = _grouped(functions, lambda record: (record.mode, record.subject.device, record.subject.dtype))
     for (mode, device, dtype), group in by_case:
-        subjects = _grouped(group, lambda record: (record.nodeid, record.subject.name, record.subject.compile_mode))
+        subjects = _grouped(
+            group, lambda record: (record.nodeid, message.short_name(record.subject), record.subject.compile_mode)
+        )
         yield f"{_count(len(subjects), 'function')} of rows on {device}, {dtype}, {_MODES[mode]}"
         alike: dict[str, list[tuple[str, list[Record]]]] = defaultdict(list)
         for (_, name, compile_mode), same in subjects:
@@ -125,8 +127,8 @@ def _failures(records: list[Record]) -> Iterator[str]:
         if record.verdict in ("equal", "not_run"):
             continue
         relation = f"{record.relation} {RELATIONS[record.relation]}"
-        yield f"{WORDS[record.verdict]}: {message.subject_words(record.subject)}, {relation}, {_MODES[record.mode]}"
-        yield f"  in {record.nodeid}"
+        yield f"{WORDS[record.verdict]}: {message.subject_words(record.subject)}"
+        yield f"  {relation}, {_MODES[record.mode]}, in {record.nodeid}"
         if record.error:
             yield from textwrap.wrap(record.error, WIDTH, initial_indent="  ", subsequent_indent="  ")
         if record.finding is None and record.case:
@@ -237,7 +239,7 @@ def _conclusion(checks: list[Record], controls: list[Record]) -> Iterator[str]:
         batches = sum(record.counts.examples for record in equal)
         yield f"proven      0 bits differ in {relations}: {_count(subjects, 'subject')}, {batches:,} batches, {compared}"
         widest = max((r for r in equal if r.relation == "I"), key=lambda r: r.counts.examples, default=None)
-        if widest is not None:
+        if widest is not None and widest.covered:
             first, *rest = widest.covered
             yield f"covered     {'; '.join([first.partition(' (')[0], *rest])} ({widest.subject.name}, the widest)"
     for line in dict.fromkeys(_machine(record.machine) for record in checks + controls):

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from pytest_batchinv.plugin import lifecycle
 from pytest_batchinv.plugin.fixtures import DEFAULT_MODELS
 from pytest_batchinv.plugin.settings import Settings
-from pytest_batchinv.plugin.stash import SETTINGS
 from pytest_batchinv.suite.names import DTYPES, OPERATORS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    settings = metafunc.config.stash[SETTINGS]
+    settings = lifecycle.settings_of(metafunc.config)
     if "batchinv_engine" in metafunc.fixturenames:
         metafunc.parametrize("model", _models(settings))
     if "operator" in metafunc.fixturenames:
@@ -34,7 +34,7 @@ def _models(settings: Settings) -> tuple[str, ...]:
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> str:
     """The model of tests that run none: parametrised for those that do."""
-    return request.config.stash[SETTINGS].model
+    return lifecycle.settings_of(request.config).model
 
 
 @pytest.fixture

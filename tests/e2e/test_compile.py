@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pytest_batchinv import batch_invariant_mode
-from pytest_batchinv.check import check_engine
+from pytest_batchinv import batch_invariant_mode, check_batch_invariant
 from pytest_batchinv.compare import first_difference
-from pytest_batchinv.engines.transformers import COMPILE_MODES, TransformersEngine
 from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.subjects.compiled import COMPILE_MODES
+from pytest_batchinv.subjects.transformers import TransformersSubject
 
 HIDDEN, TOKENS, MOST = 64, 5, 17
 COMPILED = {f"batchinv::{name}" for name in ("addmm", "attention", "silu", "_log_softmax")}
@@ -63,7 +63,7 @@ def assert_rows_have_the_bits_of_eager_code(compiled, block, rows, sizes) -> Non
         with batch_invariant_mode() as mode:  # the second call compiles nothing: what is counted ran
             second = compiled(rows[:size])
         assert COMPILED <= mode.hits.keys()
-        assert not any(name.startswith("aten::") for name in mode.hits)  # eager code would go through these doors
+        assert not any(name.startswith("aten::") for name in mode.hits)  # which eager code would call
         for batch in (first, second):
             for position in range(size):
                 difference = first_difference(alone[position], batch[position])
@@ -139,10 +139,10 @@ def test_code_compiled_in_another_thread_gets_the_rules_too():
 
 
 def test_a_compiled_engine_has_our_operators_in_its_graph_and_equal_bits():
-    engine = TransformersEngine("tiny-llama", device="cpu", dtype="fp32", compile_mode="default")
+    engine = TransformersSubject("tiny-llama", device="cpu", dtype="fp32", compile_mode="default")
     # Alone and together of one width, so that one graph serves the row and one the batch.
     shape = BatchShape((Row(0, 9), Row(1, 9), Row(2, 9)))
-    batches, eager = check_engine(engine, relations=("I", "X"), shape=shape)
+    batches, eager = check_batch_invariant(engine, ("I", "X"), case=shape)
     for record in (batches, eager):
-        assert (record.verdict, record.examples, record.rows) == ("equal", 1, 3)
+        assert (record.verdict, record.counts.examples, record.counts.rows) == ("equal", 1, 3)
         assert {"batchinv::mm", "batchinv::attention", "batchinv::silu", "batchinv::_log_softmax"} <= record.hits.keys()

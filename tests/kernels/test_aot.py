@@ -2,28 +2,31 @@
 
 The launchers are called as on a GPU, with tensors on the CPU, in a process whose Triton believes in a GPU that is not
 there: each launch then compiles the kernel, with the arguments and options of the launch, and stops. As Triton keeps
-what it compiled for such a GPU, the checks (``check_*``) have a process of their own; the tests (``test_*``) start it.
-Directly:
-``python -P -m pytest -p no:batchinv -o python_functions='check_*' tests/kernels/test_aot.py``
+what it compiled for such a GPU, the tests have a process of their own.
 """
 
 import itertools
 import math
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import other_gpus
 import pytest
 import torch
 import triton
-from pytest_batchinv.kernels import attention as attention_module
-from pytest_batchinv.kernels import cuda, matmul, norm, offline, reduce, rows, scatter, softmax, tiles, usual
-from pytest_batchinv.kernels.launch import Launch
 from triton.runtime.jit import JITFunction
 
+from pytest_batchinv.kernels import cuda, table, tiles
+from pytest_batchinv.kernels.aten import common
+from pytest_batchinv.kernels.cuda import matmul, norm, reduce, rows, scatter, softmax
+from pytest_batchinv.kernels.cuda.attention import kernel as attention_kernel
+from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
+from pytest_batchinv.kernels.cuda.attention import ranges as attention_ranges
+from pytest_batchinv.kernels.launch import Launch
+
+CHILD_ENVIRONMENT = {"TRITON_INTERPRET": None}
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ROW_MODULES = [rows, reduce, softmax, norm, scatter]
 # What widens a load or a store of a row. The order of a row's sum is written out, so it follows none of them.
@@ -52,22 +55,7 @@ SPECIALISED = {
 }
 
 
-@pytest.mark.parametrize("group", ["sm80", "sm89", "sm90", "sm100", "specialised"])
-def test_checks_pass_on_a_gpu_that_is_not_there(group, pytestconfig):
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:batchinv", "-p", "no:cacheprovider"]
-    command += ["-o", "python_functions=check_*", "-k", group, __file__]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        command,
-        cwd=pytestconfig.rootpath,
-        env={**environment, "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
-# --- what the checks share -------------------------------------------------------------------------------------------
+# --- what the tests share -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -75,7 +63,7 @@ def compile_for():
     """compile_for(arch, launch): the binaries that the launch compiles or finds compiled, each once."""
 
     def compile_for(arch, launch):
-        with offline.compiling_for(arch) as binaries:
+        with other_gpus.compiling_for(arch) as binaries:
             launch()
         assert binaries, "the launch launched nothing"
         return list({id(binary): binary for binary in binaries}.values())
@@ -90,11 +78,11 @@ def tensor(*shape, dtype):
 def assert_sound(binary, arch, spilled_bytes=None):
     """It fits, nothing in it adds to memory in an order of its own, and it follows no argument that is not listed.
 
-    spilled_bytes: that a thread may spill; None where the check asks for itself.
+    spilled_bytes: that a thread may spill; None where the test asks for itself.
     """
     ptx = binary.asm["ptx"]
     assert f".target sm_{arch}" in ptx
-    assert binary.metadata.shared <= offline.DEVICES[arch].shared_memory
+    assert binary.metadata.shared <= other_gpus.DEVICES[arch].shared_memory
     assert re.findall(r"^\s*(?:@\S+\s+)?((?:atom|red)\.\S+)", ptx, re.MULTILINE) == []
     assert "tf32" not in ptx
     assert specialised_in(binary) <= SPECIALISED.get(binary.name, set())
@@ -128,7 +116,7 @@ With twice the warps most of it spills nothing, and takes up to twice as long on
 
 def gemm_tiles():
     """Every tile of the tables, on every architecture that may choose it."""
-    for arch, device in offline.DEVICES.items():
+    for arch, device in other_gpus.DEVICES.items():
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             tuned = tiles.TUNED_GEMM.get((arch, dtype.itemsize), {})
             chosen = {tiles.Tile(*tile) for by_rows in tuned.values() for pair in by_rows.values() for tile in pair}
@@ -160,7 +148,7 @@ def main_of(binaries, name="_attention_kernel"):
 
 
 @pytest.mark.parametrize(("arch", "dtype", "tile"), list(gemm_tiles()))
-def check_gemm_tile(arch, dtype, tile, compile_for, monkeypatch):
+def test_gemm_tile(arch, dtype, tile, compile_for, monkeypatch):
     monkeypatch.setattr(matmul, "gemm_tile", lambda *args: tile)
     a, b = tensor(1, 100, 512, dtype=dtype), tensor(1, 256, 512, dtype=dtype).mT
     (binary,) = compile_for(arch, lambda: cuda.gemm(a, b))
@@ -189,7 +177,7 @@ def check_gemm_tile(arch, dtype, tile, compile_for, monkeypatch):
 @pytest.mark.parametrize(
     "tile", [(16, 32, 256, 4, 4), (128, 128, 64, 4, 4), (128, 128, 64, 4, 5, True), (64, 192, 64, 4, 6, True)]
 )
-def check_gemm_alone_lacks_the_multiplications_of_a_scaled_one_and_nothing_else(arch, tile, compile_for, tmp_path):
+def test_gemm_alone_lacks_the_multiplications_of_a_scaled_one_and_nothing_else(arch, tile, compile_for, tmp_path):
     """So both have the same bits where alpha is 1."""
     tile, a, b = tiles.Tile(*tile), tensor(1, 64, 512, dtype=torch.bfloat16), tensor(1, 256, 512, dtype=torch.bfloat16).mT
     if tile.tma and arch < 90:
@@ -208,7 +196,7 @@ def check_gemm_alone_lacks_the_multiplications_of_a_scaled_one_and_nothing_else(
 
 @pytest.mark.parametrize("tiles_a_program", [1, 2])
 @pytest.mark.parametrize("tile", sorted({tile for _, _, tile in (p.values for p in gemm_tiles()) if tile.tma}), ids=str)
-def check_gemm_of_sm90_has_shared_memory_for_a_bias(tile, tiles_a_program, compile_for, monkeypatch):
+def test_gemm_of_sm90_has_shared_memory_for_a_bias(tile, tiles_a_program, compile_for, monkeypatch):
     """Where the next tile's operands are already there and where there is none, whatever the strides of the bias are."""
     monkeypatch.setattr(tiles, "_nearest", lambda *args: tile)
     M, N = 132 * tile.programs * tile.block_m, tiles_a_program * tile.block_n
@@ -232,7 +220,7 @@ def check_gemm_of_sm90_has_shared_memory_for_a_bias(tile, tiles_a_program, compi
 def fitting_with_store(tile):
     """As many stages of the tile as fit beside what waits for a TMA store."""
     stored = 2 * tile.block_m * tile.columns_stored
-    stages = (offline.DEVICES[90].shared_memory - stored) // (2 * (tile.block_m + tile.block_n) * tile.block_k)
+    stages = (other_gpus.DEVICES[90].shared_memory - stored) // (2 * (tile.block_m + tile.block_n) * tile.block_k)
     return tile._replace(num_stages=min(tile.num_stages, stages))
 
 
@@ -242,7 +230,7 @@ def has_tensor_cores_for_float64(arch):
 
 
 @ARCHS
-def check_gemm_tile_chosen_fits(arch, compile_for):
+def test_gemm_tile_chosen_fits(arch, compile_for):
     """The stages follow the device's shared memory: the launcher's own choice, for few and for many rows."""
     b = tensor(1, 128, 4096, dtype=torch.bfloat16)
     for M in (1, 4096):
@@ -252,7 +240,7 @@ def check_gemm_tile_chosen_fits(arch, compile_for):
 
 
 @BOTH
-def check_gemm_odd_and_grouped(arch, compile_for):
+def test_gemm_odd_and_grouped(arch, compile_for):
     bf16 = torch.bfloat16
     launches = [
         lambda: cuda.gemm(*(tensor(2, 3, 1, dtype=bf16), tensor(2, 1, 1, dtype=bf16), tensor(2, 3, 1, dtype=bf16))),
@@ -272,7 +260,7 @@ def check_gemm_odd_and_grouped(arch, compile_for):
     ("dtype", "head_dim"),
     [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)],
 )
-def check_attention(arch, dtype, head_dim, compile_for):
+def test_attention(arch, dtype, head_dim, compile_for):
     k = tensor(1, 2, 1000, head_dim, dtype=dtype)
     for Sq in (1, 1000):
         q = tensor(1, 8, Sq, head_dim, dtype=dtype)
@@ -287,7 +275,7 @@ def check_attention(arch, dtype, head_dim, compile_for):
 
 
 @BOTH
-def check_attention_with_masks(arch, compile_for):
+def test_attention_with_masks(arch, compile_for):
     q, k = tensor(1, 8, 100, 64, dtype=torch.bfloat16), tensor(1, 2, 100, 64, dtype=torch.bfloat16)
     for mask in (torch.ones(1, 1, 1, 100, dtype=torch.bool), tensor(1, 1, 100, 100, dtype=torch.bfloat16)):
         mask = mask.expand(1, 8, 100, 100)
@@ -298,13 +286,13 @@ def check_attention_with_masks(arch, compile_for):
 
 @BOTH
 @pytest.mark.parametrize(("head_dim", "has_mask"), [(128, False), (256, False), (256, True)])
-def check_attention_of_few_programs_has_shared_memory(arch, head_dim, has_mask, compile_for):
+def test_attention_of_few_programs_has_shared_memory(arch, head_dim, has_mask, compile_for):
     """Each has more keys in flight then: with a block of queries for each of 64 heads, and for 8 heads with keys in parts."""
     for heads, Skv in ((64, 128), (8, 5000)):
         q, k = tensor(1, heads, 48, head_dim, dtype=torch.bfloat16), tensor(1, heads, Skv, head_dim, dtype=torch.bfloat16)
         mask = torch.ones(1, heads, 48, Skv, dtype=torch.bool) if has_mask else None
         binaries = compile_for(arch, lambda q=q, k=k, m=mask: cuda.attention(q, k, k, m, False, 0.1))
-        assert ("_merge_parts_kernel" in {binary.name for binary in binaries}) == (heads == 8)
+        assert ("_merge_splits_kernel" in {binary.name for binary in binaries}) == (heads == 8)
         for binary in binaries:
             assert_sound(binary, arch, MOST_SPILLED_BY_ATTENTION)
 
@@ -314,7 +302,7 @@ def check_attention_of_few_programs_has_shared_memory(arch, head_dim, has_mask, 
     [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float16), (80, torch.float64), (90, torch.float64)],
     ids=["sm80-bfloat16", "sm90-bfloat16", "sm90-float16", "sm80-float64", "sm90-float64"],
 )
-def check_attention_has_one_order_of_k_within_an_instruction(arch, dtype, compile_for):
+def test_attention_has_one_order_of_k_within_an_instruction(arch, dtype, compile_for):
     """kWidth tells which k's one instruction takes: masks, and how many queries there are, must not change it.
 
     SM90 has both ways of multiplying, the one of SM80 where queries are few: there the other dtype of 16 bits is seen too.
@@ -336,7 +324,7 @@ def check_attention_has_one_order_of_k_within_an_instruction(arch, dtype, compil
     [(80, "packed"), (89, "paged"), (90, "packed"), (90, "paged"), (100, "packed"), (100, "paged")],
     ids=["sm80-packed", "sm89-paged", "sm90-packed", "sm90-paged", "sm100-packed", "sm100-paged"],
 )
-def check_attention_packed_and_paged_has_that_order_too(arch, keys, compile_for):
+def test_attention_packed_and_paged_has_that_order_too(arch, keys, compile_for):
     q, starts = tensor(40, 8, 64, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32)
     k = tensor(*((600,) if keys == "packed" else (38, 16)), 2, 64, dtype=torch.bfloat16)
     pages = None if keys == "packed" else torch.zeros(2, 38, dtype=torch.int32)
@@ -392,7 +380,7 @@ def assert_keeps_to_registers(binary, tmp_path, rows, name, arch, spilled_bytes=
 @ROW_ARCHS
 @each_row_launch
 @pytest.mark.parametrize("shape", [(2048, 1024), (3, 16384), (3, 151936), (400, 151936)])
-def check_row_kernels_load_and_store_16_bytes(arch, name, shape, compile_for, tmp_path):
+def test_row_kernels_load_and_store_16_bytes(arch, name, shape, compile_for, tmp_path):
     """Aligned rows, of each way of reading them: wide loads, no block through shared memory, sums that fuse nothing."""
     x = tensor(*shape, dtype=torch.bfloat16)
     binaries = compile_for(arch, lambda: ROW_LAUNCHES[name](x))
@@ -414,7 +402,7 @@ def check_row_kernels_load_and_store_16_bytes(arch, name, shape, compile_for, tm
 
 @ROW_ARCHS
 @each_row_launch
-def check_row_kernels_of_float64(arch, name, compile_for, tmp_path):
+def test_row_kernels_of_float64(arch, name, compile_for, tmp_path):
     for n_cols in (4096, 20000):
         for binary in compile_for(arch, lambda n_cols=n_cols: ROW_LAUNCHES[name](tensor(3, n_cols, dtype=torch.float64))):
             assert_sound(binary, arch)
@@ -423,7 +411,7 @@ def check_row_kernels_of_float64(arch, name, compile_for, tmp_path):
 
 @ROW_ARCHS
 @each_row_launch
-def check_row_kernels_of_unaligned_rows(arch, name, compile_for, tmp_path):
+def test_row_kernels_of_unaligned_rows(arch, name, compile_for, tmp_path):
     """Each value has a load, an address and a register of its own here: norms, with two or three a column, spill some."""
     for n_cols in (4095, 20001):
         for binary in compile_for(arch, lambda n_cols=n_cols: ROW_LAUNCHES[name](tensor(3, n_cols, dtype=torch.bfloat16))):
@@ -433,7 +421,7 @@ def check_row_kernels_of_unaligned_rows(arch, name, compile_for, tmp_path):
 
 
 @ROW_ARCHS
-def check_row_kernels_of_more_than_2_to_the_31_columns(arch, compile_for):
+def test_row_kernels_of_more_than_2_to_the_31_columns(arch, compile_for):
     x = tensor(1, 1, dtype=torch.bfloat16).expand(1, 2**31 + 5)
     for name in ("sum", "logprobs"):
         for binary in compile_for(arch, lambda name=name: ROW_LAUNCHES[name](x)):
@@ -442,7 +430,7 @@ def check_row_kernels_of_more_than_2_to_the_31_columns(arch, compile_for):
 
 
 @BOTH
-def check_index_add_fuses_nothing(arch, compile_for):
+def test_index_add_fuses_nothing(arch, compile_for):
     x = tensor(3, 1000, dtype=torch.bfloat16)
     (binary,) = compile_for(arch, lambda: cuda.index_add(x, torch.zeros(3, dtype=torch.int64), x, 0.5))
     assert_sound(binary, arch, 0)
@@ -452,10 +440,10 @@ def check_index_add_fuses_nothing(arch, compile_for):
 # --- what is specialised ---------------------------------------------------------------------------------------------
 
 
-def check_specialised_arguments_are_the_ones_named():
+def test_specialised_arguments_are_the_ones_named():
     kernels = [
         value
-        for module in [*ROW_MODULES, matmul, attention_module]
+        for module in [*ROW_MODULES, matmul, attention_kernel, attention_merge, attention_ranges]
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.__module__ == module.__name__
     ]
@@ -472,7 +460,7 @@ def check_specialised_arguments_are_the_ones_named():
         assert specialised == SPECIALISED.get(kernel.fn.__name__, set()), kernel.fn.__name__
 
 
-def check_specialised_index_add_is_one_binary(compile_for):
+def test_specialised_index_add_is_one_binary(compile_for):
     """Divisible by 16 or not, 1 or not, aligned or not: the same binary."""
     x = tensor(64, 1024, dtype=torch.bfloat16)
     views = [x[:rows, :n_cols] for rows in (1, 2, 16, 17) for n_cols in (1000, 1008, 1023, 1024)]
@@ -486,12 +474,12 @@ def check_specialised_index_add_is_one_binary(compile_for):
 
 
 @each_row_launch
-def check_specialised_row_kernels_do_not_follow_the_number_of_rows(name, compile_for):
+def test_specialised_row_kernels_do_not_follow_the_number_of_rows(name, compile_for):
     x = tensor(1000, 1024, dtype=torch.bfloat16)
     assert len(compile_for(80, lambda: [ROW_LAUNCHES[name](x[:rows]) for rows in (1, 2, 16, 17, 1000)])) == 1
 
 
-def check_specialised_gemm_is_one_binary_for_every_m_of_a_tile(compile_for):
+def test_specialised_gemm_is_one_binary_for_every_m_of_a_tile(compile_for):
     bias = tensor(1, 1, 256, dtype=torch.bfloat16)
     b = tensor(3, 256, 256, dtype=torch.bfloat16)
 
@@ -505,7 +493,7 @@ def check_specialised_gemm_is_one_binary_for_every_m_of_a_tile(compile_for):
     assert len(compile_for(80, launch)) == 1
 
 
-def check_specialised_attention_is_one_binary_for_every_length_of_a_tile(compile_for):
+def test_specialised_attention_is_one_binary_for_every_length_of_a_tile(compile_for):
     def launch():
         for batch, Sq, Skv in ((1, 1, 1), (1, 2, 16), (2, 3, 17), (3, 16, 112)):
             q, k = tensor(batch, 1, Sq, 64, dtype=torch.bfloat16), tensor(batch, 1, Skv, 64, dtype=torch.bfloat16)
@@ -519,7 +507,7 @@ def shifted(*shape, offset):
     return tensor(offset + math.prod(shape), dtype=torch.bfloat16)[offset:].view(shape)
 
 
-def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_on(monkeypatch):
+def test_specialised_launches_are_remembered_by_all_that_their_binary_depends_on(monkeypatch):
     """A ``Launch`` keeps the first binary that it gets: all its calls must be calls of that one."""
     binaries_of = {}
     call = Launch.__call__
@@ -529,7 +517,8 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
         binaries_of.setdefault(self, set()).add(binaries[-1])
 
     monkeypatch.setattr(Launch, "__call__", noted)
-    with offline.compiling_for(90) as binaries:
+    monkeypatch.setattr(common, "kernels_of_device", lambda device: cuda)
+    with other_gpus.compiling_for(90) as binaries:
         x = tensor(32, 4096, dtype=torch.bfloat16)
         for n_cols in (112, 240, 1008, 1010):
             for rows in (1, 3):
@@ -553,25 +542,27 @@ def check_specialised_launches_are_remembered_by_all_that_their_binary_depends_o
             q, k = tensor(1, 4, Sq, 64, dtype=x.dtype), tensor(1, 2, Skv, 64, dtype=x.dtype)
             for options in ({}, {"window": 3}, {"with_lse": False}):
                 cuda.attention(q, k, k, None, True, 0.1, **options)
+        sdpa, linear = table.PLANNED["scaled_dot_product_attention"], table.PLANNED["linear"]
+        rms_norm, layer_norm = table.PLANNED["rms_norm"], table.PLANNED["layer_norm"]
         for shifts in itertools.product((0, 1), repeat=3):
             q, k, v = (shifted(1, heads, 8, 64, offset=offset) for heads, offset in zip((4, 2, 2), shifts, strict=True))
-            usual.attention(q, k, v, None, False, None, True, False)
             mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-            usual.attention(q, k, v, mask, False, None, True, True)
-            usual.attention(q, k, v, torch.ones(65, dtype=torch.bool)[1:].view(mask.shape), False, None, True, True)
+            for seen in (None, mask, torch.ones(65, dtype=torch.bool)[1:].view(mask.shape)):
+                sdpa(q, k, v, seen, enable_gqa=True)
             cuda.attention(q, k, v, None, False, 0.1)
         for shape, offset in itertools.product(((112,), (1, 240), (2, 3, 240), (3, 1010)), (0, 1)):
             y = shifted(*shape, offset=offset)
-            usual.softmax(y, -1, False, torch.float32)
+            table.BACKEND_KERNELS["_softmax"](y, -1, False)
             for weight in (shifted(64, shape[-1], offset=0), shifted(64, shape[-1], offset=1)):
-                usual.linear(y, weight, None)
-                usual.linear(y, weight, weight[:, 0])
-                usual.linear(y, weight, weight[1:2, :64].reshape(64))
-            usual.reduce(y, -1, True, "mean")
-            usual.reduce(y, -1, False, "var", 1.0)
+                for bias in (None, weight[:, 0], weight[1:2, :64].reshape(64)):
+                    linear(y, weight, bias)
+            table.BACKEND_KERNELS["mean.dim"](y, [-1], True)
+            table.BACKEND_KERNELS["var.correction"](y, [-1])
             for weight in (None, x[0, : shape[-1]], x[0, 1 : shape[-1] + 1], x[0, : shape[-1]].float()):
-                usual.rms_norm(y, list(shape[-1:]), weight, None)
-                for with_rstd in (False, True):
-                    usual.layer_norm(y, list(shape[-1:]), None, weight, 1e-6, with_rstd)
+                rms_norm(y, list(shape[-1:]), weight)
+                table.BACKEND_KERNELS["_fused_rms_norm"](y, list(shape[-1:]), weight, None)
+                if weight is None or weight.dtype == y.dtype:
+                    layer_norm(y, list(shape[-1:]), None, weight)
+                    table.BACKEND_KERNELS["native_layer_norm"](y, list(shape[-1:]), None, weight, 1e-6)
     assert len(binaries_of) > 30
     assert {len(binaries) for binaries in binaries_of.values()} == {1}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest_batchinv.kernels.complex_parts import magnitude
 from torch.nn import functional as F
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.kernels.complex_parts import magnitude
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.complex64, torch.complex128]
@@ -77,6 +77,25 @@ def test_complex_products_are_differentiable_and_the_same_in_compiled_code():
     got, x.grad = x.grad, None
     (x @ w).sum(-1).abs().sum().backward()
     torch.testing.assert_close(got, x.grad)
+
+
+@pytest.mark.parametrize(("M", "K", "N"), [(4, 3, 0), (0, 3, 2), (4, 0, 2), (0, 0, 0)])
+@pytest.mark.parametrize(
+    "product", [torch.matmul, lambda a, b: torch.bmm(a[None], b[None]), torch.addmm], ids=["matmul", "bmm", "addmm"]
+)
+def test_complex_products_with_an_empty_side_have_torchs_results_and_gradients(product, M, K, N):
+    def results():
+        operands = [torch.ones(shape, dtype=torch.complex64, requires_grad=True) for shape in ((M, K), (K, N))]
+        if product is torch.addmm:
+            operands.insert(0, torch.ones(M, N, dtype=torch.complex64, requires_grad=True))
+        out = product(*operands)
+        return out, *torch.autograd.grad(out.abs().sum(), operands)
+
+    want = results()
+    with batch_invariant_mode():
+        got = results()
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
 
 
 @settings(deadline=None)

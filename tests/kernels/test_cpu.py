@@ -1,7 +1,7 @@
 """The CPU kernels: right to the last bit or so, and the same bits for a row whatever surrounds it."""
 
 import math
-import os
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pytest_batchinv.kernels import cpu, reference
+from pytest_batchinv.kernels.cpu import build
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INT_OF = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -172,7 +174,7 @@ def test_gemm_is_no_less_accurate_than_torch(dtype):
         assert ours <= 1.001 * stock
 
 
-@pytest.mark.parametrize("K", [64, 700, 4096])
+@pytest.mark.parametrize("K", [64, 700])
 def test_gemm_float64_is_as_accurate_as_a_chain_can_be(K):
     """torch sums blocks, whose errors grow less: the price of one order, and far below what float64 models notice."""
     a, b = randn(1, 4, K, dtype=torch.float64), randn(1, K, 3, dtype=torch.float64, seed=1)
@@ -202,7 +204,7 @@ def test_gemm_adds_k_ascending_in_one_chain(dtype, K, data):
     same_bits(cpu.gemm(a, torch.ones(1, K, N, dtype=dtype)), expected.to(dtype))
 
 
-@pytest.mark.parametrize("K", [5, 64, 129, 700])
+@pytest.mark.parametrize("K", [5, 129, 300])
 def test_gemm_float64_is_the_chain_of_fused_multiply_adds(K):
     a, b = randn(1, 3, K, dtype=torch.float64), randn(1, K, 21, dtype=torch.float64, seed=1)
     acc = torch.zeros(3, 21, dtype=torch.float64)
@@ -454,13 +456,26 @@ STOCK = {
     "sin": torch.sin,
     "cos": torch.cos,
 }
+
+
+def each_dtype(test):
+    """Runs the test for each dtype in one item: an item costs more than such a test."""
+
+    def in_each(kind, params):
+        for dtype in DTYPES:
+            test(kind, params, dtype)
+
+    in_each.__name__ = test.__name__
+    return in_each
+
+
 CALLS = [(kind, ()) for kind, names in cpu.KINDS.items() if not names]
 CALLS += [("pow", (exponent,)) for exponent in (2.0, 3.0, 0.5, -0.5, 1.7, -1.0, 0.0)]
 CALLS += [("softplus", (1.0, 20.0)), ("softplus", (2.0, 5.0)), ("elu", (1.0, 1.0, 1.0)), ("elu", (0.7, 1.1, 0.9))]
 
 
 @pytest.mark.parametrize(("kind", "params"), CALLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_pointwise_tail_has_the_bits_of_the_body(kind, params, dtype):
     x = randn(1100, dtype=dtype) * 5
     whole = cpu.pointwise(x, kind, params)
@@ -470,7 +485,7 @@ def test_pointwise_tail_has_the_bits_of_the_body(kind, params, dtype):
 
 
 @pytest.mark.parametrize(("kind", "params"), CALLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_pointwise_is_no_less_accurate_than_torch(kind, params, dtype):
     x = torch.cat([randn(3000, dtype=dtype), 30 * randn(3000, dtype=dtype), randn(1000, dtype=dtype) / 1000])
     actual, expected = cpu.pointwise(x, kind, params), STOCK[kind](x, *params)
@@ -496,7 +511,7 @@ def exactly(x, kind, params):
 
 
 @pytest.mark.parametrize(("kind", "params"), CALLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 def test_pointwise_special_values_are_torchs(kind, params, dtype):
     x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1.0, -1.0], dtype=dtype)
     actual, expected = cpu.pointwise(x, kind, params), STOCK[kind](x, *params)
@@ -517,13 +532,6 @@ def test_pointwise_keeps_dense_strides_and_reads_any(dtype):
         assert out.stride() == torch.empty_like(view).stride()
         same_bits(out, cpu.pointwise(view.contiguous(), "silu"))
     same_bits(cpu.pointwise(x.permute(2, 0, 1), "silu"), whole.permute(2, 0, 1))
-
-
-def test_exp_is_within_one_and_a_half_ulp():
-    x = torch.linspace(-103.9, 88.7, 400_001)
-    exact, actual = torch.exp(x.double()), cpu.pointwise(x, "exp")
-    ulp = torch.nextafter(actual, torch.tensor(torch.inf)).double() - actual.double()
-    assert ((actual.double() - exact).abs() / ulp).max() <= 0.51
 
 
 def test_exp_is_good_for_float64_softmax():
@@ -605,12 +613,6 @@ def test_every_nan_is_the_same_nan(dtype):
     same_bits(cpu.gemm(negative.view(dtype)[None, None], canonical[None, None])[0, 0], canonical)
 
 
-def test_gemm_of_two_dims_is_the_product_of_a_batch_of_one():
-    a, b, bias = randn(3, 4), randn(4, 5, seed=1), randn(5, seed=2).expand(3, 5)
-    same_bits(cpu.gemm(a, b), cpu.gemm(a[None], b[None])[0])
-    same_bits(cpu.gemm(a, b, bias, 0.5, -2.0), cpu.gemm(a[None], b[None], bias[None], 0.5, -2.0)[0])
-
-
 def test_gemm_does_not_read_the_bias_when_beta_is_zero():
     a, b = randn(1, 3, 4), randn(1, 4, 5)
     same_bits(cpu.gemm(a, b, torch.full((1, 3, 5), torch.nan), 2.0, 0.0), cpu.gemm(a, b, None, 2.0))
@@ -634,34 +636,58 @@ def test_wrong_input_is_refused_in_a_sentence():
 
 # --- the build -------------------------------------------------------------------------------------------------------
 
-
-def in_new_process(code, **env):
-    code = f"import torch; from pytest_batchinv.kernels import cpu; {code}"
-    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env={**os.environ, **env})
-
-
-def test_the_library_is_built_once_into_the_cache_folder(tmp_path):
-    code = "x = torch.ones(2, 2); print(cpu.row_sum(x, x.dtype).tolist())"
-    runs = [in_new_process(code, BATCHINV_CACHE_DIR=str(tmp_path)) for _ in range(2)]
-    assert [run.stdout for run in runs] == ["[2.0, 2.0]\n"] * 2
-    assert len(list(tmp_path.iterdir())) == 1
+COPYING_COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then exit; fi
+while [ "$1" != -o ]; do shift; done
+cp {library} "$2"
+"""
 
 
-def test_a_missing_compiler_is_told_in_a_sentence(tmp_path):
-    run = in_new_process("cpu.build()", BATCHINV_CACHE_DIR=str(tmp_path), CXX="no-such-compiler")
-    assert "RuntimeError: The CPU kernels need a C++17 compiler, and none of no-such-compiler was found." in run.stderr
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for libraries, and a compiler that copies the library that is built already."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COPYING_COMPILER.format(library=build.build()))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("BATCHINV_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_a_failed_compilation_is_told_in_a_sentence(tmp_path):
-    run = in_new_process("cpu.build()", BATCHINV_CACHE_DIR=str(tmp_path), CXX=f"{sys.executable} -P")
-    assert "RuntimeError: The CPU kernels could not be compiled with" in run.stderr
-    assert not list(tmp_path.iterdir())
+def test_the_library_is_built_once_into_the_cache_folder(cache, monkeypatch):
+    library = build.build()
+    assert [library] == list(cache.iterdir())
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert build.build() == library
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in build.FOLDER.iterdir() if path.suffix in (".h", ".cpp")))
+def test_a_change_of_any_source_builds_another_library(source, cache, monkeypatch, tmp_path):
+    library = build.build()
+    folder = shutil.copytree(build.FOLDER, tmp_path / "sources")
+    with open(folder / source, "a") as file:
+        file.write("// changed\n")
+    monkeypatch.setattr(build, "FOLDER", folder)
+    assert build.build() != library
+
+
+def test_a_missing_compiler_is_told_in_a_sentence(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"need a C\+\+17 compiler, and none of no-such-compiler was found\."):
+        build.build()
+
+
+def test_a_failed_compilation_is_told_in_a_sentence(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="The CPU kernels could not be compiled with `false`"):
+        build.build()
+    assert not list(cache.iterdir())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_the_library_shares_the_openmp_runtime_of_torch():
     code = (
-        "cpu.row_sum(torch.ones(300, 300), torch.float32); "
+        "import torch; from pytest_batchinv.kernels import cpu; cpu.row_sum(torch.ones(300, 300), torch.float32); "
         "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split('/')[-1]}))"
     )
-    assert in_new_process(code).stdout == "1\n"
+    assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True).stdout == "1\n"

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest_batchinv.kernels.aten import reductions
-from pytest_batchinv.kernels.aten.common import Refused
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.compare import first_difference
+from pytest_batchinv.kernels.aten import reductions
+from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import stock_torch
 
 HIDDEN, EXPERTS, TOP_K = 48, 8, 3

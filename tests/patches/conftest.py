@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._inductor.config
+
 from pytest_batchinv.patches import registry
 
 

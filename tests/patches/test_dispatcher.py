@@ -1,6 +1,5 @@
 """Two libraries over one entry: who was there first is named and given back, who comes later is an error."""
 
-import inspect
 import subprocess
 import sys
 import textwrap
@@ -8,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from pytest_batchinv.kernels import eager
-from pytest_batchinv.patches.registry import Version, torch_version
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.kernels import eager
 from pytest_batchinv.mode import ModeError, is_on, stock_torch
+from pytest_batchinv.patches.registry import Version, torch_version
 
 A, B = torch.ones(2, 3, 4), torch.ones(2, 4, 5)
 SEVEN = torch.full((2, 3, 5), 7.0)
@@ -49,17 +48,6 @@ def test_an_earlier_owner_is_named_and_holds_the_entry_again_after(another):
         (line,) = [line for line in mode.status() if line.startswith("given back on exit: aten::bmm on CPU")]
         assert here() in line
     assert torch.equal(torch.bmm(A, B), SEVEN)
-
-
-def test_torch_asks_for_leave_to_override_where_we_do_not_give_it(another):
-    """What ``allow_override=True`` is for: without it torch before 2.13 raises, and 2.13 where it is switched off."""
-    another("bmm")
-    library = torch.library.Library("aten", "IMPL")
-    words = {"allow_override": False} if "allow_override" in inspect.signature(library.impl).parameters else {}
-    with pytest.raises(RuntimeError, match="already a kernel registered from python overriding bmm"):
-        library.impl("bmm", of_another, "CPU", **words)
-    library._destroy()
-    assert eager._ALLOW_OVERRIDE == {"allow_override": True}
 
 
 def test_a_later_library_is_an_error_at_the_end_of_the_mode_and_named(another):
@@ -176,10 +164,3 @@ def test_torchs_own_python_kernels_are_found_given_back_and_noticed_when_they_co
     assert "given back on exit: aten::bmm on CPU" in named and "_native" in named
     assert value == "7.0"
     assert "has taken aten::bmm on CPU" in error and "_native" in error
-
-
-def test_no_entry_of_a_fresh_torch_is_held_in_front_of_ours():
-    with batch_invariant_mode():
-        from pytest_batchinv.mode import _process
-
-        assert _process.holding.in_front() == []

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from pytest_batchinv.patches import registry
 
 # pytester gives its tests a home of their own, in which the CPU's kernels would have to be compiled again.

@@ -6,10 +6,10 @@ import textwrap
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from pytest_batchinv.patches import registry
 from pytest_batchinv.patches.registry import applied
-from torch.nn import functional as F
-from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
 needs_the_patch = pytest.mark.skipif(
     not registry.torch_version() < registry.Version("2.12"), reason="torch 2.12 and later write it right by themselves"
@@ -32,6 +32,8 @@ def smallest():
 
 def decoder_of_emu3():
     """A real model: entries of a code book, gathered, laid out by rows of an image, and padded along time."""
+    from transformers import Emu3VQVAE, Emu3VQVAEConfig
+
     config = Emu3VQVAEConfig(
         codebook_size=64, base_channels=32, channel_multiplier=[1], num_res_blocks=1, attn_resolutions=[], hidden_size=32,
         temporal_downsample_factor=2,
@@ -40,7 +42,8 @@ def decoder_of_emu3():
     return Emu3VQVAE(config).eval().decode, (torch.randint(0, 64, (1, 8, 8)),)
 
 
-subjects = pytest.mark.parametrize("subject", [smallest, decoder_of_emu3])
+# The model takes 40 seconds to compile, and shows nothing where torch needs no patch.
+subjects = pytest.mark.parametrize("subject", [smallest, pytest.param(decoder_of_emu3, marks=needs_the_patch)])
 
 
 def compiles(subject) -> bool:
@@ -98,22 +101,3 @@ def test_an_index_out_of_bounds_is_still_caught_under_the_mask():
 
     assert run(99).returncode == 0
     assert "index out of bounds" in run(100).stderr
-
-
-@needs_the_patch
-def test_inductors_cpp_backend_is_not_imported_for_it_and_a_look_at_its_spec_does_not_use_it_up():
-    code = """
-        import importlib.util, sys, torch
-        from pytest_batchinv.patches import registry
-        state = lambda: {row.name: row.state for row in registry.status()}["indirect_assert"]
-        with registry.applied("inductor"):
-            assert "torch._inductor.codegen.cpp" not in sys.modules
-            assert importlib.util.find_spec("torch._inductor.codegen.cpp") is not None
-            assert state() == "waiting", state()
-            torch.compile(lambda x: x + 1)(torch.ones(3))
-            assert "torch._inductor.codegen.cpp" in sys.modules
-            assert state() == "applied", state()
-        print("done")
-        """
-    done = subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert done.stdout == "done\n", done.stderr

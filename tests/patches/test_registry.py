@@ -1,8 +1,7 @@
-"""What the registry promises, shown on a small package of its own: gates, landing, exact undo, neighbours, cache keys."""
+"""What the registry promises, shown on a small package of its own: gates, exact undo, neighbours, cache keys, exit."""
 
 import contextlib
 import importlib
-import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -13,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest_batchinv.patches import registry, sources
+
+from pytest_batchinv.patches import fingerprints, registry
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import PatchRefused, PatchWarning, applied, bits_kept, patch, status
 
@@ -23,11 +23,7 @@ ENGINE = """
     def function(x):
         return ("stock", x)
 
-    class Base:
-        def inherited(self, x):
-            return ("stock", x)
-
-    class Engine(Base):
+    class Engine:
         def method(self, x):
             return ("stock", x)
 
@@ -45,37 +41,29 @@ KINDS = {
     "static method": ("engine_z.core.Engine.static", lambda core: core.Engine.static(1)),
     "class method": ("engine_z.core.Engine.of_the_class", lambda core: core.Engine.of_the_class(1)),
 }
-ANY_TORCH = ">=2"
 
 
 @pytest.fixture
 def engine(tmp_path, monkeypatch):
-    """A package engine_z: ``core`` defines names, ``user`` has bound one of them. Returns what imports a module of it."""
+    """A package engine_z with a module ``core``. Returns what imports that."""
     package = tmp_path / "engine_z"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "core.py").write_text(textwrap.dedent(ENGINE))
-    (package / "user.py").write_text("from engine_z.core import function\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield lambda name="core": importlib.import_module(f"engine_z.{name}")
+    yield lambda: importlib.import_module("engine_z.core")
     for name in [name for name in sys.modules if name.split(".")[0] == "engine_z"]:
         del sys.modules[name]
-    sources.definition.cache_clear()
-    sources.split.cache_clear()
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """A registry without any other patch."""
-    monkeypatch.setattr(registry, "_patches", {})
-    monkeypatch.setattr(registry, "_broken", {})
-    monkeypatch.setattr(registry, "load", lambda: None)
+    fingerprints.definition.cache_clear()
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays(alone, engine):
+def alone(monkeypatch, engine):
+    """A registry without any other patch, in which nothing stays applied."""
+    monkeypatch.setattr(registry, "_patches", {})
+    monkeypatch.setattr(registry, "_broken", {})
+    monkeypatch.setattr(registry, "load", lambda: None)
     yield
-    assert not any(type(finder).__module__ == "pytest_batchinv.patches.imports" for finder in sys.meta_path)
     assert registry.applied_names() == []
 
 
@@ -88,19 +76,18 @@ def patched(original):
 
 
 def register(target="engine_z.core.function", factory=patched, name="of_the_engine", **words):
-    factory = factory_named(name, factory)
-    if "fingerprints" not in words:
-        words["fingerprints"] = {"any": sources.definition(words.get("source") or target).fingerprint}
-    words = {"torch": ANY_TORCH, "group": "engines", "reason": "a test", **words}
-    patch(target, **words)(factory)
-
-
-def factory_named(name, factory):
     def made(original):
         return factory(original)
 
     made.__name__ = name
-    return made
+    if "fingerprints" not in words:
+        words["fingerprints"] = {"any": fingerprints.definition(target).fingerprint}
+    patch(target, **{"torch": ">=2", "group": "engines", "reason": "a test", **words})(made)
+
+
+def register_two(**words_of_the_second):
+    register(name="first")
+    register("engine_z.core.Engine.method", name="second", **words_of_the_second)
 
 
 def row():
@@ -108,8 +95,8 @@ def row():
     return found
 
 
-def owner_dict(core, target):
-    return vars(core.Engine) if "Engine" in target else vars(core)
+def theirs(x):
+    return ("theirs", x)
 
 
 # --- in force inside, the same object after ---------------------------------------------------------------------------
@@ -118,34 +105,33 @@ def owner_dict(core, target):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_patch_is_in_force_inside_and_the_same_object_is_back_after(engine, kind):
     target, call = KINDS[kind]
-    core = engine()
     register(target)
-    name = target.rpartition(".")[2]
-    before = owner_dict(core, target)[name]
+    core, name = engine(), target.rpartition(".")[2]
+    owner = vars(core.Engine) if "Engine" in target else vars(core)
+    before = owner[name]
     with applied("engines"):
         assert call(core) == ("patched", "stock", 1)
         assert row().state == "applied"
     assert call(core) == ("stock", 1)
-    assert owner_dict(core, target)[name] is before
+    assert owner[name] is before
     assert row().state == "off"
 
 
-def test_a_patch_of_an_inherited_method_leaves_no_shadow_on_the_class(engine):
-    core = engine()
-    register("engine_z.core.Engine.inherited", source="engine_z.core.Base.inherited")
-    with applied("engines"):
-        assert core.Engine().inherited(1) == ("patched", "stock", 1)
-        assert core.Base().inherited(1) == ("stock", 1)
-    assert "inherited" not in vars(core.Engine)
-
-
-def test_an_exception_undoes_the_patch(engine):
-    core = engine()
-    before = core.function
+def test_a_module_that_was_not_imported_is_imported_and_patched_on_entry_and_not_for_the_status(engine):
     register()
-    with pytest.raises(ZeroDivisionError), applied("engines"):
-        raise ZeroDivisionError
-    assert core.function is before
+    assert row().state == "off"
+    assert "engine_z.core" not in sys.modules
+    with applied("engines"):
+        assert sys.modules["engine_z.core"].function(1) == ("patched", "stock", 1)
+    assert engine().function(1) == ("stock", 1)
+
+
+def test_a_module_level_value_can_be_patched(engine):
+    before = engine().LIMITS
+    register("engine_z.core.LIMITS", factory=lambda original: {**original, "two": 2})
+    with applied("engines"):
+        assert engine().LIMITS == {"one": 1, "two": 2}
+    assert engine().LIMITS is before
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -156,8 +142,7 @@ def test_in_force_while_any_block_is_open_in_whatever_order_they_close(steps):
         monkeypatch.setattr(registry, "_patches", {})
         core = importlib.import_module("engine_z.core")
         stock = core.function, core.Engine.method
-        register("engine_z.core.function", name="first")
-        register("engine_z.core.Engine.method", name="second", group="others")
+        register_two(group="others")
         asks = {0: ("engines",), 1: ("others",), 2: ("first", "others")}
         opened = {0: [], 1: [], 2: []}
         with ExitStack() as everything:
@@ -199,63 +184,67 @@ def test_threads_share_a_patch_and_the_last_one_undoes_it(engine):
     assert core.function is stock
 
 
-# --- landing when the module comes ------------------------------------------------------------------------------------
+# --- nothing stays half patched ---------------------------------------------------------------------------------------
 
 
-def test_a_patch_waits_for_its_module_and_lands_when_it_is_imported(engine):
-    register()
-    with applied("engines"):
-        assert "engine_z" not in sys.modules
-        assert row().state == "waiting"
-        assert engine().function(1) == ("patched", "stock", 1)
-        assert row().state == "applied"
-    assert engine().function(1) == ("stock", 1)
+def raising(error):
+    def factory(original):
+        raise error
+
+    return factory
 
 
-def test_a_look_at_the_spec_does_not_use_the_waiting_patch_up(engine):
-    register()
-    with applied("engines"):
-        for _ in range(2):
-            assert importlib.util.find_spec("engine_z.core") is not None
-        assert row().state == "waiting"
-        assert engine().function(1) == ("patched", "stock", 1)
+def test_an_exception_in_the_block_undoes_the_patches(engine):
+    before = engine().function
+    register_two()
+    with pytest.raises(ZeroDivisionError), applied("engines"):
+        raise ZeroDivisionError
+    assert engine().function is before
 
 
-def test_a_patch_that_was_undone_while_it_waited_never_lands(engine):
-    register()
-    with applied("engines"):
+def test_a_patch_that_fails_on_entry_undoes_the_ones_before_it(engine):
+    before = engine().function
+    register_two(factory=raising(OSError("no compiler")))
+    why = "patch second is refused: it could not be applied: OSError: no compiler"
+    with pytest.raises(PatchRefused, match=why), applied("first", "second"):
         pass
-    assert engine().function(1) == ("stock", 1)
+    assert engine().function is before
+    with pytest.warns(PatchWarning, match=why), applied("engines"):
+        assert registry.applied_names() == ["first"]
+    assert engine().function is before
 
 
-def test_a_module_imported_by_another_thread_gets_its_patch_and_nothing_locks_up(engine):
-    register()
-    with applied("engines"):
-        thread = threading.Thread(target=engine)
-        thread.start()
-        thread.join(timeout=60)
+def test_ctrl_c_between_two_patches_undoes_the_first_one(engine):
+    before = engine().function
+    register_two(factory=raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt), applied("engines"):
+        pass
+    assert engine().function is before
+    assert registry.applied_names() == []
+
+
+def test_a_warning_that_is_an_error_undoes_the_patches(engine, recwarn):
+    before = engine().function
+    register_two(fingerprints={})
+    import warnings
+
+    warnings.simplefilter("error")
+    with pytest.raises(PatchWarning), applied("engines"):
+        pass
+    assert engine().function is before
+
+
+def test_a_module_that_cannot_be_imported_is_a_refusal_in_a_sentence(engine, tmp_path):
+    (tmp_path / "engine_z" / "broken.py").write_text("import a_module_that_is_not_there\n\ndef f(x):\n    return x\n")
+    before = engine().function
+    register(name="first")
+    register("engine_z.broken.f", name="second")
+    why = "second is refused: it could not be applied: ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
+    with pytest.warns(PatchWarning, match=why), applied("engines"):
         assert engine().function(1) == ("patched", "stock", 1)
-
-
-@pytest.mark.parametrize("imported_before", [(), ("core",), ("core", "user")])
-def test_every_place_that_bound_the_old_name_is_patched_and_given_back(engine, imported_before):
-    for name in imported_before:
-        engine(name)
-    register(also=("engine_z.user.function",))
-    with applied("engines"):
-        assert engine("user").function(1) == ("patched", "stock", 1)
-        assert engine("user").function is engine("core").function
-    assert engine("user").function is engine("core").function
-    assert engine("user").function(1) == ("stock", 1)
-
-
-def test_a_module_level_value_can_be_patched(engine):
-    core = engine()
-    before = core.LIMITS
-    register("engine_z.core.LIMITS", factory=lambda original: {**original, "two": 2})
-    with applied("engines"):
-        assert core.LIMITS == {"one": 1, "two": 2}
-    assert core.LIMITS is before
+    with pytest.raises(PatchRefused, match=why), applied("engines", "second"):
+        pass
+    assert engine().function is before
 
 
 # --- the gates --------------------------------------------------------------------------------------------------------
@@ -263,13 +252,14 @@ def test_a_module_level_value_can_be_patched(engine):
 
 def test_an_unknown_fingerprint_is_refused_aloud_with_the_one_that_was_found(engine):
     register(fingerprints={"2.11.0": "0123456789abcdef"})
-    found = sources.definition("engine_z.core.function").fingerprint
+    found = fingerprints.definition("engine_z.core.function").fingerprint
     stock = engine().function
     assert row().state == "refused"
     assert f"unknown fingerprint {found}" in row().why
-    with pytest.warns(PatchWarning, match=f"of_the_engine is refused: .*unknown fingerprint {found}"):
+    with pytest.warns(PatchWarning, match=f"of_the_engine is refused: .*unknown fingerprint {found}") as warned:
         with applied("engines"):
             assert engine().function is stock
+    assert warned[0].filename == __file__
     with pytest.raises(PatchRefused, match=f"unknown fingerprint {found}"), applied("of_the_engine"):
         pass
 
@@ -277,8 +267,8 @@ def test_an_unknown_fingerprint_is_refused_aloud_with_the_one_that_was_found(eng
 def test_the_fingerprint_follows_the_text_and_neither_its_place_nor_trailing_blanks(engine, tmp_path):
     def fingerprint_of(text):
         (tmp_path / "engine_z" / "other.py").write_text(text)
-        sources.definition.cache_clear()
-        return sources.definition("engine_z.other.f").fingerprint
+        fingerprints.definition.cache_clear()
+        return fingerprints.definition("engine_z.other.f").fingerprint
 
     base = fingerprint_of("def f(x):\n    return x\n")
     assert fingerprint_of("import os\n\n\nif os.name:\n    def f(x):  \n        return x\n") == base
@@ -298,13 +288,12 @@ def test_the_range_decides_whether_a_patch_is_needed(engine, monkeypatch, versio
 
 
 def test_a_patch_that_changes_bits_needs_its_name(engine):
-    core = engine()
     register(numerics=True)
     with applied("engines"):
-        assert core.function(1) == ("stock", 1)
+        assert engine().function(1) == ("stock", 1)
         assert "only when asked for by name" in row().why
     with applied("of_the_engine"):
-        assert core.function(1) == ("patched", "stock", 1)
+        assert engine().function(1) == ("patched", "stock", 1)
 
 
 def test_a_patch_that_changes_bits_and_the_promise_to_keep_them_exclude_each_other(engine):
@@ -315,10 +304,12 @@ def test_a_patch_that_changes_bits_and_the_promise_to_keep_them_exclude_each_oth
     with applied("of_the_engine"), pytest.raises(PatchRefused, match="changes bits unless rounding is set"):
         with bits_kept([]):
             pass
-    with bits_kept(["rounding"]), applied("of_the_engine"):
-        assert engine().function(1) == ("patched", "stock", 1)
-    with applied("of_the_engine"), bits_kept(["rounding"]):
-        assert engine().function(1) == ("patched", "stock", 1)
+    for outer, inner in [
+        (bits_kept(["rounding"]), applied("of_the_engine")),
+        (applied("of_the_engine"), bits_kept(["rounding"])),
+    ]:
+        with outer, inner:
+            assert engine().function(1) == ("patched", "stock", 1)
 
 
 def test_a_setting_without_effect_makes_no_patch_harmless(engine):
@@ -332,41 +323,42 @@ def test_a_setting_without_effect_makes_no_patch_harmless(engine):
         pass
 
 
-def test_a_setting_that_loses_its_effect_meanwhile_is_found_by_the_next_compilation(engine):
-    core = engine()
+def compiles() -> bool:
+    torch._dynamo.reset()
+    return torch.compile(lambda x: x + 1)(torch.ones(2)).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("fault", ["taken", "failed", "never applied"])
+def test_a_setting_that_has_no_effect_when_code_is_compiled_is_found_by_the_compilation(engine, fault):
     register(numerics=True, harmless_with="rounding")
-    register("engine_z.core.Engine.method", name="rounding_works", gives_effect_to="rounding", group="others")
-
-    def compiles():
-        torch._dynamo.reset()
-        return torch.compile(lambda x: x + 1)(torch.ones(2)).tolist() == [2, 2]
-
-    with bits_kept(["rounding"]), applied("others", "of_the_engine"):
-        assert compiles()
-        core.Engine.method = theirs
-        with pytest.raises(Exception, match="patch rounding_works is not in force .*has since been taken by .*theirs"):
-            compiles()
+    factory = raising(OSError("no compiler")) if fault == "failed" else patched
+    register("engine_z.core.Engine.method", factory, "rounding_works", gives_effect_to="rounding", group="others")
+    asked = ("of_the_engine",) if fault == "never applied" else ("others", "of_the_engine")
+    with bits_kept(["rounding"]), pytest.warns(PatchWarning) if fault == "failed" else contextlib.nullcontext():
+        with applied(*asked):
+            if fault == "taken":
+                assert compiles()
+                engine().Engine.method = theirs
+            with pytest.raises(Exception, match="patch rounding_works is not in force"):
+                compiles()
     assert compiles()
 
 
 def test_a_target_that_is_not_there_is_refused(engine):
     register("engine_z.core.gone", fingerprints={})
     assert row().state == "refused"
-    assert "defines no gone" in row().why
     with pytest.raises(PatchRefused, match="defines no gone"), applied("of_the_engine"):
         pass
 
 
 def test_a_wrapper_object_in_place_of_a_function_is_refused(engine):
-    stock = engine().function
-
     class Wrapper:
         def __call__(self, x):
             return x
 
+    stock = engine().function
     register(factory=lambda original: Wrapper())
     with pytest.warns(PatchWarning, match="Return a plain function"), applied("engines"):
-        assert row().state == "refused"
         assert engine().function is stock
 
 
@@ -382,50 +374,36 @@ def test_names_are_unique_and_unknown_ones_are_errors(engine):
 # --- beside other engines ---------------------------------------------------------------------------------------------
 
 
-def theirs(x):
-    return ("theirs", x)
-
-
 def test_who_came_later_is_left_alone_and_named(engine):
-    core = engine()
     register()
     with applied("engines"):
-        core.function = theirs
+        engine().function = theirs
         assert row().state == "taken"
-        assert "test_registry.theirs" in row().why.replace("tests.patches.", "")
-        assert __file__ in row().why
-    assert core.function is theirs
+        assert "theirs" in row().why and __file__ in row().why
+    assert engine().function is theirs
 
 
 def test_who_came_before_is_refused_and_named(engine):
-    core = engine()
-    core.function = theirs
+    engine().function = theirs
     register()
     assert row().state == "refused"
-    assert "engine_z.core.function is held by" in row().why
-    assert __file__ in row().why
+    assert "engine_z.core.function is held by" in row().why and __file__ in row().why
     with pytest.warns(PatchWarning, match="is held by .*theirs"), applied("engines"):
-        assert core.function is theirs
-    assert core.function is theirs
+        assert engine().function is theirs
+    assert engine().function is theirs
 
 
 def test_who_comes_with_the_module_is_refused_and_named(engine, tmp_path):
-    """The target's module is patched by another engine as it is imported, before our patch lands."""
-    (tmp_path / "engine_z" / "core.py").write_text(
-        textwrap.dedent(ENGINE)
-        + "\ndef theirs(x):\n    return ('theirs', x)\n\nfunction_of_torch = function\nfunction = theirs\n"
-    )
-    register(fingerprints={"any": sources.definition("engine_z.core.theirs").fingerprint}, source="engine_z.core.theirs")
-    with applied("engines"), pytest.warns(PatchWarning, match="is held by engine_z.core.theirs"):
-        core = engine()
-        assert core.function(1) == ("theirs", 1)
-        assert row().state == "refused"
+    """The target's module is patched by another engine as it is imported."""
+    (tmp_path / "engine_z" / "late.py").write_text("def f(x):\n    return x\n\ndef g(x):\n    return x\n\nf = g\n")
+    register("engine_z.late.f")
+    with pytest.raises(PatchRefused, match="engine_z.late.f is held by engine_z.late.g"), applied("of_the_engine"):
+        pass
 
 
 def test_what_a_neighbour_put_back_as_the_original_is_known_as_ours(engine):
     """A neighbour that patched later takes ours for the original, and gives it back after we have left."""
-    core = engine()
-    stock = core.function
+    core, stock = engine(), engine().function
     register()
     with applied("engines"):
         what_they_found, core.function = core.function, theirs
@@ -440,7 +418,6 @@ def test_what_a_neighbour_put_back_as_the_original_is_known_as_ours(engine):
 
 def test_compiled_code_follows_the_patch_and_is_stock_again_after(engine):
     core = engine()
-    core.function.__globals__["torch"] = torch
     register(factory=lambda original: lambda x: ("patched", x * 3))
     compiled = torch.compile(lambda x: core.function(x)[1] + 0, backend="eager", fullgraph=True)
     x = torch.ones(2)
@@ -454,12 +431,7 @@ def test_code_that_was_compiled_with_other_patches_is_compiled_again(engine):
     """A patch of the compiler itself is seen by no guard of Dynamo."""
     register()
     compilations = []
-
-    def counts(graph, inputs):
-        compilations.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(lambda x: x + 1, backend=counts)
+    compiled = torch.compile(lambda x: x + 1, backend=lambda graph, inputs: (compilations.append(1), graph.forward)[1])
 
     def count() -> int:
         compiled(torch.ones(2))
@@ -476,12 +448,10 @@ def test_code_that_was_compiled_with_other_patches_is_compiled_again(engine):
 def test_the_applied_patches_are_part_of_the_cache_key_in_every_thread(engine):
     """A warm cache serves only who compiled with the same patches, whichever thread compiles."""
     register()
-    x = torch.arange(6.0)
 
     def compiles_cold() -> bool:
-        torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        torch.compile(lambda x: (x + 1) * 2)(x)
+        assert compiles()
         counters = torch._dynamo.utils.counters
         return not (counters["inductor"]["fxgraph_cache_hit"] or counters["aot_autograd"]["autograd_cache_hit"])
 
@@ -509,8 +479,7 @@ def test_an_inner_block_leaves_the_order_of_the_outer_ones_as_it_was():
 
     def order():
         entered.clear()
-        torch._dynamo.reset()
-        torch.compile(lambda x: x + 1)(torch.ones(2))
+        assert compiles()
         return "".join(entered)
 
     first, second = maker("1"), maker("2")
@@ -520,75 +489,110 @@ def test_an_inner_block_leaves_the_order_of_the_outer_ones_as_it_was():
         assert order() == "12"
 
 
-def test_inductors_entry_is_torchs_own_again(engine):
+def test_inductors_entry_is_torchs_own_again_or_belongs_to_who_wrapped_it_since(engine, monkeypatch):
     from torch._inductor import compile_fx
 
     register()
-    before = compile_fx.compile_fx
+    stock = compile_fx.compile_fx
     with applied("engines"):
-        assert compile_fx.compile_fx is not before
-    assert compile_fx.compile_fx is before
+        assert compile_fx.compile_fx is not stock
+    assert compile_fx.compile_fx is stock
+    with applied("engines"):
+        ours = compile_fx.compile_fx
+        monkeypatch.setattr(compile_fx, "compile_fx", lambda *args, **kwargs: ours(*args, **kwargs))
+        of_another = compile_fx.compile_fx
+    assert compile_fx.compile_fx is of_another
+    assert compiles()
 
 
-# --- the package's own face -------------------------------------------------------------------------------------------
+# --- the process ------------------------------------------------------------------------------------------------------
 
 
 def run_python(code: str, *path) -> str:
-    """Runs code in a process of its own, with these folders in front of its path."""
+    """Runs code in a process of its own, with these folders in front of its path. Nothing may be written to stderr."""
     front = "".join(f"sys.path.insert(0, {str(folder)!r})\n" for folder in path)
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"import sys\n{front}{textwrap.dedent(code)}"], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
-def test_neither_the_registry_nor_its_status_nor_entering_a_block_imports_torchs_inductor():
+def test_a_process_that_ends_inside_blocks_undoes_them_without_a_message():
+    """They stay open in a suspended generator, a daemon thread and an object that is never left, while torch still works."""
+    out = run_python(
+        """
+        import atexit, threading
+        def are_torchs_own():
+            return vars(StorageBox)["should_realize_on_reuse"] is stock, compile_fx.compile_fx is entry
+
+        atexit.register(lambda: print("at exit:", *are_torchs_own()))
+        from torch._inductor import compile_fx
+        from torch._inductor.ir import StorageBox
+        from pytest_batchinv.patches.registry import applied, bits_kept
+        entry, stock = compile_fx.compile_fx, vars(StorageBox)["should_realize_on_reuse"]
+
+        def suspended():
+            with applied("realize_by_bytes"), bits_kept(["emulate_precision_casts"]):
+                yield
+
+        def stays(entered=threading.Event()):
+            with applied("realize_by_bytes"):
+                entered.set()
+                threading.Event().wait()
+
+        generator = suspended()
+        next(generator)
+        kept = applied("realize_by_bytes")
+        kept.__enter__()
+        threading.Thread(target=stays, daemon=True).start()
+        stays.__defaults__[0].wait()
+        print("inside:", *are_torchs_own())
+        """
+    )
+    assert out.splitlines() == ["inside: False False", "at exit: True True"]
+
+
+def test_a_block_that_was_dropped_is_undone_at_once(engine):
+    """As by an exception between ``__enter__`` and the body."""
+    stock = engine().function
+    register()
+    block = applied("engines")
+    block.__enter__()
+    assert engine().function is not stock
+    del block
+    assert engine().function is stock
+
+
+def test_neither_the_registry_nor_its_status_imports_torch():
     out = run_python(
         """
         from pytest_batchinv.patches import registry
-        assert not any(name.split(".")[0] == "torch" for name in sys.modules)
         rows = registry.status()
         assert not any(name.split(".")[0] == "torch" for name in sys.modules)
-        import torch
-        with registry.applied("inductor"):
-            assert "torch._inductor.codegen.cpp" not in sys.modules
-            assert "torch._inductor.graph" not in sys.modules
         print(*(row.name for row in rows))
         """
     )
-    assert out.split() == ["fallback_allow_list", "indirect_assert", "rounded_casts", "realize_by_bytes"]
+    assert out.split() == ["lazy_operator_text", "indirect_assert", "rounded_casts", "realize_by_bytes"]
 
 
-@pytest.fixture
-def users_distribution(tmp_path):
-    """A distribution that registers one patch of its own, and one entry point that cannot be loaded."""
+def test_users_patches_come_by_entry_point_and_one_that_fails_to_load_is_a_row(tmp_path):
     (tmp_path / "users_patches.py").write_text(
-        textwrap.dedent(
-            """
-            from pytest_batchinv.patches.registry import patch
-
-            @patch("torch._inductor.ir.StorageBox.num_reads", torch=">=2", group="users", reason="a test", fingerprints={})
-            def of_a_user(original):
-                return original
-            """
-        )
+        "from pytest_batchinv.patches.registry import patch\n\n"
+        '@patch("torch._inductor.ir.StorageBox.num_reads", torch=">=2", group="users", reason="a test", fingerprints={})\n'
+        "def of_a_user(original):\n    return original\n"
     )
     info = tmp_path / "users-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: users\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[pytest_batchinv.patches]\ngood = users_patches\nbad = users_gone\n")
-    return tmp_path
-
-
-def test_users_patches_come_by_entry_point_and_one_that_fails_to_load_is_a_row(users_distribution):
     out = run_python(
         """
         from pytest_batchinv.patches import registry
         for row in registry.status()[-2:]:
             print(row.name, row.group, row.state, row.why)
         """,
-        users_distribution,
+        tmp_path,
     )
     good, bad = out.splitlines()
     assert good.startswith("of_a_user users refused the source of torch._inductor.ir.StorageBox.num_reads has the unknown")

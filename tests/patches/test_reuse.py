@@ -4,11 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from packaging.specifiers import SpecifierSet
-from pytest_batchinv.patches import registry, rules
-from pytest_batchinv.patches.registry import PatchRefused, PatchWarning, applied, status
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.patches import inductor_config, registry
+from pytest_batchinv.patches.registry import PatchRefused, PatchWarning, applied, status
 
 HIDDEN, MOST = 256, 16
 pytestmark = pytest.mark.usefixtures("cold")
@@ -108,9 +107,9 @@ def test_the_mode_takes_it_because_the_mode_rounds_as_eager_code_does():
             assert all(torch.equal(part, whole[:size]) for part, whole in zip(compiled, expected, strict=True))
 
 
-def test_the_mode_refuses_it_without_that_rule(monkeypatch):
-    without = tuple(rule for rule in rules.RULES if rule.name != "emulate_precision_casts")
-    monkeypatch.setattr(rules, "RULES", without)
+def test_the_mode_refuses_it_without_that_setting(monkeypatch):
+    without = tuple(setting for setting in inductor_config.SETTINGS if setting.name != "emulate_precision_casts")
+    monkeypatch.setattr(inductor_config, "SETTINGS", without)
     with applied("realize_by_bytes"), pytest.raises(PatchRefused, match="changes bits unless emulate_precision_casts is set"):
         with batch_invariant_mode():
             pass
@@ -119,10 +118,10 @@ def test_the_mode_refuses_it_without_that_rule(monkeypatch):
             pass
 
 
-def test_the_mode_refuses_it_where_that_rule_has_no_effect(monkeypatch):
+def test_the_mode_refuses_it_where_that_setting_has_no_effect(monkeypatch):
     """As on a build of torch 2.11 or 2.12 whose source of the C++ backend is not known."""
     rounded_casts = registry._patches["rounded_casts"]
-    monkeypatch.setattr(rounded_casts, "torch", SpecifierSet(">=2"))
+    monkeypatch.setattr(rounded_casts, "torch", ">=2")
     monkeypatch.setattr(rounded_casts, "fingerprints", {})
     why = "is set, which has no effect here: patch rounded_casts is not in force .*cannot be used together"
     with applied("realize_by_bytes"), pytest.raises(PatchRefused, match=why), batch_invariant_mode():
@@ -130,11 +129,3 @@ def test_the_mode_refuses_it_where_that_rule_has_no_effect(monkeypatch):
     with pytest.warns(PatchWarning, match="rounded_casts is refused"), batch_invariant_mode():
         with pytest.raises(PatchRefused, match=why), applied("realize_by_bytes"):
             pass
-
-
-def test_the_methods_that_the_stock_rule_calls_exist():
-    """Said to be missing; the patch's docstring says that they are not."""
-    from torch._inductor.ir import MutableBox, StorageBox
-
-    assert "num_reads" in vars(StorageBox)
-    assert StorageBox.has_large_inner_fn is MutableBox.has_large_inner_fn

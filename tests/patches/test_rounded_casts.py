@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from pytest_batchinv.patches.registry import applied
 
 from pytest_batchinv import batch_invariant_mode
+from pytest_batchinv.patches.registry import applied
 
 pytestmark = pytest.mark.usefixtures("cold")
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

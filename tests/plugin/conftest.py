@@ -11,12 +11,12 @@ import hypothesis.stateful  # noqa: F401
 import pytest
 import torch  # noqa: F401
 
-from pytest_batchinv import preflight, progress, records, report, shapes, xdist  # noqa: F401
-from pytest_batchinv.engines import presets  # noqa: F401
-from pytest_batchinv.report import json, terminal  # noqa: F401
+import pytest_batchinv.plugin.enabled
+import pytest_batchinv.subjects.transformers.presets  # noqa: F401
 
 STUBS = """
 import contextlib
+import copy
 import sys
 import types
 
@@ -44,14 +44,29 @@ def batch_invariant_mode():
         Mode.depth -= 1
 
 
-class TransformersEngine:
+@contextlib.contextmanager
+def stock_torch():
+    depth, Mode.depth = Mode.depth, 0
+    try:
+        yield
+    finally:
+        Mode.depth = depth
+
+
+class TransformersSubject:
     built = []
 
     def __init__(self, **words):
         if words["attn"] == "unheard-of":
             raise ValueError("no such attention as 'unheard-of'; use eager or sdpa")
-        self.__dict__.update(words)
+        self.words = words
+        self.compile_mode = "eager"
         self.built.append(words)
+
+    def in_compile_mode(self, compile_mode):
+        other = copy.copy(self)
+        other.compile_mode = compile_mode
+        return other
 
 
 def stub(name, **contents):
@@ -59,15 +74,63 @@ def stub(name, **contents):
     vars(sys.modules[name]).update(contents)
 
 
-stub("pytest_batchinv.mode", Mode=Mode, ModeError=ModeError, batch_invariant_mode=batch_invariant_mode)
-stub("pytest_batchinv.engines.transformers", TransformersEngine=TransformersEngine)
+stub(
+    "pytest_batchinv.mode",
+    Mode=Mode,
+    ModeError=ModeError,
+    batch_invariant_mode=batch_invariant_mode,
+    stock_torch=stock_torch,
+)
+stub("pytest_batchinv.subjects.transformers", TransformersSubject=TransformersSubject)
 
 
-def emit(relation="I", verdict="equal", **words):
-    from pytest_batchinv import records
+if "torch" not in sys.modules:  # on a worker of xdist: the real one takes seconds to load
+    stub("torch", manual_seed=id, get_rng_state=int, set_rng_state=id)
+    sys.modules["torch"].cuda = types.SimpleNamespace(is_initialized=bool, is_available=bool)
 
-    case = {"compile_mode": "eager", "device": "cpu", "dtype": "fp32", "machine": {"cpu": "a stub", "torch": "2.0"}}
-    records.emit(records.Record("stub-model", relation, verdict, **{**case, **words}))
+
+def subject(name="stub-model", kind="transformers", **words):
+    from pytest_batchinv.subjects.base import SubjectInfo
+
+    attention = "batch_invariant" if kind == "transformers" else ""
+    return SubjectInfo(**{"name": name, "kind": kind, "device": "cpu", "dtype": "fp32", "attention": attention, **words})
+
+
+def finding(**words):
+    from pytest_batchinv.report.record import Breakpoints, Finding
+
+    return Finding(
+        **{
+            "case": '{"rows":[{"id":0,"length":5},{"id":1,"length":3}],"layout":"left"}',
+            "position": 1,
+            "n_rows": 2,
+            "row": '{"id":1,"length":3}',
+            "output": "logprobs",
+            "sides": ("alone", "in the batch"),
+            "kind": "bits",
+            "index": (4, 17),
+            "expected": "1.0",
+            "actual": "1.0000001",
+            "expected_hex": "0x3f800000",
+            "actual_hex": "0x3f800001",
+            "ulp": 1,
+            "n_differ": 3,
+            "n_total": 1024,
+            "breakpoints": Breakpoints(((2, 3), (9, 9)), 12, 300),
+            "replay": "pytest --batch-invariant --batchinv-shape '{}' test_it.py::test_it",
+            **words,
+        }
+    )
+
+
+def emit(relation="I", verdict="equal", info=None, **words):
+    from pytest_batchinv import context
+    from pytest_batchinv.report.record import Counts, Record
+
+    words.setdefault("mode", "on")
+    words.setdefault("counts", Counts(examples=20, rows=300, compared_bytes=5_000_000, forwards=40, seconds=2.0))
+    words.setdefault("machine", {"cpu": "a stub", "torch": "2.0"})
+    context.current().emit(Record(subject=info or subject(), relation=relation, verdict=verdict, **words))
 """
 
 

@@ -34,7 +34,7 @@ def test_a_bad_value_is_a_usage_error_that_lists_the_right_ones(pytester, option
     result.stderr.no_fnmatch_line("*Traceback*")
 
 
-def test_the_door_of_a_bad_value_is_named(pytester, monkeypatch):
+def test_the_source_of_a_bad_value_is_named(pytester, monkeypatch):
     pytester.makeini("[pytest]\nbatchinv_dtype = int4\n")
     pytester.runpytest_inprocess().stderr.fnmatch_lines(["ERROR: ini option batchinv_dtype: 'int4' is not *"])
     monkeypatch.setenv("BATCHINV_DTYPE", "int8")
@@ -72,8 +72,8 @@ def test_the_header_has_what_is_needed_to_repeat_the_run(pytester, monkeypatch):
     result = pytester.runpytest_inprocess(*on)
     result.stdout.fnmatch_lines(
         [
-            "batch invariance: on; tiny-qwen3 (transformers), device cpu, dtype bf16, attention auto",
-            "batch invariance: relations R,I,X,N; 7 examples each, drawn at random; torch *, triton *",
+            "batch invariance: on; auto (transformers), device cpu, dtype bf16, attention auto",
+            "batch invariance: relations R,S,I,X,N; 7 examples each, drawn at random; torch *, triton *",
         ]
     )
     monkeypatch.setenv("CI", "1")
@@ -91,7 +91,7 @@ def test_markers_and_help_tell_all(pytester):
         ]
     )
     text = pytester.runpytest_inprocess("--help").stdout.str()
-    from pytest_batchinv.options import OPTIONS
+    from pytest_batchinv.plugin.options import OPTIONS
 
     for option in OPTIONS:
         assert option.flag in text and option.env in text and f"{option.ini} (" in text
@@ -107,8 +107,8 @@ def test_while_off_nothing_heavy_is_loaded(pytester):
             ours = {name for name in sys.modules if name.startswith("pytest_batchinv.")}
             assert "pytest_batchinv.plugin" in ours
             assert not {"torch", "triton", "transformers", "hypothesis"} & set(sys.modules)
-            asked_for = {"records", "shapes", "gpu", "preflight", "report"}
-            assert not {f"pytest_batchinv.{name}" for name in asked_for} & ours
+            needed = ("plugin", "plugin.fixtures", "plugin.lifecycle", "plugin.markers", "plugin.options", "plugin.stash")
+            assert ours == {f"pytest_batchinv.{name}" for name in needed}
         """
     )
     pytester.runpytest_subprocess().assert_outcomes(passed=1)

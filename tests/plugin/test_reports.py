@@ -4,38 +4,28 @@ import json
 
 import pytest
 
-DIFFERENCE = {
-    "index": [4, 17],
-    "expected": "1.0",
-    "actual": "1.0000001",
-    "expected_hex": "0x3f800000",
-    "actual_hex": "0x3f800001",
-    "ulp": 1,
-    "n_differ": 3,
-    "n_total": 1024,
-    "sizes": [2, 3],
-    "shape": '{"rows":[{"id":0,"length":5,"content":"random"}],"layout":"left","extra_padding":0}',
-}
-
-TESTS = f"""
+TESTS = """
 import pytest
-from conftest import emit
+from conftest import emit, finding, subject
+from pytest_batchinv.report.record import Counts, OpCoverage, Skipped
 
 @pytest.mark.compile_mode("eager", "default")
 def test_model(compile_mode, batch_invariant):
-    batch_invariant.hits["aten::mm"] = 1
-    words = dict(compile_mode=compile_mode, examples=20, rows=300, compared_bytes=5_000_000, hits={{"aten::mm": 1234}})
-    emit("R", **words)
-    not_run = [{{"shape": "...", "reason": "out of memory"}}]
-    emit("I", unclassified_ops=["aten::erfinv"], nan_rows=2, not_run=not_run, **words)
+    info, hits = subject(compile_mode=compile_mode), {"aten::mm": 1234}
+    emit("R", info=info, hits=hits)
+    covered = ("all sizes 1-300", "99 of 99 pairs")
+    ops = OpCoverage(unverified=("aten::erfinv",))
+    counts = Counts(examples=20, rows=300, compared_bytes=5_000_000, nan_rows=2, seconds=2.0)
+    not_run = (Skipped("{}", "out of memory"),)
+    emit("I", info=info, hits=hits, covered=covered, ops=ops, counts=counts, not_run=not_run)
 
 def test_that_fails():
-    emit("X", "differs", difference={DIFFERENCE})
+    emit("X", "differs", mode="off", finding=finding())
     assert False
 
 def test_controls():
-    emit("N", "caught", examples=3, difference={DIFFERENCE})
-    emit("N", "inconclusive", examples=9)
+    emit("I", "caught", mode="stock", control=True, finding=finding())
+    emit("I", "inconclusive", mode="stock", control=True)
 """
 
 
@@ -43,35 +33,96 @@ def test_the_summary_is_read_by_somebody_who_sees_it_first(pytester, run):
     pytester.makepyfile(TESTS)
     result = run("--batch-invariant")
     result.assert_outcomes(passed=3, failed=1)
+    result.stdout.fnmatch_lines(["*= batch invariance =*"])
     result.stdout.fnmatch_lines_random(
         [
-            "*= batch invariance =*",
-            "stub-model on cpu, fp32",
-            "  compiled  *relation  *verdict  *examples  *rows  *compared",
-            "  eager     *R run to run  *equal  *20  *300  *5.0 MB",
-            "  default   *I alone == in a batch  *equal  *20  *300  *5.0 MB",
-            "  eager     *X eager == compiled  *DIFFERS*",
-            "DIFFERS: stub-model on cpu, fp32, compile mode eager, X eager == compiled",
-            "  in *test_that_fails",
-            "  3 of 1,024 values differ; the first at [[]4, 17]:",
-            "  1.0 (0x3f800000) against 1.0000001 (0x3f800001), 1 ulp apart",
-            "  the bits change at batch sizes 2-3",
-            "  to repeat it, add --batchinv-shape '{*}'",
-            "negative control: stock torch was caught, after 3 examples, *",
-            "  in a batch of 1 row, left padding",
-            "negative control: INCONCLUSIVE: stock torch did not vary in 9 examples, *",
+            "stub-model on cpu, fp32, attention batch_invariant, in batch-invariant mode",
+            "  eager * R equal * I equal *40 batches *600 rows *10.0 MB, 10 batches/s",
+            "  default * R equal * I equal *40 batches *600 rows *10.0 MB, 10 batches/s",
+            "stub-model on cpu, fp32, attention batch_invariant, with the mode off",
+            "  eager * X DIFFERS *",
+            "DIFFERS: stub-model (fp32, attention batch_invariant, eager, cpu)",
+            "  X eager == compiled, with the mode off, in test_the_summary*::test_that_fails",
+            "  row id 1, 3 tokens, random; at position 1 of 2, left padding to 5 columns",
+            "  3 of 1,024 values; the first at [[]4, 17]:",
+            "  1.0 (0x3f800000) alone, 1.0000001 (0x3f800001) in the batch, 1 ulp apart",
+            "  bits change at batch sizes 2-3, 9; 12 sizes from 1 to 300 were run, changes between them bisected",
+            "  to repeat it: pytest --batch-invariant --batchinv-shape *",
+            "negative control: stock torch was caught, after 20 batches, 300 rows, 5.0 MB",
+            "negative control: INCONCLUSIVE: stock torch did not vary in 20 batches, 300 rows, 5.0 MB;",
             "operations replaced: 1 overload, 4,936 calls",
             "  *4,936  aten::mm",
-            "NOT COVERED: 1 operation ran as stock torch has them, *",
-            "  aten::erfinv",
-            "not run: 2 examples",
+            "UNVERIFIED: 1 operator ran as stock torch has them, *",
+            "  aten::erfinv  in stub-model",
+            "not run: 2 batches",
             "  2 times: out of memory",
             "NaN: 4 rows held NaN*",
-            "machine: a stub, *torch 2.0",
         ]
     )
-    ours = [line for line in result.outlines if "stub-model" in line or line.startswith((" ", "batch invariance", "N"))]
-    assert all(len(line) <= 120 for line in ours if "to repeat it" not in line and "emit(" not in line)
+    end = result.outlines.index(next(line for line in result.outlines if line.startswith("proven")))
+    result.stdout.fnmatch_lines(
+        [
+            "proven      0 bits differ in R, I: 2 subjects, 80 batches, 20.0 MB",
+            "covered     all sizes 1-300; 99 of 99 pairs (stub-model, the widest)",
+            "on          a stub, ? threads, torch 2.0",
+            "control     the same search caught stock torch in 1 of 2 subjects",
+            "not proven  1 DIFFERS; 1 unverified operator; 1 control INCONCLUSIVE; not asked: S; *",
+        ]
+    )
+    ours = result.outlines[result.outlines.index(next(line for line in result.outlines if "= batch inv" in line)) : end + 7]
+    assert all(len(line) <= 110 for line in ours if "to repeat it" not in line and "::" not in line)
+
+
+def test_two_subjects_of_one_name_are_two_lines_that_say_whether_the_mode_was_on(pytester, run):
+    pytester.makepyfile(
+        """
+        from conftest import emit, finding, subject
+
+        def test_off():
+            emit(info=subject("Block", "module"), verdict="differs", mode="off", finding=finding(row='{"id":1}'))
+
+        def test_on():
+            emit(info=subject("Block", "module"))
+
+        def test_on_too():
+            emit(info=subject("Block", "module", compile_mode="default"))
+        """
+    )
+    run("--batch-invariant").stdout.fnmatch_lines_random(
+        [
+            "1 function of rows on cpu, fp32, with the mode off",
+            "  I DIFFERS *20 batches *",
+            "    Block",
+            "2 functions of rows on cpu, fp32, in batch-invariant mode",
+            "  I equal *40 batches *",
+            "    Block, Block (default)",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "verdict, words",
+    [
+        ("error", "ERROR"),
+        ("refused", "REFUSED"),
+        ("shape_differs", "SHAPE DIFFERS"),
+        ("interrupted", "INTERRUPTED"),
+        ("not_run", "not run"),
+    ],
+)
+def test_a_verdict_that_is_not_equal_is_never_among_the_proven(pytester, verdict, words):
+    pytester.makepyfile(
+        f"""
+        from conftest import emit
+
+        def test_it(): emit(verdict="{verdict}", error="ValueError: five rows are too many", case='{{"rows":[0,1]}}')
+        """
+    )
+    result = pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu", "--batchinv-report=a.json")
+    result.stdout.fnmatch_lines([f"  eager * I {words} *", "*five rows are too many*", f"not proven  1 {words};*"])
+    result.stdout.no_fnmatch_line("proven *")
+    (record,) = json.loads(pytester.path.joinpath("a.json").read_text())["records"]
+    assert (record["verdict"], record["error"]) == (verdict, "ValueError: five rows are too many")
 
 
 def test_the_record_is_written_also_when_tests_fail(pytester, run):
@@ -80,9 +131,9 @@ def test_the_record_is_written_also_when_tests_fail(pytester, run):
     result.stdout.fnmatch_lines(["record of this run: *a.json", "record of this run: *b.json"])
     saved = json.loads(pytester.path.joinpath("new", "a.json").read_text())
     assert saved == json.loads(pytester.path.joinpath("b.json").read_text())
-    assert saved["schema"] == 1
+    assert saved["schema"] == 2
     assert saved["machine"] == {"cpu": "a stub", "torch": "2.0"}
-    assert saved["settings"]["model"] == "tiny-qwen3"
+    assert saved["settings"]["model"] == "auto"
     assert saved["outcome"] == {"exit_status": 1, "passed": 3, "failed": 1}
     assert len(saved["records"]) == 7
     assert {record["nodeid"].rpartition("::")[2] for record in saved["records"]} == {
@@ -92,6 +143,14 @@ def test_the_record_is_written_also_when_tests_fail(pytester, run):
         "test_controls",
     }
     assert [path.name for path in pytester.path.joinpath("new").iterdir()] == ["a.json"]
+
+
+def test_the_records_of_workers_are_not_in_the_file_of_junit(pytester):
+    pytester.makepyfile(TESTS)
+    pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu", "-n2", "--junit-xml=a.xml")
+    text = pytester.path.joinpath("a.xml").read_text()
+    assert "test_that_fails" in text
+    assert "batchinv_record" not in text
 
 
 def test_a_record_that_cannot_be_written_is_no_success(pytester):
@@ -107,37 +166,6 @@ def test_a_record_that_cannot_be_written_is_no_success(pytester):
     result.stdout.fnmatch_lines(["NOT WRITTEN: *a.json*"])
 
 
-def test_a_run_that_is_interrupted_shows_what_it_has(pytester):
-    pytester.makepyfile(
-        """
-        from conftest import emit
-
-        def test_it(): emit("R", examples=20)
-
-        def test_interrupted(): raise KeyboardInterrupt
-        """
-    )
-    result = pytester.runpytest_subprocess("--batch-invariant", "--batchinv-device=cpu", "--batchinv-report=a.json")
-    assert result.ret == pytest.ExitCode.INTERRUPTED
-    result.stdout.fnmatch_lines(["  eager  *R run to run  *equal  *20*", "record of this run: *"])
-    assert len(json.loads(pytester.path.joinpath("a.json").read_text())["records"]) == 1
-
-
 def test_while_off_there_is_no_section(pytester, run):
     pytester.makepyfile("def test_it(): pass")
     run().stdout.no_fnmatch_line("*batch invariance*")
-
-
-def test_long_runs_show_signs_of_life(pytester, monkeypatch):
-    monkeypatch.setattr("pytest_batchinv.progress.SECONDS_BETWEEN_LINES", 0.0)
-    pytester.makepyfile(
-        """
-        from pytest_batchinv import progress
-
-        def test_it(): progress.report("stub-model: swept 3 of 9 batches")
-        """
-    )
-    on = ["--batch-invariant", "--batchinv-device=cpu"]
-    pytester.runpytest_inprocess(*on).stdout.fnmatch_lines(["stub-model: swept 3 of 9 batches"])
-    pytester.runpytest_inprocess(*on, "-q").stdout.no_fnmatch_line("*swept*")
-    pytester.runpytest_inprocess().stdout.no_fnmatch_line("*swept*")

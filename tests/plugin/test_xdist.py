@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_batchinv import gpu, xdist
+from pytest_batchinv import gpu
+from pytest_batchinv.plugin import xdist
 
 SHOW = """
 import os
@@ -49,12 +50,12 @@ def test_a_worker_that_dies_takes_nothing_with_it(pytester):
         def test_it(i):
             if i == 3:
                 os._exit(1)
-            emit("R", examples=1)
+            emit("R")
         """
     )
     result = pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu", "-n2")
     result.assert_outcomes(passed=5, failed=1)
-    result.stdout.fnmatch_lines(["  eager  *R run to run  *equal  *5 *"])
+    result.stdout.fnmatch_lines(["  eager *R equal *100 batches *1,500 rows *25.0 MB*"])
 
 
 def test_a_new_worker_takes_the_number_of_the_dead_one():
@@ -67,15 +68,18 @@ def test_a_new_worker_takes_the_number_of_the_dead_one():
     assert [node.workerinput["batchinv_slot"] for node in nodes] == [0, 1, 0]
 
 
-def worker(slot):
-    return SimpleNamespace(workerinput={"batchinv_slot": slot})
+def worker(slot, workers=2):
+    return SimpleNamespace(workerinput={"batchinv_slot": slot, "workercount": workers})
 
 
-def test_more_workers_than_gpus_share_them(monkeypatch):
+@pytest.mark.parametrize("slot, workers, device, share", [(0, 2, "6", 1), (5, 6, "7", 3), (4, 5, "6", 3), (3, 5, "7", 2)])
+def test_more_workers_than_gpus_share_them_and_their_memory(monkeypatch, slot, workers, device, share):
     monkeypatch.setattr(gpu, "started", lambda: False)
+    monkeypatch.setattr(gpu, "SHARE", gpu.Share())
     environ = {"CUDA_VISIBLE_DEVICES": "6,7"}
-    xdist.take_gpu(worker(5), environ)
-    assert environ == {"CUDA_VISIBLE_DEVICES": "7"}
+    assert xdist.take_gpu(worker(slot, workers), environ) == ""
+    assert environ == {"CUDA_VISIBLE_DEVICES": device}
+    assert gpu.SHARE.workers == share
 
 
 def test_a_gpu_cannot_be_given_once_cuda_has_started(monkeypatch):
@@ -95,6 +99,7 @@ def test_cuda_that_started_too_early_ends_the_run_with_the_reason(pytester, monk
 
         if "PYTEST_XDIST_WORKER" in os.environ:
             sys.modules["torch"] = types.ModuleType("torch")
+            sys.modules["torch"].manual_seed = id
             sys.modules["torch"].cuda = types.SimpleNamespace(is_initialized=lambda: True)
         """
     )
@@ -118,5 +123,5 @@ def test_gpus_are_counted_without_starting_cuda(monkeypatch):
     assert gpu.visible({}) == ["0", "1", "2"]
     monkeypatch.setattr(gpu, "_device_files", lambda: 0)
     listing = "GPU 0: NVIDIA H200 (UUID: GPU-1)\n  MIG 1g.18gb Device 0: (UUID: MIG-2)\nGPU 1: NVIDIA H200 (UUID: GPU-3)\n"
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=listing))
+    monkeypatch.setattr("subprocess.run", lambda *a, **k: SimpleNamespace(stdout=listing))
     assert gpu.visible({}) == ["0", "1"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pytest_batchinv.kernels import cpu
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

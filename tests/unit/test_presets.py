@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from pytest_batchinv.engines import presets
-from pytest_batchinv.engines.layout import NO_ROW, lay_out, row_tokens
-from pytest_batchinv.engines.presets import PRESETS, UnknownModel, is_preset, preset_config
 from pytest_batchinv.shapes import CONTENTS, BatchShape, Row
+from pytest_batchinv.subjects.transformers import presets
+from pytest_batchinv.subjects.transformers.layout import NO_ROW, lay_out, row_tokens
+from pytest_batchinv.subjects.transformers.presets import PRESETS, UnknownModel, is_preset, preset_config
 
 ROWS = (Row(0, 2), Row(1, 5), Row(2, 1))
-VOCABULARY, LOUD = 499, 498
+VOCABULARY, OUTLIER = 499, 498
 
 
 def test_presets_need_no_torch():
@@ -42,41 +42,41 @@ def test_paths_and_hub_ids_are_no_presets():
 @pytest.mark.parametrize("content", CONTENTS)
 def test_the_tokens_of_a_row_depend_on_the_row_alone(content):
     row = Row(3, 50, content)
-    tokens = row_tokens(row, VOCABULARY, LOUD)
-    assert tokens == row_tokens(Row(3, 50, content), VOCABULARY, LOUD)
-    assert tokens != row_tokens(Row(4, 50, content), VOCABULARY, LOUD)
+    tokens = row_tokens(row, VOCABULARY, OUTLIER)
+    assert tokens == row_tokens(Row(3, 50, content), VOCABULARY, OUTLIER)
+    assert tokens != row_tokens(Row(4, 50, content), VOCABULARY, OUTLIER)
     assert len(tokens) == 50
     assert set(tokens) <= set(range(VOCABULARY))
 
 
 def test_the_tokens_of_a_row_are_these_on_every_machine():
-    assert row_tokens(Row(0, 6), VOCABULARY, LOUD) == [268, 292, 127, 253, 272, 389]
+    assert row_tokens(Row(0, 6), VOCABULARY, OUTLIER) == [268, 292, 127, 253, 272, 389]
 
 
-def test_contents_differ_in_their_loud_tokens():
-    loud = {content: row_tokens(Row(0, 200, content), VOCABULARY, 7).count(7) for content in CONTENTS}
-    assert loud["random"] == loud["repeated"] == 0
-    assert 100 < loud["extreme"] < 200
+def test_contents_differ_in_their_outlier_tokens():
+    outliers = {content: row_tokens(Row(0, 200, content), VOCABULARY, 7).count(7) for content in CONTENTS}
+    assert outliers["random"] == outliers["repeated"] == 0
+    assert 100 < outliers["extreme"] < 200
     assert len(set(row_tokens(Row(0, 200, "repeated"), VOCABULARY, 7))) == 1
 
 
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_every_row_stands_whole_in_its_place(layout):
-    sheet = lay_out(BatchShape(ROWS, layout, extra_padding=2), VOCABULARY, LOUD)
-    for number, (row, place) in enumerate(zip(ROWS, sheet.places, strict=True)):
-        cells = sheet.lines[place.line][place.start : place.stop]
-        tokens = row_tokens(row, VOCABULARY, LOUD)
-        assert list(cells) == [(token, number, position) for position, token in enumerate(tokens)]
+    laid_out = lay_out(BatchShape(ROWS, layout, extra_padding=2), VOCABULARY, OUTLIER)
+    for number, (row, span) in enumerate(zip(ROWS, laid_out.spans, strict=True)):
+        slots = laid_out.sequences[span.sequence][span.start : span.stop]
+        tokens = row_tokens(row, VOCABULARY, OUTLIER)
+        assert list(slots) == [(token, number, position) for position, token in enumerate(tokens)]
 
 
-@pytest.mark.parametrize(("layout", "first_line"), [("right", [0, 0] + [NO_ROW] * 5), ("left", [NO_ROW] * 5 + [0, 0])])
-def test_padding_belongs_to_no_row_and_stands_on_its_side(layout, first_line):
-    sheet = lay_out(BatchShape(ROWS, layout, extra_padding=2), VOCABULARY, LOUD)
-    assert sheet.rows[0] == first_line
-    assert {len(line) for line in sheet.lines} == {7}
+@pytest.mark.parametrize(("layout", "first_sequence"), [("right", [0, 0] + [NO_ROW] * 5), ("left", [NO_ROW] * 5 + [0, 0])])
+def test_padding_belongs_to_no_row_and_stands_on_its_side(layout, first_sequence):
+    laid_out = lay_out(BatchShape(ROWS, layout, extra_padding=2), VOCABULARY, OUTLIER)
+    assert laid_out.rows[0] == first_sequence
+    assert {len(sequence) for sequence in laid_out.sequences} == {7}
 
 
-def test_packed_rows_share_one_line_and_count_their_positions_anew():
-    sheet = lay_out(BatchShape(ROWS, "packed"), VOCABULARY, LOUD)
-    assert sheet.rows == [[0, 0, 1, 1, 1, 1, 1, 2]]
-    assert sheet.positions == [[0, 1, 0, 1, 2, 3, 4, 0]]
+def test_packed_rows_share_one_sequence_and_count_their_positions_anew():
+    laid_out = lay_out(BatchShape(ROWS, "packed"), VOCABULARY, OUTLIER)
+    assert laid_out.rows == [[0, 0, 1, 1, 1, 1, 1, 2]]
+    assert laid_out.positions == [[0, 1, 0, 1, 2, 3, 4, 0]]

@@ -1,0 +1,58 @@
+"""The kernel set for CUDA: the launchers of the Triton kernels, by the names of ``reference.py``, and their plans.
+
+``plan_<name>`` takes the descriptions of the tensors and the other arguments. What it returns takes tensors at such addresses.
+"""
+
+from .attention import attention, packed_attention, plan_attention
+from .matmul import gemm, grouped_gemm, plan_gemm
+from .norm import plan_row_layer_norm, plan_row_rms_norm, row_layer_norm, row_rms_norm
+from .reduce import (
+    plan_row_cumsum,
+    plan_row_logsumexp,
+    plan_row_mean,
+    plan_row_mean_of_squares,
+    plan_row_norm,
+    plan_row_sum,
+    plan_row_var_mean,
+    row_cumsum,
+    row_logsumexp,
+    row_mean,
+    row_mean_of_squares,
+    row_norm,
+    row_sum,
+    row_var_mean,
+)
+from .scatter import index_add
+from .softmax import plan_row_logprobs, plan_row_softmax, row_logprobs, row_softmax
+
+__all__ = [
+    "attention",
+    "gemm",
+    "grouped_gemm",
+    "index_add",
+    "packed_attention",
+    "plan_attention",
+    "plan_gemm",
+    "plan_row_cumsum",
+    "plan_row_layer_norm",
+    "plan_row_logprobs",
+    "plan_row_logsumexp",
+    "plan_row_mean",
+    "plan_row_mean_of_squares",
+    "plan_row_norm",
+    "plan_row_rms_norm",
+    "plan_row_softmax",
+    "plan_row_sum",
+    "plan_row_var_mean",
+    "row_cumsum",
+    "row_layer_norm",
+    "row_logprobs",
+    "row_logsumexp",
+    "row_mean",
+    "row_mean_of_squares",
+    "row_norm",
+    "row_rms_norm",
+    "row_softmax",
+    "row_sum",
+    "row_var_mean",
+]

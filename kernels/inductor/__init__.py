@@ -1,0 +1,130 @@
+"""The compile installer: the table in every graph that Inductor compiles, and the rules that keep its pointwise code exact.
+
+The rules (``patches/inductor_config.py`` gives the reasons) and the cache key are held for the length of one compilation, in
+whichever thread that happens. The table goes in where Inductor looks its decompositions up.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels.aten.common import as_floats
+from pytest_batchinv.kernels.inductor.guard import LeftoverError
+from pytest_batchinv.kernels.inductor.passes import passes
+from pytest_batchinv.kernels.operators import operators
+from pytest_batchinv.kernels.overloads import is_exact, overload_of, refusal
+from pytest_batchinv.patches import inductor_config
+from pytest_batchinv.patches.compilation import around_compilation
+from pytest_batchinv.patches.registry import torch_version
+
+__all__ = ["LeftoverError", "decompositions", "installed"]
+
+Decomposition = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def installed(fingerprint: Callable[[], str]) -> Iterator[None]:
+    """Every compilation inside, by any thread, gets the table, the rules and a cache key of its own.
+
+    fingerprint: asked for at each compilation, since patches may have come or gone. Raises SettingError.
+    """
+    from torch._inductor import compile_fx as module
+
+    inductor_config.check(torch_version())
+    stock_table = module.select_decomp_table
+    with around_compilation(lambda: _in_the_mode(fingerprint())):
+        module.select_decomp_table = decompositions
+        torch._dynamo.reset()
+        try:
+            yield
+        finally:
+            if module.select_decomp_table is decompositions:
+                module.select_decomp_table = stock_table
+            torch._dynamo.reset()
+
+
+def decompositions() -> dict[OpOverload, Decomposition]:
+    """Inductor's decompositions with the table's entries in front. A plain function, as it becomes part of a cache key."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {**select_decomp_table(), **_table()}
+
+
+@functools.cache
+def _table() -> dict[OpOverload, Decomposition]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    stock = dict(select_decomp_table())
+    pointwise = {overload_of(name) for name in table.POINTWISE}
+    entries = {
+        overload: _on_the_cpu(overload, operator, stock.get(overload))
+        if overload in pointwise
+        else _replacement(overload, operator)
+        for overload, operator in operators().items()
+    }
+    for name, reason in table.REFUSED.items():
+        overload = overload_of(name)
+        if overload is not None:
+            entries[overload] = _refusal_of_floats(overload, reason)
+    return entries
+
+
+def _replacement(overload: OpOverload, operator: OpOverload) -> Decomposition:
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if is_exact(overload, args, kwargs) else operator(*args, **kwargs)
+
+    return decompose
+
+
+def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Decomposition | None) -> Decomposition:
+    """Pointwise entries are the CPU's alone; on a GPU Inductor's own code gives the bits of eager code."""
+    if overload is torch.ops.aten.pow.Tensor_Scalar:
+        stock = _pow
+
+    def decompose(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.device.type == "cpu" and not is_exact(overload, (self, *args), kwargs):
+            return operator(as_floats(self), *args, **kwargs)  # whose fake result has the dtype of its input
+        return NotImplemented if stock is None else stock(self, *args, **kwargs)
+
+    return decompose
+
+
+def _refusal_of_floats(overload: OpOverload, reason: str) -> Decomposition:
+    refuse = refusal(overload, reason)
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if is_exact(overload, args, kwargs) else refuse()
+
+    return decompose
+
+
+def _pow(self: torch.Tensor, exponent: float) -> Any:
+    """Squares and cubes as eager CUDA computes them: by products, each rounded to the tensor's dtype.
+
+    Inductor multiplies in float32 and rounds once, which is another value in bf16.
+    """
+    if self.is_floating_point() and exponent in (2, 3):
+        square = self * self
+        return square if exponent == 2 else square * self
+    return NotImplemented
+
+
+@contextlib.contextmanager
+def _in_the_mode(fingerprint: str) -> Iterator[None]:
+    """What holds for the length of one compilation: the rules, the last passes, and the cache key."""
+    config, compiler_config = torch._inductor.config, torch.compiler.config
+    last = passes(config.post_grad_custom_post_pass, fingerprint)
+    # Without the tag a warm cache silently gives the graph of the other mode: decompositions are not in its key.
+    tag = compiler_config.cache_key_tag
+    tag = tag if fingerprint in tag else f"{tag};batchinv-{fingerprint}"
+    with (
+        inductor_config.in_force(torch_version()),
+        config.patch(post_grad_custom_post_pass=last),
+        compiler_config.patch(cache_key_tag=tag),
+    ):
+        yield

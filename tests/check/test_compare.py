@@ -1,0 +1,126 @@
+"""Bitwise comparison, of every dtype that torch has."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_batchinv.compare import as_bits, first_difference, first_row_that_differs, refuse_uncomparable
+from pytest_batchinv.subjects.base import RowOutputs
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+EIGHT_BITS = [dtype for name, dtype in vars(torch).items() if name.startswith("float8_")]
+PACKED = [torch.float4_e2m1fn_x2]
+OTHERS = [torch.complex128, torch.complex64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
+ALL = [*FLOATS, *EIGHT_BITS, *PACKED, *OTHERS, *UNSIGNED]
+
+
+def of_bytes(raw: bytes, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_two_bit_patterns_are_equal_only_where_all_bits_are(dtype, data):
+    bits = st.lists(st.sampled_from([0, 1]), min_size=64, max_size=64)
+    raw = bits if dtype == torch.bool else st.binary(min_size=64, max_size=64)
+    one = bytes(data.draw(raw))
+    other = bytearray(one)
+    place = data.draw(st.integers(0, 63))
+    other[place] ^= 1 if dtype == torch.bool else 1 << data.draw(st.integers(0, 7))
+    a, b = of_bytes(one, dtype), of_bytes(bytes(other), dtype)
+    assert first_difference(a, a.clone()) is None
+    found = first_difference(a, b)
+    assert (found.index, found.n_differ) == ((place // dtype.itemsize,), 1)
+    assert found.expected_hex != found.actual_hex
+    assert first_difference(a.reshape(2, -1), b.reshape(2, -1)).n_differ == 1
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64, torch.complex128, torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
+def test_zeros_of_both_signs_differ_and_nan_has_no_ulp(dtype):
+    zero, minus = torch.zeros(1).to(dtype), (-torch.zeros(1)).to(dtype)
+    assert first_difference(zero, minus) is not None
+    found = first_difference(zero, torch.full((1,), torch.nan).to(dtype))
+    assert "nan" in found.actual
+    assert found.ulp is None
+
+
+def test_a_conjugated_and_a_negated_view_are_their_values():
+    x = torch.complex(torch.randn(4), torch.randn(4))
+    assert first_difference(x.conj(), x.conj().resolve_conj()) is None
+    assert first_difference(x.conj().imag, x.conj().imag.resolve_neg()) is None
+    assert first_difference(x, x.conj()) is not None
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_tensors_are_compared_by_integers_scale_and_zero_point():
+    x = torch.randn(8)
+    one, same, scaled = (torch.quantize_per_tensor(x, scale, 3, torch.qint8) for scale in (0.1, 0.1, 0.2))
+    assert first_difference(one, same) is None
+    assert first_difference(one, scaled).kind == "shape"
+    other = torch.quantize_per_tensor(x + 0.3, 0.1, 3, torch.qint8)
+    assert first_difference(one, other).kind == "bits"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_one_ulp_is_found_where_it_is(dtype):
+    expected = torch.linspace(-3, 3, 12).to(dtype).reshape(3, 4)
+    actual = expected.clone()
+    actual[1, 2] = torch.nextafter(actual[1, 2], torch.tensor(9.0, dtype=dtype))
+    found = first_difference(expected, actual)
+    assert (found.index, found.ulp, found.n_differ, found.n_total) == ((1, 2), 1, 1, 12)
+    assert float(found.expected) == expected[1, 2].item()
+    assert len(found.expected_hex) == 2 + 2 * expected.element_size()
+
+
+def test_ulps_are_counted_across_zero():
+    tiny = torch.tensor(2.0**-149)
+    assert first_difference(tiny, -tiny).ulp == 2
+
+
+def test_strides_do_not_matter():
+    x = torch.randn(3, 4)
+    assert first_difference(x, x.t().contiguous().t()) is None
+    assert as_bits(x.t()).shape == (4, 3)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(2, 1), torch.zeros(2, dtype=torch.float64)])
+def test_another_shape_or_dtype_is_a_difference_of_its_own_kind(other):
+    found = first_difference(torch.zeros(2), other)
+    assert found.kind == "shape"
+    assert str(found) == f"float32 [2] against {str(other.dtype).removeprefix('torch.')} {list(other.shape)}"
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: torch.eye(3).to_sparse(), "layout torch.sparse_coo, which has no bits for each row; return it .to_dense()"),
+        (lambda: torch.eye(3).to_sparse_csr(), "layout torch.sparse_csr"),
+        (lambda: torch.empty(3, device="meta"), "on the device meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_what_has_no_bits_for_each_row_is_refused_in_a_sentence(make, says):
+    with pytest.raises(ValueError, match="the output is") as caught:
+        refuse_uncomparable("the output", make())
+    assert says in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_rows=st.integers(1, 9), row=st.integers(0, 8), stacked=st.booleans())
+def test_the_first_row_that_differs_is_named_whether_rows_are_stacked_or_not(n_rows, row, stacked):
+    row %= n_rows
+    x, y = torch.zeros(n_rows, 3), torch.zeros(n_rows, 3)
+    y[row:, 1] = 1.0
+
+    def outputs(t):
+        if stacked:
+            return RowOutputs({"a": torch.ones(n_rows), "b": t})
+        return RowOutputs(rows=[{"a": torch.ones(1), "b": r} for r in t])
+
+    assert first_row_that_differs(outputs(x), outputs(x)) is None
+    found = first_row_that_differs(outputs(x), outputs(y))
+    assert found.position == row
+    assert (found.output, found.difference.index) == ("b", (1,))

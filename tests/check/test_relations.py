@@ -1,0 +1,155 @@
+"""Each relation catches its planted faults, names itself, and leaves what is no fault of its kind alone."""
+
+import pytest
+import torch
+
+from pytest_batchinv import BatchVarianceError, assert_batch_invariant, batch_invariant_mode, check_batch_invariant
+from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.plugin.options import RELATIONS as OPTION_WORDS
+from pytest_batchinv.relations import RELATIONS
+from pytest_batchinv.subjects.rows import RowsSubject
+
+MUTANTS = [(letter, mutant) for letter, relation in RELATIONS.items() for mutant in relation.mutants()]
+
+
+@pytest.mark.parametrize("letter, mutant", MUTANTS, ids=[f"{letter}-{mutant.name}" for letter, mutant in MUTANTS])
+def test_every_mutant_of_a_relation_is_caught_by_it(letter, mutant):
+    fn, pool = mutant.make()
+    with pytest.raises(BatchVarianceError, match=rf"relation {letter}\b"):
+        assert_batch_invariant(fn, pool, relations=(letter,), max_examples=10)
+
+
+def test_the_options_name_every_relation_with_its_words():
+    words = {letter: relation.words for letter, relation in RELATIONS.items()}
+    assert {letter: text for letter, text in OPTION_WORDS.items() if letter != "N"} == words
+    assert list(OPTION_WORDS) == [*RELATIONS, "N"]
+
+
+def test_rounding_that_follows_the_batch_size_is_no_leak_and_a_leak_is_found_before_it(emitted):
+    """Relation S holds in stock torch where I does not: shapes alone decide on a kernel."""
+    head, x = torch.nn.Linear(1024, 32), torch.randn(40, 1024)
+    (record,) = check_batch_invariant(RowsSubject(head, [x]), ("S",), max_examples=20)
+    assert record.verdict == "equal"
+    with pytest.raises(BatchVarianceError, match="relation I"):
+        check_batch_invariant(RowsSubject(head, [x]), ("S", "I"))
+    fn, pool = planted.scaled_by_the_largest()
+    with pytest.raises(BatchVarianceError, match="relation S, isolation"):
+        check_batch_invariant(RowsSubject(fn, [pool]), ("R", "S", "I"))
+
+
+def test_every_row_is_kept_once_while_each_of_its_neighbours_is_another():
+    from pytest_batchinv.search.runs import SubjectRuns
+    from pytest_batchinv.shapes import of_rows
+
+    seen = []
+
+    def spy(x):
+        seen.append(planted.index_of(x).tolist())
+        return planted.invariant(x)
+
+    case = of_rows(range(13))
+    positions = []
+    for comparison in RELATIONS["S"].sides(SubjectRuns(RowsSubject(spy, [planted.pool()])), case):
+        positions.append(comparison.positions)
+    kept_beside_another = {
+        (p, q) for kept, rows in zip(positions, seen[1:], strict=True) for p in kept for q in range(13) if rows[q] != q
+    }
+    assert kept_beside_another >= {(p, q) for p in range(13) for q in range(13) if p != q}
+
+
+def test_a_pool_without_another_row_of_the_same_shape_cannot_be_asked_for_isolation():
+    (record,) = check_batch_invariant(RowsSubject(planted.invariant, [planted.pool(1)]), ("S",))
+    assert (record.verdict, record.compared_something) == ("not_run", False)
+    assert "no two rows of the pool have the same length" in record.error
+
+
+def test_eager_code_is_not_compared_with_itself():
+    records = check_batch_invariant(RowsSubject(planted.invariant, [planted.pool()]), ("R", "X"), max_examples=1)
+    assert [record.relation for record in records] == ["R"]
+
+
+def test_compiled_functions_are_equal_to_eager_ones_in_the_mode_and_named_by_what_was_compiled():
+    module = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.SiLU())
+    with batch_invariant_mode():
+        record = assert_batch_invariant(module, planted.pool(), relations=("R", "X"), max_examples=10)
+        (other,) = check_batch_invariant(RowsSubject(torch.compile(module), [planted.pool()]), ("R",), max_examples=1)
+    assert (record.relation, record.verdict, record.subject.compile_mode) == ("X", "equal", "default")
+    assert (record.subject.name, other.subject.name, other.subject.compile_mode) == ("Sequential", "Sequential", "compiled")
+
+
+def test_relation_x_names_the_operators_that_diverge_in_place_ones_too():
+    def fn(x):
+        y = x.abs()
+        y.sqrt_()
+        return torch.exp2(y)
+
+    pool = torch.rand(40, 4096, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        BatchVarianceError, match=r"operators +compiled alone, other bits than in eager code: .*aten::"
+    ) as caught:
+        assert_batch_invariant(fn, pool, relations=("X",), max_examples=1)
+    assert caught.value.finding.sections[0].title == "operators"
+
+
+# --- functions of rows as subjects ------------------------------------------------------------------------------------
+
+
+def ragged_pool():
+    return [torch.randn(length, generator=torch.Generator().manual_seed(length)) for length in (3, 5, 3, 8, 1, 5)]
+
+
+def padded(rows):
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+
+def test_ragged_rows_are_collated_and_a_list_has_an_entry_for_each():
+    def unpadded(x, lengths):
+        return [row[:length] * 2 for row, length in zip(x, lengths, strict=True)]
+
+    def leaks(x, lengths):
+        return [row[:length] + x.shape[1] * 1e-3 for row, length in zip(x, lengths, strict=True)]
+
+    for relation in ("R", "S", "I"):
+        record = assert_batch_invariant(unpadded, ragged_pool(), collate=padded, relations=(relation,), max_examples=10)
+        assert record.verdict == "equal"
+    with pytest.raises(BatchVarianceError, match="relation I"):
+        assert_batch_invariant(leaks, ragged_pool(), collate=padded, max_examples=10)
+
+
+def test_nested_outputs_are_compared_row_by_row():
+    def nested(x):
+        return torch.nested.as_nested_tensor([row[: 1 + int(row[0]) % 3] for row in x], layout=torch.jagged)
+
+    assert assert_batch_invariant(nested, planted.pool(), relations=("I",), max_examples=5).verdict == "equal"
+
+
+def test_outputs_by_name_along_another_dimension_and_none_are_taken():
+    def fn(x):
+        return {"a": planted.invariant(x.t()).t(), "nothing": None}
+
+    pool = planted.pool().t().contiguous()
+    assert assert_batch_invariant(fn, pool, batch_dim=1, max_examples=3).verdict == "equal"
+
+    def second_varies(x):
+        return x, planted.one_ulp_up(x) if len(x) > 1 else x
+
+    with pytest.raises(BatchVarianceError, match="at position 0 of 2; output 1"):
+        assert_batch_invariant(second_varies, planted.pool())
+
+
+@pytest.mark.parametrize(
+    "fn, inputs, words, says",
+    [
+        (lambda x: x.sum(0), [planted.pool()], {}, r"has the shape \[16\] for a batch of 1 rows: .*per-row results only"),
+        (lambda x: x, [], {}, "the inputs are one or more tensors whose dimension 0 indexes the rows, not none"),
+        (lambda x: x, [planted.pool(), planted.pool(5)], {}, "the same number of rows, at least 1"),
+        (lambda x: "a", [planted.pool()], {}, "returns a tensor, or a tuple, list or mapping of tensors, not of type str"),
+        (lambda x: None, [planted.pool()], {}, "not None"),
+        (lambda x: x.to_sparse(), [planted.pool()], {}, r"layout torch.sparse_coo, .*return it .to_dense\(\)"),
+        (lambda x: x, [planted.pool()], {"collate": padded}, "with collate= the inputs are one or more lists of rows"),
+        (lambda x: x, [planted.pool()], {"compile_mode": "fast"}, "there is no compile mode 'fast'; use one of eager, default"),
+    ],
+)
+def test_what_is_no_function_of_rows_is_refused_in_a_sentence(fn, inputs, words, says):
+    with pytest.raises(ValueError, match=says):
+        assert_batch_invariant(fn, *inputs, **words)

@@ -1,0 +1,233 @@
+"""The search finds what is cheap to find, whatever the seed, and says what it covered. The mode is off here."""
+
+import itertools
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import strategies as st
+
+from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_batch_invariant
+from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.search import strategies, sweep
+from pytest_batchinv.search.shrink import smallest
+from pytest_batchinv.shapes import LAYOUTS, BatchShape, Row, of_rows
+from pytest_batchinv.subjects.base import Space
+from pytest_batchinv.subjects.rows import RowsSubject
+
+POOLS = (4, 20, 40, 150, 320)
+
+
+def caught(make, relation="I", **words) -> BatchVarianceError:
+    fn, pool = make()
+    with pytest.raises(BatchVarianceError) as error:
+        assert_batch_invariant(fn, pool, relations=(relation,), **words)
+    return error.value
+
+
+def pool_space(n_rows: int) -> Space:
+    return Space(tuple(Row(i) for i in range(n_rows)), (1,) * n_rows)
+
+
+MODEL = Space(tuple(Row(i, 1 + 9 * i) for i in range(20)), None, LAYOUTS, max_length=300, max_tokens=2048)
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_rows", POOLS)
+@pytest.mark.parametrize(
+    "fault, size",
+    [
+        (lambda n: planted.at_exactly(64, n), 64),
+        (lambda n: planted.at_exactly(256, n), 256),
+        (lambda n: planted.at_exactly(187, n), 187),
+        (lambda n: planted.from_size(200, n), 200),
+        (lambda n: planted.row_at_position(min(7, n - 1), 3, n), 4),
+        (lambda n: planted.row_at_position(n - 1, 31, n), 32),
+        (lambda n: planted.row_right_after(min(11, n - 1), min(4, n - 2), n), 2),
+        (lambda n: planted.row_right_after(0, n - 1, n), 2),
+        (lambda n: planted.while_last(min(9, n - 1), n), 2),
+        (lambda n: planted.repeated(n // 2, 2, n), 2),
+        (lambda n: planted.repeated(n // 2, 3, n), 3),
+    ],
+    ids=["exactly 64", "exactly 256", "exactly 187", "from 200", "7 at 3", "last at 31", "11 after 4", "0 after last", "9 last"]
+    + ["twice", "three times"],
+)
+def test_a_fault_that_is_cheap_to_find_is_found_in_every_pool_and_made_small(n_rows, fault, size):
+    error = caught(lambda: fault(n_rows), max_examples=1)
+    assert len(error.shape) == size
+    assert size in error.sizes
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", planted.INVARIANT)
+def test_an_invariant_function_is_equal(name, seed):
+    fn, pool = planted.INVARIANT[name]()
+    records = check_batch_invariant(RowsSubject(fn, [pool]), ("R", "S", "I"), seed=seed, max_examples=20)
+    assert [record.verdict for record in records] == ["equal"] * 3
+
+
+def test_a_fault_far_beyond_the_sweep_is_left_to_the_drawn_batches(database):
+    """Three rows of one kind among others: no sweep holds it, drawn batches do."""
+
+    def condition(ids):
+        return bool((ids == 3).sum() == 5) and len(ids) > 20
+
+    error = caught(lambda: planted.varies_where(condition, 12), max_examples=2000)
+    assert len(error.shape) == 21
+
+
+# --- what the sweep covers --------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40))
+def test_the_pairs_of_the_sweep_are_all_pairs_each_once(n):
+    symbols = list(sweep.de_bruijn(n))
+    pairs = list(itertools.pairwise(symbols))
+    assert sorted(pairs) == sorted(itertools.product(range(n), repeat=2))
+
+
+def covered_by(space: Space) -> sweep.Coverage:
+    coverage = sweep.Coverage(space)
+    for case in [*sweep.boundary_cases(space), *sweep.in_turn(sweep.covering(space), 1000.0)]:
+        assert space.fits(case)
+        assert not space.holds(case)
+        coverage.add(case)
+    return coverage
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 40, 150])
+def test_a_whole_sweep_covers_sizes_positions_pairs_and_repeats_and_says_so(n_rows):
+    words = covered_by(pool_space(n_rows)).words()
+    pairs = n_rows * (n_rows - 1)
+    assert words == (
+        "all sizes 1-300",
+        f"{n_rows * 32:,} of {n_rows} x 32 positions",
+        f"{pairs:,} of {pairs:,} pairs",
+        f"{n_rows} of {n_rows} rows repeated",
+    )
+
+
+def test_every_row_stands_last_while_every_other_one_is_there():
+    last = {case.rows[-1] for case in sweep.covering(pool_space(40))[2] if len(set(case.rows)) == 40}
+    assert len(last) == 40
+
+
+def test_a_model_is_swept_at_all_boundaries_in_all_layouts_within_its_bounds():
+    cases = sweep.boundary_cases(MODEL)
+    assert all(MODEL.fits(case) for case in cases)
+    assert {len(case) for case in cases} == set(MODEL.boundaries())
+    small = {(len(case), case.layout) for case in cases if len(case) <= 65}
+    assert small >= set(itertools.product([n for n in MODEL.boundaries() if n <= 65], LAYOUTS))
+
+
+def test_a_sweep_that_is_out_of_time_says_how_far_it_came(monkeypatch):
+    monkeypatch.setattr(sweep, "SECONDS", 0.0)
+    (record,) = check_batch_invariant(RowsSubject(planted.invariant, [planted.pool()]), ("I",), max_examples=1)
+    assert record.covered[0].startswith(f"{len(pool_space(40).boundaries())} of 300 sizes (1-5, 7-9, 14-17, ")
+
+
+# --- what is drawn, and the example database --------------------------------------------------------------------------
+
+
+def drawn_sizes(space: Space) -> list[int]:
+    seen = []
+
+    quiet = {"suppress_health_check": list(HealthCheck), "deadline": None, "database": None}
+
+    @hypothesis.settings(max_examples=100, derandomize=True, phases=[Phase.generate], **quiet)
+    @given(strategies.cases(space))
+    def draw(case):
+        assert space.fits(case)
+        assert not space.holds(case)
+        seen.append(len(case))
+
+    draw()
+    return seen
+
+
+@pytest.mark.parametrize("space", [pool_space(40), MODEL], ids=["pool", "model"])
+def test_a_hundred_drawn_batches_have_many_sizes(space):
+    assert len(set(drawn_sizes(space))) >= 35
+
+
+def batches_of(seed: int) -> list[tuple[int, ...]]:
+    seen = []
+
+    def spy(x):
+        seen.append(tuple(planted.index_of(x).tolist()))
+        return planted.invariant(x)
+
+    assert_batch_invariant(spy, planted.pool(), max_examples=15, seed=seed)
+    return seen
+
+
+def test_a_seed_draws_the_same_batches_and_another_seed_others():
+    assert batches_of(1) == batches_of(1) != batches_of(2)
+
+
+def test_a_failure_is_kept_for_its_own_subject_and_replayed_first(database, monkeypatch):
+    monkeypatch.setattr(sweep, "boundary_cases", lambda space: [of_rows([0])])
+    monkeypatch.setattr(sweep, "covering", lambda space: [])
+
+    def fails_at_once(name):
+        fn, pool = planted.from_size(20, 12)
+        subject = RowsSubject(fn, [pool], name=name)
+        try:
+            check_batch_invariant(subject, ("I",), max_examples=1)
+        except BatchVarianceError:
+            return True
+        return False
+
+    assert not fails_at_once("rare")
+    fn, pool = planted.from_size(20, 12)
+    with pytest.raises(BatchVarianceError):
+        check_batch_invariant(RowsSubject(fn, [pool], name="rare"), ("I",), max_examples=500)
+    assert fails_at_once("rare")
+    assert not fails_at_once("another subject")
+
+
+# --- the smallest case ------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 66), st.sampled_from(LAYOUTS))
+def test_a_failure_from_a_batch_size_on_becomes_that_many_equal_rows(n_rows, layout):
+    case = BatchShape(tuple(Row(i, 1 + i % 7, "extreme") for i in range(70)), layout, 0 if layout == "packed" else 3)
+    assert smallest(case, lambda shape: len(shape) >= n_rows) == BatchShape((Row(0),) * n_rows)
+
+
+def test_a_failure_of_one_layout_keeps_it():
+    case = BatchShape(tuple(Row(i, 5) for i in range(9)), "packed")
+    assert smallest(case, lambda s: s.layout == "packed" and len(s) > 1) == BatchShape((Row(0),) * 2, "packed")
+
+
+def test_a_case_that_cannot_be_made_small_in_time_stays_what_it_was():
+    case = of_rows(range(50))
+    assert smallest(case, lambda shape: True, seconds=0.0) == case
+
+
+# --- how much is run --------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_run_alone_once_for_all_relations():
+    alone = []
+
+    def spy(x):
+        if len(x) == 1:
+            alone.append(int(planted.index_of(x)))
+        return planted.invariant(x)
+
+    check_batch_invariant(RowsSubject(spy, [planted.pool()]), ("I",), max_examples=30)
+    once = [case for case in sweep.boundary_cases(pool_space(40)) if len(case) == 1]
+    sizes = [case for case in sweep.covering(pool_space(40))[0] if len(case) == 1]
+    drawn = len(alone) - 40 - len(once) - len(sizes)
+    assert 0 <= drawn <= 30
+
+
+def test_what_is_counted_is_what_was_compared():
+    (record,) = check_batch_invariant(RowsSubject(planted.invariant, [planted.pool()]), ("I",), max_examples=5)
+    counts = record.counts
+    assert counts.compared_bytes == counts.rows * planted.N_COLS * 4
+    assert counts.forwards == counts.examples + 40
+    assert torch.tensor(counts.seconds) > 0

@@ -1,0 +1,373 @@
+"""A record tells what happened: a crash, a refusal, an interruption and a shape that follows the batch are no "equal"."""
+
+import itertools
+import re
+import warnings
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_batchinv import (
+    BatchShape,
+    BatchVarianceError,
+    assert_batch_invariant,
+    batch_invariant_mode,
+    check_batch_invariant,
+    check_negative_control,
+    context,
+)
+from pytest_batchinv.diagnose import account, coverage
+from pytest_batchinv.kernels.aten.common import Refused
+from pytest_batchinv.mode import ModeError, stock_torch
+from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.report.record import Breakpoints, Counts, Finding, OpCoverage, Record, Section, Skipped
+from pytest_batchinv.shapes import of_rows
+from pytest_batchinv.subjects.base import NotRun, SubjectInfo
+from pytest_batchinv.subjects.rows import RowsSubject
+
+POOL = planted.pool(9)
+
+
+def subject(fn, pool=POOL, **words) -> RowsSubject:
+    return RowsSubject(fn, [pool], **words)
+
+
+def from_5_rows(error):
+    def fn(x):
+        if len(x) >= 5:
+            raise error
+        return planted.invariant(x)
+
+    return fn
+
+
+# --- what is no "equal" -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, verdict",
+    [
+        (RuntimeError("planted"), "error"),
+        (MemoryError("planted"), "error"),
+        (Refused("planted"), "refused"),
+        (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(3), "interrupted"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("relation", ["R", "S", "I"])
+def test_what_a_function_raises_is_recorded_with_the_batch_and_raised(emitted, relation, error, verdict):
+    with pytest.raises(type(error)) as caught:
+        assert_batch_invariant(from_5_rows(error), POOL, relations=(relation,))
+    assert caught.value is error
+    (record,) = emitted
+    assert (record.relation, record.verdict) == (relation, verdict)
+    assert record.error.startswith(type(error).__name__)
+    assert len(BatchShape.from_json(record.case)) >= 5
+    assert record.machine["torch"] == torch.__version__
+
+
+def test_a_refusal_that_dynamo_or_a_caller_wrapped_is_a_refusal(emitted):
+    def fn(x):
+        try:
+            raise Refused("planted")
+        except Refused as error:
+            raise RuntimeError("while running the model") from error
+
+    with pytest.raises(RuntimeError):
+        assert_batch_invariant(fn, POOL)
+    assert emitted[0].verdict == "refused"
+
+
+@pytest.mark.parametrize(
+    "fn, kinds",
+    [
+        (lambda x: x.repeat(1, 1 + (len(x) > 3)), ("float32 [16]", "float32 [32]")),
+        (lambda x: x.double() if len(x) > 3 else x, ("float32 [16]", "float64 [16]")),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_shape_or_dtype_that_follows_the_batch_is_a_verdict_of_its_own(emitted, fn, kinds):
+    with pytest.raises(BatchVarianceError, match=re.escape(f"{kinds[0]} alone against {kinds[1]} in the batch")) as caught:
+        assert_batch_invariant(fn, POOL)
+    assert [record.verdict for record in emitted] == ["equal", "shape_differs"]
+    assert len(caught.value.shape) == 4
+    assert caught.value.sizes[0] == 4
+
+
+def test_a_check_in_which_no_batch_could_run_is_no_pass(emitted):
+    def no_memory(x):
+        raise NotRun("out of memory")
+
+    with pytest.raises(NotRun, match="no batch could run, so nothing was compared: out of memory"):
+        assert_batch_invariant(no_memory, POOL)
+    assert [record.verdict for record in emitted] == ["not_run"]
+
+
+def test_batches_that_could_not_run_are_recorded_and_the_check_goes_on():
+    def no_memory_from_9(x):
+        if len(x) >= 9:
+            raise NotRun(f"out of memory: {len(x)} rows")
+        return planted.invariant(x)
+
+    (record,) = check_batch_invariant(subject(no_memory_from_9), ("I",), max_examples=5)
+    assert record.verdict == "equal"
+    assert all(len(BatchShape.from_json(skipped.case)) >= 9 for skipped in record.not_run)
+    assert "out of memory: 33 rows" in {skipped.reason for skipped in record.not_run}
+
+
+def test_a_second_interrupt_while_a_finding_is_explained_keeps_the_finding(emitted, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(account, "_breakpoints", interrupted)
+    fn, pool = planted.from_size(2)
+    with pytest.raises(KeyboardInterrupt):
+        assert_batch_invariant(fn, pool, relations=("I",))
+    assert emitted[0].verdict == "differs"
+    assert emitted[0].finding.n_rows == 2
+
+
+@pytest.mark.parametrize("diagnosis", ["_breakpoints"])
+def test_a_diagnosis_that_fails_neither_hides_nor_changes_the_finding(emitted, monkeypatch, diagnosis):
+    fn, pool = planted.from_size(2)
+    with pytest.raises(BatchVarianceError) as explained:
+        assert_batch_invariant(fn, pool, relations=("I",))
+
+    def broken(*_):
+        raise RuntimeError("planted in the diagnosis")
+
+    monkeypatch.setattr(account, diagnosis, broken)
+    with pytest.raises(BatchVarianceError, match="could not be told: RuntimeError: planted in the diagnosis") as caught:
+        assert_batch_invariant(fn, pool, relations=("I",))
+    assert [record.verdict for record in emitted] == ["differs", "differs"]
+    bare = msgspec.structs.replace(explained.value.finding, breakpoints=None, sections=())
+    assert msgspec.structs.replace(caught.value.finding, sections=()) == bare
+
+
+def test_op_coverage_that_fails_is_said_and_the_verdict_stays(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(coverage, "op_coverage", broken)
+    with batch_invariant_mode():
+        (record,) = check_batch_invariant(subject(planted.invariant), ("R",), max_examples=1)
+    assert (record.verdict, record.ops.error) == ("equal", "RuntimeError: planted")
+
+
+# --- diagnosis runs once, after the search ----------------------------------------------------------------------------
+
+
+def test_sizes_are_explained_once_on_the_smallest_batch(monkeypatch):
+    explained = []
+    true_breakpoints = account.sizes.breakpoints
+
+    def spy(case, *args, **words):
+        explained.append(case)
+        return true_breakpoints(case, *args, **words)
+
+    monkeypatch.setattr(account.sizes, "breakpoints", spy)
+    fn, pool = planted.from_size(45)
+    with pytest.raises(BatchVarianceError) as caught:
+        assert_batch_invariant(fn, pool)
+    assert [len(case) for case in explained] == [45]
+    assert caught.value.sizes == tuple(range(45, 301))
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(2, 300), last=st.integers(0, 300))
+def test_breakpoints_hold_the_failing_size_and_are_exact(size, last):
+    """One range of sizes that differ: bisection finds both of its ends wherever they are."""
+    last = max(size, last)
+    case, space = of_rows([0] * size), subject(planted.invariant).space
+    found = account.sizes.breakpoints(case, 0, space, lambda shape, position: size <= len(shape) <= last)
+    assert size in found.sizes
+    if last == 300 or last > size + 20:
+        assert found.ranges == ((size, last),)
+    assert found.bound == 300
+    assert found.tried < 80
+
+
+# --- what a record holds ----------------------------------------------------------------------------------------------
+
+
+def test_a_record_says_whether_the_mode_was_on_and_which_operators_ran():
+    head = torch.nn.Linear(16, 4)
+
+    def fn(x):
+        return torch.linalg.vander(head(x)[:, :1], N=2) if x.dtype == torch.complex64 else torch.erfinv(head(x).tanh())
+
+    (off,) = check_batch_invariant(subject(planted.invariant), ("R",), max_examples=1)
+    with batch_invariant_mode():
+        (on,) = check_batch_invariant(subject(fn, torch.randn(9, 16)), ("R",), max_examples=1)
+        control = check_negative_control(subject(planted.invariant), max_examples=1)
+    assert (off.mode, on.mode, control.mode) == ("off", "on", "stock")
+    assert off.ops is None and control.ops is None
+    assert {"aten::addmm", "aten::tanh"} <= set(on.ops.covered)
+    assert on.hits["aten::tanh"] == on.counts.forwards
+    assert on.fingerprint and on.receipt["torch"] == torch.__version__
+
+
+def test_an_operator_that_nobody_vouches_for_is_named_for_a_function_of_rows():
+    with batch_invariant_mode():
+        record = assert_batch_invariant(lambda x: x + 0 * torch.linalg.qr(x.t() @ x).R.sum(), POOL, relations=("R",))
+    assert record.unclassified_ops == ["aten::linalg_qr"]
+
+
+def test_operators_that_ran_past_the_table_make_equal_bits_prove_nothing(emitted):
+    def bypasses(x):
+        with stock_torch():
+            return x.double() @ x.double().t()[:, :1].sum(1, keepdim=True).new_ones(16, 1)
+
+    with batch_invariant_mode(), pytest.raises(ModeError, match=r"aten::mm.* ran past the table, so equal bits prove nothing"):
+        assert_batch_invariant(bypasses, POOL, relations=("R",))
+    assert emitted[0].verdict == "error"
+
+
+def test_an_own_kernel_without_a_covered_operator_is_equal_in_the_mode():
+    with batch_invariant_mode():
+        record = assert_batch_invariant(planted.invariant, POOL, max_examples=3)
+    assert (record.verdict, record.mode, record.compared_something) == ("equal", "on", True)
+
+
+@given(st.builds(Counts), st.sampled_from(["equal", "differs", "interrupted"]), st.booleans())
+def test_a_record_cannot_be_changed_and_goes_to_json_and_back(counts, verdict, with_finding):
+    finding = Finding(
+        case='{"rows":[0,1]}', position=1, n_rows=2, row='{"id":1}', output="the output", sides=("alone", "in the batch"),
+        kind="bits", index=(1, 2), expected="1.0", actual="nan", expected_hex="0x00", actual_hex="0x01", ulp=None, n_differ=1,
+        n_total=9, breakpoints=Breakpoints(((2, 3),), 40, 300), sections=(Section("sizes", ("a", "b")),), replay="pytest",
+    )  # fmt: skip
+    record = Record(
+        subject=SubjectInfo("f", "function", "cpu", "fp32"), relation="I", verdict=verdict, mode="on", counts=counts,
+        finding=finding if with_finding else None, ops=OpCoverage({"aten::mm": 3}, ("aten::add",), ("aten::qr",)),
+        not_run=(Skipped('{"rows":[0]}', "no memory"),),
+    )  # fmt: skip
+    assert Record.from_json(record.to_json()) == record
+    with pytest.raises(AttributeError):
+        record.verdict = "equal"
+    with pytest.raises(ValueError, match="not a record of schema 2"):
+        Record.from_json(record.to_json().replace(f'"verdict":"{verdict}"', '"verdict":"fine"'))
+
+
+# --- controls, replay, words ------------------------------------------------------------------------------------------
+
+
+def test_the_negative_control_catches_what_varies_and_is_inconclusive_otherwise(emitted):
+    fn, pool = planted.from_size(9)
+    record = check_negative_control(subject(fn, pool))
+    assert (record.relation, record.verdict, record.control, record.finding.n_rows) == ("I", "caught", True, 9)
+    other = check_negative_control(subject(planted.invariant), max_examples=5)
+    assert (other.verdict, other.finding) == ("inconclusive", None)
+    assert emitted == [record, other]
+
+
+def test_a_control_whose_subject_breaks_is_an_error_and_not_inconclusive(emitted):
+    with pytest.raises(RuntimeError, match="planted"):
+        check_negative_control(subject(from_5_rows(RuntimeError("planted"))))
+    assert emitted[0].verdict == "error"
+
+
+def test_a_given_case_is_run_and_nothing_else():
+    seen = []
+
+    def spy(x):
+        seen.append(planted.index_of(x).tolist())
+        return planted.invariant(x)
+
+    case = of_rows([4, 2, 4])
+    (record,) = check_batch_invariant(subject(spy), ("I",), case=case)
+    assert (record.replayed, record.counts.examples, record.counts.rows) == (True, 1, 3)
+    assert sorted(seen) == [[2], [4], [4, 2, 4]]
+
+
+def test_the_case_of_the_surroundings_is_run_and_one_that_does_not_fit_is_left_out(emitted):
+    surrounding = context.Context(case=of_rows([0, 20]), emit=emitted.append)
+    with context.surrounding(surrounding):
+        fn, pool = planted.from_size(2)
+        with pytest.raises(BatchVarianceError) as caught:
+            assert_batch_invariant(fn, pool, relations=("I",))
+        record = assert_batch_invariant(planted.invariant, POOL, relations=("I",))
+    assert caught.value.shape.rows == of_rows([0, 20]).rows
+    assert (record.verdict, record.compared_something) == ("not_run", False)
+    assert "there is no row 20 in a pool of 9" in record.error
+    with pytest.raises(NotRun, match="there is no row 20 in a pool of 9"):
+        assert_batch_invariant(planted.invariant, POOL, case=of_rows([20]))
+
+
+def test_a_replay_on_other_rows_says_so():
+    fn, pool = planted.from_size(2)
+    with pytest.raises(BatchVarianceError) as caught:
+        assert_batch_invariant(fn, pool, relations=("I",))
+    case = caught.value.shape
+    with pytest.raises(BatchVarianceError) as same:
+        assert_batch_invariant(fn, pool, relations=("I",), case=case)
+    with pytest.raises(BatchVarianceError) as other:
+        assert_batch_invariant(fn, pool * 2, relations=("I",), case=case)
+    assert same.value.record.notes == ()
+    assert "the rows are not those of the finding" in other.value.record.notes[0]
+    assert same.value.finding.expected_hex == caught.value.finding.expected_hex
+
+
+def test_the_message_names_relation_row_values_sizes_mode_and_replay(monkeypatch):
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "tests/test_x.py::test_a[tiny 1] (call)")
+    fn, pool = planted.from_size(9)
+    with pytest.raises(BatchVarianceError) as caught:
+        assert_batch_invariant(fn, pool)
+    text = str(caught.value)
+    assert "varies_where.<locals>.fn (fp32, eager, cpu): a row has other bits in a batch than alone (relation I" in text
+    assert "row         0, at position 0 of 9; the output" in text
+    assert re.search(r"16 of 16 values; the first at \[0\]:\n.*0x3f800000\) alone, .*\(0x3f800001\) in the batch, 1 ulp", text)
+    assert "bits change at batch sizes 9-300;" in text
+    assert "mode        off: this is torch as it is" in text
+    assert 'replay      pytest --batch-invariant --batchinv-shape \'{"rows":[0,0,0,0,0,0,0,0,0]' in text
+    assert text.endswith("'tests/test_x.py::test_a[tiny 1]'")
+
+
+def test_a_users_error_shows_the_users_frames_and_none_of_ours():
+    with pytest.raises(RuntimeError) as caught:
+        assert_batch_invariant(from_5_rows(RuntimeError("planted")), POOL)
+    files = [entry.path.name for entry in caught.traceback if entry.frame.f_globals["__name__"].startswith("pytest_batchinv")]
+    shown = [entry for entry in caught.traceback if not entry.ishidden(caught)]
+    assert set(files) <= {"check.py"}
+    assert [entry.path.name for entry in shown] == ["test_verdicts.py", "test_verdicts.py"]
+
+
+# --- what was asked for -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relations", [("Q",), (), ("R", "Z"), ("N",)])
+def test_an_unknown_relation_is_refused_with_the_right_ones(relations):
+    with pytest.raises(ValueError, match=r"assert_batch_invariant checks the relations R \(run to run\), S \(.*\), I"):
+        assert_batch_invariant(planted.invariant, POOL, relations=relations)
+
+
+@pytest.mark.parametrize("max_examples", [0, -1, "5", 2.5, True])
+def test_a_wrong_number_of_examples_is_refused_in_a_sentence(max_examples):
+    with pytest.raises(ValueError, match=f"max_examples={max_examples!r} is not a whole number from 1 on"):
+        assert_batch_invariant(planted.invariant, POOL, max_examples=max_examples)
+
+
+def test_relations_run_in_the_order_r_s_i_x_and_end_at_the_first_that_does_not_hold(emitted):
+    ticks = itertools.count()
+    noisy = subject(lambda x: planted.invariant(x) + float(next(ticks) % 2))
+    with pytest.raises(BatchVarianceError, match="relation R, run to run"):
+        check_batch_invariant(noisy, ("X", "I", "S", "R"))
+    assert [(record.relation, record.verdict) for record in emitted] == [("R", "differs")]
+    equal = check_batch_invariant(subject(planted.invariant), ("I", "R", "S"), max_examples=1)
+    assert [record.relation for record in equal] == ["R", "S", "I"]
+
+
+def test_a_nan_of_equal_bits_is_equal_and_counted():
+    pool = POOL.clone()
+    pool[3, 1:] = torch.nan
+    (record,) = check_batch_invariant(subject(planted.invariant, pool), ("I",), case=of_rows([0, 3, 3]))
+    assert (record.verdict, record.counts.nan_rows) == ("equal", 2)
+
+
+def test_warnings_are_not_raised_by_a_check_itself():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_batch_invariant(planted.invariant, POOL, max_examples=3)
