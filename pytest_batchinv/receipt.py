@@ -30,7 +30,7 @@ def _of_the_process() -> dict[str, str]:
     return {
         "sources": sources(kernels.__path__[0], patches.__path__[0]),
         "op table": _digest(_table()),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": _triton(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": _gpus(),

@@ -317,7 +317,7 @@ def test_the_message_names_relation_row_values_sizes_mode_and_replay(monkeypatch
     with pytest.raises(BatchVarianceError) as caught:
         assert_batch_invariant(fn, pool)
     text = str(caught.value)
-    assert "varies_where.<locals>.fn (fp32, eager, cpu): a row has other bits in a batch than alone (relation I" in text
+    assert "varies_where.fn (fp32, eager, cpu): a row has other bits in a batch than alone (relation I" in text
     assert "row         0, at position 0 of 9; the output" in text
     assert re.search(r"16 of 16 values; the first at \[0\]:\n.*0x3f800000\) alone, .*\(0x3f800001\) in the batch, 1 ulp", text)
     assert "bits change at batch sizes 9-300;" in text
