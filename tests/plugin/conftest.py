@@ -85,7 +85,7 @@ stub("pytest_batchinv.subjects.transformers", TransformersSubject=TransformersSu
 
 
 if "torch" not in sys.modules:  # on a worker of xdist: the real one takes seconds to load
-    stub("torch", manual_seed=id, get_rng_state=int, set_rng_state=id)
+    stub("torch", set_num_threads=id, manual_seed=id, get_rng_state=int, set_rng_state=id)
     sys.modules["torch"].cuda = types.SimpleNamespace(is_initialized=bool, is_available=bool)
 
 

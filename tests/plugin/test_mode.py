@@ -100,6 +100,105 @@ def test_a_test_whose_mode_did_nothing_fails(pytester, run):
     result.stdout.fnmatch_lines(["*test_idle passed, but batch-invariant mode replaced no operation in it and no check*so it*"])
 
 
+def test_a_check_that_compared_something_is_proof_enough_and_one_that_did_not_is_none(pytester, run):
+    pytester.makepyfile(
+        """
+        import pytest
+        from conftest import emit
+        from pytest_batchinv.report.record import Counts
+
+        @pytest.mark.batch_invariant
+        def test_of_an_own_kernel(): emit("I")
+
+        @pytest.mark.batch_invariant
+        def test_that_compares_nothing(batch_invariant):
+            batch_invariant.hits["aten::mm"] = 1
+            emit("I", "not_run", counts=Counts(), error="NotRun: there is no row 300 in a pool of 40")
+
+        @pytest.mark.batch_invariant
+        def test_that_builds_a_model_only(batchinv_engine): pass
+        """
+    )
+    result = run("--batch-invariant")
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*test_that_compares_nothing passed, but its checks compared nothing, so it proves nothing: *no row 300*",
+            "*test_that_builds_a_model_only passed, but batch-invariant mode replaced no operation *so it proves nothing.",
+        ]
+    )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_wider_fixtures_are_built_outside_of_the_mode_whoever_asks_first(pytester, run, order):
+    tests = [
+        """
+        @pytest.mark.batch_invariant
+        def test_marked(depths, request, function, batch_invariant):
+            batch_invariant.hits["aten::mm"] = 1
+            assert (depths, function, Mode.depth) == ({"session": 0, "module": 0}, 1, 1)
+            assert request.getfixturevalue("asked_for_late") == 0
+            assert Mode.depth == 1
+        """,
+        """
+        def test_plain(depths, asked_for_late, function):
+            assert (depths, asked_for_late, function, Mode.depth) == ({"session": 0, "module": 0}, 0, 0, 0)
+        """,
+    ]
+    pytester.makepyfile(
+        """
+        import pytest
+        from conftest import Mode
+
+        @pytest.fixture(scope="session", autouse=True)
+        def session(): return Mode.depth
+
+        @pytest.fixture(scope="module")
+        def depths(session): return {"session": session, "module": Mode.depth}
+
+        @pytest.fixture(scope="class")
+        def asked_for_late(): return Mode.depth
+
+        @pytest.fixture
+        def function(): return Mode.depth
+        """
+        + "".join(tests[::order])
+    )
+    run("--batch-invariant").assert_outcomes(passed=2)
+
+
+def test_a_test_alone_draws_what_it_drew_among_others(pytester, run):
+    pytester.makepyfile(
+        """
+        import random
+        import pytest
+
+        DRAWN = random.random()
+
+        @pytest.fixture(scope="session")
+        def session(): return random.random()
+
+        @pytest.fixture(scope="module")
+        def module(): return random.random()
+
+        @pytest.fixture
+        def function(): return random.random()
+
+        @pytest.mark.parametrize("i", range(3))
+        def test_it(session, module, function, i):
+            drawn = (DRAWN, session, module, function, random.random())
+            assert len({session, module, function}) == 3
+            with open(f"drawn-{i}", "a") as file:
+                file.write(f"{drawn}\\n")
+        """
+    )
+    for more in ([], ["-k", "test_it and 2"], ["--batchinv-seed=5"], ["--batchinv-seed=5", "-k", "test_it and 2"]):
+        run("--batch-invariant", *more)
+    drawn = [path.read_text().splitlines() for path in sorted(pytester.path.glob("drawn-*"))]
+    assert drawn[0] == drawn[1] == [drawn[2][0], drawn[2][2]]
+    assert drawn[2][0] == drawn[2][1] != drawn[2][2] == drawn[2][3]
+
+
 def test_a_mode_that_refuses_is_an_error_of_one_sentence(pytester):
     pytester.makepyfile(
         """

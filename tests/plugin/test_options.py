@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
+
+from pytest_batchinv import hub
 
 USAGE = pytest.ExitCode.USAGE_ERROR
 
@@ -39,6 +43,42 @@ def test_the_source_of_a_bad_value_is_named(pytester, monkeypatch):
     pytester.runpytest_inprocess().stderr.fnmatch_lines(["ERROR: ini option batchinv_dtype: 'int4' is not *"])
     monkeypatch.setenv("BATCHINV_DTYPE", "int8")
     pytester.runpytest_inprocess().stderr.fnmatch_lines(["ERROR: BATCHINV_DTYPE: 'int8' is not *"])
+
+
+def test_a_misspelt_name_is_a_usage_error_also_while_off(pytester, monkeypatch):
+    pytester.makeini("[pytest]\nbatchinv_enable = true\n")
+    result = pytester.runpytest_inprocess()
+    assert result.ret == USAGE
+    result.stderr.fnmatch_lines(["ERROR: there is no ini option batchinv_enable; there are *batchinv_enabled, *"])
+    pytester.makeini("[pytest]\n")
+    assert pytester.runpytest_inprocess("-o", "batchinv_enable=1").ret == USAGE
+    monkeypatch.setenv("BATCHINV_ENABLE", "1")
+    result = pytester.runpytest_inprocess()
+    assert result.ret == USAGE
+    result.stderr.fnmatch_lines(["ERROR: there is no environment variable BATCHINV_ENABLE; there are *BATCHINV_ENABLED, *"])
+
+
+def test_a_hub_id_that_cannot_be_had_is_a_usage_error_of_one_sentence(pytester, monkeypatch, tmp_path):
+    """Nobody answers at this address: it is kept for documentation."""
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://192.0.2.1")
+    monkeypatch.setattr("pytest_batchinv.hub.SECONDS", 0.2)
+    result = pytester.runpytest_inprocess("--batch-invariant", "--batchinv-model=nobody/has-this")
+    assert result.ret == USAGE
+    result.stderr.fnmatch_lines(["ERROR: --batchinv-model: *nobody/has-this*in the local cache, and http://192.0.2.1 cannot*"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = pytester.runpytest_inprocess("--batch-invariant", "--batchinv-model=nobody/has-this")
+    result.stderr.fnmatch_lines(["ERROR: --batchinv-model: *not in the local cache, and HF_HUB_OFFLINE is set*"])
+
+
+def test_a_hub_that_answers_is_in_reach(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # it answers 501
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert hub.out_of_reach("nobody/has-this") == ""
+        server.shutdown()
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_a_usage_error(pytester, monkeypatch):

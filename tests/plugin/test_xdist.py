@@ -99,7 +99,7 @@ def test_cuda_that_started_too_early_ends_the_run_with_the_reason(pytester, monk
 
         if "PYTEST_XDIST_WORKER" in os.environ:
             sys.modules["torch"] = types.ModuleType("torch")
-            sys.modules["torch"].manual_seed = id
+            sys.modules["torch"].manual_seed = sys.modules["torch"].set_num_threads = id
             sys.modules["torch"].cuda = types.SimpleNamespace(is_initialized=lambda: True)
         """
     )
