@@ -261,6 +261,7 @@ def test_stock_torch_inside_the_mode_is_stock_torch():
         assert mode.hits == {"aten::mm": 1}
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_refused_operators_say_so_in_eager_and_compiled_code():
     x = torch.rand(3, 4)
     with batch_invariant_mode():
