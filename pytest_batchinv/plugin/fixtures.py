@@ -10,7 +10,7 @@ import pytest
 
 from pytest_batchinv.plugin import lifecycle
 from pytest_batchinv.plugin.markers import GPU_COMPILE_MODES
-from pytest_batchinv.plugin.stash import MODELS, RUN
+from pytest_batchinv.plugin.stash import MODELS, RUN, Run
 
 if TYPE_CHECKING:
     from pytest_batchinv.mode import Mode
@@ -40,7 +40,8 @@ def batchinv_settings(request: pytest.FixtureRequest) -> Settings:
     """The Settings of this test: the options, and the arguments of its batch_invariant marker."""
     if not lifecycle.enabled(request.config):
         pytest.skip(lifecycle.NEEDS_OPTION)
-    return request.node.stash[RUN].settings
+    run: Run = request.node.stash[RUN]
+    return run.settings
 
 
 @pytest.fixture

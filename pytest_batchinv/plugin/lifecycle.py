@@ -33,7 +33,8 @@ def settings_of(config: Any) -> Settings:
     """Those of this run; the defaults where nothing of ours was given."""
     from pytest_batchinv.plugin.settings import DEFAULTS
 
-    return config.stash.get(SETTINGS, DEFAULTS)
+    settings: Settings = config.stash.get(SETTINGS, DEFAULTS)
+    return settings
 
 
 def in_mode(item: Any) -> bool:
@@ -214,7 +215,8 @@ def _path_and_name(item: Any) -> str:
 
 
 def _settings(item: Any) -> Settings:
-    settings, mark = item.config.stash[SETTINGS], _marker(item, "batch_invariant")
+    settings: Settings = item.config.stash[SETTINGS]
+    mark = _marker(item, "batch_invariant")
     return replace(settings, **markers.parse_batch_invariant(mark.args, mark.kwargs)) if mark else settings
 
 
@@ -230,4 +232,5 @@ def _keep(item: Any, record: Record) -> None:
 
 
 def _marker(item: Any, name: str) -> pytest.Mark | None:
-    return item.get_closest_marker(name)
+    mark: pytest.Mark | None = item.get_closest_marker(name)
+    return mark

@@ -1,6 +1,6 @@
 """The markers: their help lines, and strict parsers that raise ValueError with a sentence."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pytest_batchinv.plugin.options import DTYPES, RELATIONS, parse_dtype, parse_relations
@@ -18,7 +18,7 @@ HELP = (
 )
 
 
-def parse_batch_invariant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def parse_batch_invariant(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the marker changes."""
     parsers: dict[str, Callable[[Any], Any]] = {"relations": _relations, "max_examples": _max_examples, "dtype": _dtype}
     if args:
@@ -32,7 +32,7 @@ def parse_batch_invariant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
         raise ValueError(f"batch_invariant: {error}") from None
 
 
-def parse_compile_mode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+def parse_compile_mode(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     if kwargs:
         raise ValueError(f"compile_mode takes no argument {next(iter(kwargs))!r}, only the names of modes")
     if not args:
@@ -45,7 +45,7 @@ def parse_compile_mode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[s
     return args
 
 
-def parse_sm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+def parse_sm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     if kwargs:
         raise ValueError(f"sm takes no argument {next(iter(kwargs))!r}, only compute capabilities, as in sm(80, 90)")
     if not args:
