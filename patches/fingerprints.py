@@ -36,7 +36,10 @@ class Definition:
 def definition(dotted: str) -> Definition:
     """The definition of a function, a class, a method or a name bound at the top of a module. Raises NoSource."""
     module, *attributes = dotted.split(".")
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # ValueError: a stand-in in sys.modules, which has no spec
+        spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise NoSource(f"there is no Python package {module} here")
     file = Path(spec.origin)

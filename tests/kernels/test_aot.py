@@ -520,7 +520,7 @@ def test_specialised_launches_are_remembered_by_all_that_their_binary_depends_on
     monkeypatch.setattr(common, "kernels_of_device", lambda device: cuda)
     with other_gpus.compiling_for(90) as binaries:
         x = tensor(32, 4096, dtype=torch.bfloat16)
-        for n_cols in (112, 240, 1008, 1010):
+        for n_cols in (112, 1010):
             for rows in (1, 3):
                 for name in ("sum", "softmax", "rms_norm", "cumsum"):
                     ROW_LAUNCHES[name](x[:rows, :n_cols])

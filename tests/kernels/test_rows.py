@@ -323,7 +323,7 @@ def test_bits_of_moments_far_from_zero_are_near_the_reference():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_cols", [1, 1000, 16384, 40000])
+@pytest.mark.parametrize("n_cols", [1, 1000, 16385])
 def test_logprobs_are_the_gathered_log_softmax(dtype, n_cols):
     x = mixed(5, n_cols, dtype)
     for k in (1, 3, 40):
