@@ -195,13 +195,14 @@ def replay_command(item: Any, info: SubjectInfo, relation: str, case: BatchShape
     from pytest_batchinv.plugin.settings import DEFAULTS
 
     given = vars(item.stash[RUN].settings)
-    repeated = {name: given[name] for name in _REPEATED if given[name] != vars(DEFAULTS)[name]}
+    repeated = {name: given[name] for name in _REPEATED}
     if info.kind == "transformers":
         device = info.device.partition(":")[0]
         repeated |= {"model": info.name, "device": device, "dtype": info.dtype, "attn": info.attention}
     words = ["pytest", "--batch-invariant"]
     for name, value in repeated.items():
-        words += [f"--batchinv-{name}", str(value)]
+        if value != vars(DEFAULTS)[name]:
+            words += [f"--batchinv-{name}", str(value)]
     return shlex.join([*words, "--batchinv-shape", case.to_json(), _path_and_name(item)])
 
 
