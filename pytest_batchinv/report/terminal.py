@@ -103,7 +103,7 @@ def _tables(records: list[Record]) -> Iterator[str]:
             alike[_verdicts(same)].append((name if compile_mode == "eager" else f"{name} ({compile_mode})", same))
         for verdicts, members in alike.items():
             yield "  " + verdicts + _counts([record for _, same in members for record in same])
-            names = ", ".join(dict.fromkeys(name for name, _ in members))
+            names = ", ".join(sorted({name for name, _ in members}))  # of workers the records come in any order
             yield from textwrap.wrap(names, WIDTH, initial_indent="    ", subsequent_indent="    ")
         yield ""
 
