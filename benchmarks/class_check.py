@@ -31,7 +31,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pytest_batchinv.kernels import cuda, launch, reference, tiles
+from pytest_batchinv.kernels import cuda, plans, reference, tiles
 from pytest_batchinv.kernels.cuda import matmul
 from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
 
@@ -749,9 +749,9 @@ def _tuple(x: object) -> tuple[Tensor, ...]:
 def _patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
     """The module with another value under that name; plans made with one are forgotten with the other."""
     with mock.patch.object(module, name, value):
-        launch.forget_plans()
+        plans.forget_plans()
         yield
-    launch.forget_plans()
+    plans.forget_plans()
 
 
 SECTIONS: dict[str, Callable[[Report, Clock, bool], None]] = {

@@ -8,15 +8,10 @@ Triton asks the driver about each tensor.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton import knobs, runtime
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
-
-from .plans import alignment_bits, forget_plans, plan
-
-__all__ = ["Launch", "alignment", "alignment_bits", "forget_plans", "plan"]
 
 
 class Launch:
@@ -75,8 +70,3 @@ def _addresses(tensors: tuple[Any, ...]) -> list[int]:
 
 def _addresses_beside_descriptors(tensors: tuple[Any, ...]) -> list[Any]:
     return [x if hasattr(x, "block_shape") else 0 if x is None else x.data_ptr() for x in tensors]
-
-
-def alignment(*tensors: torch.Tensor | None) -> int:
-    """One bit a tensor: whether it begins at a multiple of 16 bytes, which is what Triton specialises."""
-    return alignment_bits(*[tensor is not None and tensor.data_ptr() % 16 == 0 for tensor in tensors])

@@ -106,6 +106,11 @@ def alignment_bits(*aligned: bool) -> int:
     return bits
 
 
+def alignment(*tensors: Tensor | None) -> int:
+    """``alignment_bits`` of these tensors; an absent one counts as not aligned."""
+    return alignment_bits(*[tensor is not None and tensor.data_ptr() % 16 == 0 for tensor in tensors])
+
+
 def on_device(x: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, which need not be the tensor's: this guard makes it so."""
     if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():  # as torch.cuda.current_device(), at half its cost

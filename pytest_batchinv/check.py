@@ -57,9 +57,11 @@ def check_batch_invariant(
     run. The record has been handed on before. Raises ValueError for an unknown relation.
     """
     __tracebackhide__ = True
-    given = _Given("check_batch_invariant", subject, relations, max_examples, seed, case)
-    records = _all_checked(given)
-    if given.control:
+    asked = [letter for letter in relations if letter != "N"]
+    records = []
+    if asked or not relations:
+        records = _all_checked(_Given("check_batch_invariant", subject, asked, max_examples, seed, case))
+    if "N" in relations:
         records.append(check_negative_control(subject, max_examples=max_examples, seed=seed))
     return records
 
@@ -136,9 +138,7 @@ class _Given:
         surrounding = context.current()
         if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
             raise ValueError(f"{who}: max_examples={max_examples!r} is not a whole number from 1 on")
-        self.control = "N" in letters and who == "check_batch_invariant"
-        asked = [letter for letter in letters if letter != "N" or not self.control]
-        self.relations = relations.chosen(asked, who) if asked or not self.control else []
+        self.relations = relations.chosen(letters, who)
         self.runs = SubjectRuns(subject)
         self.max_examples = max_examples or surrounding.max_examples
         self.seed = surrounding.seed if seed is None else seed
@@ -187,9 +187,10 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
     case = None if control else given.case
     broken: Broken | None = None
     error: BaseException | None = None
+    obstacle = relation.obstacle(runs.subject)
     try:
-        if why := relation.obstacle(runs.subject):
-            raise NotRun(why)
+        if obstacle:
+            raise NotRun(obstacle)
         broken = search.replay(case) if case is not None else search.find()
         if not runs.stats.examples:
             raise NotRun(f"no batch could run, so nothing was compared: {runs.stats.skipped[0].reason}")
@@ -199,7 +200,9 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
     verdict = _verdict(broken, error, control)
     finding, ops = None, None
     try:
-        finding = account.of(broken, relation, runs, digest=_digest(given)) if broken is not None else None
+        if broken is not None:
+            finding = account.bare(broken, relation, runs)
+            finding = account.explained(finding, broken, relation, runs)
         ops = _op_coverage(given, error)
         if verdict == "equal" and ops is not None and ops.bypassed:
             error = mode.ModeError(
@@ -208,7 +211,6 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
             )
             verdict = "error"
     except KeyboardInterrupt as interruption:
-        finding = finding or (account.bare(broken, relation, runs) if broken is not None else None)
         error = interruption
     record = Record(
         subject=runs.subject.info,
@@ -231,7 +233,7 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
         fingerprint=mode.fingerprint(),
         receipt=mode.receipt(),
     )
-    if isinstance(error, NotRun) and (case is not None and not given.case_is_own or relation.obstacle(runs.subject)):
+    if isinstance(error, NotRun) and (obstacle or case is not None and not given.case_is_own):
         return record, None  # the case is another subject's of this test, or the relation has nothing to ask here
     return record, BatchVarianceError(record) if finding is not None and error is None else error
 
@@ -281,12 +283,8 @@ def _case_of(finding: Finding | None, error: BaseException | None, last: BatchSh
     return last.to_json() if error is not None and last is not None else ""
 
 
-def _digest(given: _Given) -> str:
-    return given.runs.subject.digest()
-
-
 def _notes(given: _Given, case: BatchShape | None) -> tuple[str, ...]:
-    if case is None or not case.pool or case.pool == (now := _digest(given)):
+    if case is None or not case.pool or case.pool == (now := given.runs.subject.digest()):
         return ()
     return (
         f"the rows are not those of the finding (pool {case.pool} then, {now} now): the test draws other numbers. Seed them, "

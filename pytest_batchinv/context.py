@@ -38,7 +38,7 @@ def _nobody(*_: object) -> None:
     pass
 
 
-def _without_the_plugin(info: SubjectInfo, relation: str, case: BatchShape) -> str:
+def _without_the_plugin(info: SubjectInfo, case: BatchShape) -> str:
     """The line for a test that pytest runs without --batch-invariant; outside of pytest, what to give to the check."""
     nodeid = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
     if not nodeid:
@@ -55,7 +55,7 @@ class Context:
     seed: int | None = None
     emit: Callable[[Record], None] = _nobody
     progress: Callable[[Progress], None] = _nobody
-    replay: Callable[[SubjectInfo, str, BatchShape], str] = _without_the_plugin
+    replay: Callable[[SubjectInfo, BatchShape], str] = _without_the_plugin
 
 
 _current: ContextVar[Context] = ContextVar("batchinv_context", default=Context())  # noqa: B039 (it is frozen)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pytest_batchinv import flags, interrupts, workers
 from pytest_batchinv.kernels import counters, eager, operators, table
@@ -324,9 +325,9 @@ _MOST_NAMED = 5
 
 
 def _canary() -> None:
-    """Runs a few operators of each kind of entry, and checks that the table answered."""
-    x = torch.ones(2, 2)
-    with counters.counting_apart() as answered:
+    """Runs a few operators of each kind of entry, and checks that the table answered. No dispatch mode of others sees them."""
+    with _disable_current_modes(), counters.counting_apart() as answered:
+        x = torch.ones(2, 2)
         torch.mm(x, x, out=torch.empty(2, 2))
         torch.nn.functional.linear(x, x, x[0])
         torch.addmm(x[0], x, x)

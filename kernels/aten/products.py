@@ -308,8 +308,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"linear: expected input and weight of at least 1 dim, but got {shape_of(input)}, {shape_of(weight)}"
         )
     if weight.dim() == 1:
+        if bias is not None and bias.dtype != input.dtype:
+            raise RuntimeError(f"linear: expected a bias in {input.dtype}, as input and weight are, but got {bias.dtype}")
         out = input.matmul(weight)
-        return out if bias is None else (out + bias).to(out.dtype)
+        return out if bias is None else out + bias
     if bias is not None and bias.dim() > 1 and input.dim() != 2:
         return _with_wide_bias(linear(input, weight), bias)
     rows = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])

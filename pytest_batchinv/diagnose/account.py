@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from pytest_batchinv.search.find import Broken
 
 
-def bare(broken: Broken, relation: Relation, runs: SubjectRuns, digest: str = "") -> Finding:
+def bare(broken: Broken, relation: Relation, runs: SubjectRuns) -> Finding:
     """The finding, without any diagnosis."""
-    difference, case = broken.found.difference, broken.case.from_pool(digest)
+    difference, case = broken.found.difference, broken.case.from_pool(runs.subject.digest())
     return Finding(
         case=case.to_json(),
         position=broken.found.position,
@@ -32,17 +32,18 @@ def bare(broken: Broken, relation: Relation, runs: SubjectRuns, digest: str = ""
         row=msgspec.json.encode(case.rows[broken.found.position]).decode(),
         output=broken.found.output,
         sides=relation.side_names,
-        replay=context.current().replay(runs.subject.info, relation.letter, case),
+        replay=context.current().replay(runs.subject.info, case),
         **msgspec.structs.asdict(difference),
     )
 
 
-def of(broken: Broken, relation: Relation, runs: SubjectRuns, digest: str) -> Finding:
-    """The finding and its diagnosis: breakpoints where the relation follows the batch size, diverging ops of compiled code."""
-    finding = bare(broken, relation, runs, digest)
+def explained(finding: Finding, broken: Broken, relation: Relation, runs: SubjectRuns) -> Finding:
+    """The finding with what the relation's ``diagnoses`` say of it."""
     sections: list[Section] = []
-    found = _guarded("sizes", sections, lambda: _breakpoints(broken, runs)) if relation.follows_size else None
-    if relation.letter == "X":
+    found: Breakpoints | None = None
+    if "sizes" in relation.diagnoses:
+        found = _guarded("sizes", sections, lambda: _breakpoints(broken, runs))
+    if "operators" in relation.diagnoses:
         ops = _guarded("operators", sections, lambda: diverging.diverging_ops(runs.subject, broken.case))
         if ops is not None:
             named = ", ".join(ops) or "none"

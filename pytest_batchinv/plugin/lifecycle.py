@@ -95,7 +95,7 @@ def begin(item: Any) -> None:
         seed=settings.seed,
         emit=lambda record: _keep(item, record),
         progress=run.stack.enter_context(progress.told(item)),
-        replay=lambda info, relation, case: replay_command(item, info, relation, case),
+        replay=lambda info, case: replay_command(item, info, case),
     )
     run.stack.enter_context(context.surrounding(surrounding))
 
@@ -190,7 +190,7 @@ def resolve_device(settings: Settings) -> str:
         pytest.fail(str(error), pytrace=False)
 
 
-def replay_command(item: Any, info: SubjectInfo, relation: str, case: BatchShape) -> str:
+def replay_command(item: Any, info: SubjectInfo, case: BatchShape) -> str:
     """The line that repeats a finding in a fresh process, from the folder in which pytest was started."""
     from pytest_batchinv.plugin.settings import DEFAULTS
 

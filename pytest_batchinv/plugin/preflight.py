@@ -31,7 +31,7 @@ def model_can_be_meant(model: str) -> None:
     """Presets are known by name; anything else must be a path that exists, or look like a hub id that can be loaded."""
     if model == "auto":
         return
-    from pytest_batchinv.subjects.transformers.presets import UnknownModel, is_preset
+    from pytest_batchinv.subjects.presets import UnknownModel, is_preset
 
     try:
         if not is_preset(model) and not Path(model).exists() and not _HUB_ID.fullmatch(model):

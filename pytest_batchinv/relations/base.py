@@ -59,10 +59,8 @@ class Relation:
     meaning: ClassVar[str]
     side_names: ClassVar[tuple[str, str]]
     share: ClassVar[int] = 1
-    stock_varies: ClassVar[bool] = False
-    """Whether stock torch can be expected to break it, so that a search under stock torch is its negative control."""
-    follows_size: ClassVar[bool] = False
-    """Whether it asks at which batch sizes the bits change."""
+    diagnoses: ClassVar[tuple[str, ...]] = ()
+    """What explains a finding: "sizes" (at which batch sizes the bits change), "operators" (which diverge once compiled)."""
 
     def applies(self, subject: Subject) -> bool:
         """False where there is nothing to compare: the relation is left out without a record."""

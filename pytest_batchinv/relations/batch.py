@@ -14,8 +14,7 @@ class Batch(Relation):
     words = "alone == in a batch"
     meaning = "a row has other bits in a batch than alone (relation I, batch size, composition and position)"
     side_names = ("alone", "in the batch")
-    stock_varies = True
-    follows_size = True
+    diagnoses = ("sizes",)
 
     def cases(self, space: Space) -> Cases:
         return Cases(sweep.boundary_cases(space), sweep.covering(space), strategies.cases(space))

@@ -24,8 +24,8 @@ def write(results: Results, path: Path) -> str:
 
 
 def contents(results: Results) -> dict[str, Any]:
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(results.settings).items()}
-    settings["report"] = [str(path) for path in results.settings.report]
+    # Not where it is written: records travel, and a folder of one machine tells another one nothing.
+    settings = {name: value for name, value in vars(results.settings).items() if name != "report"}
     return {
         "schema": SCHEMA,
         "machine": results.machine,

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GptOssC
 from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects import NotRun
+from pytest_batchinv.subjects.presets import UnknownModel, preset_config
 from pytest_batchinv.subjects.transformers import TransformersSubject, attention, attention_implementations
 from pytest_batchinv.subjects.transformers.attention import attention_forward
 from pytest_batchinv.subjects.transformers.layout import row_tokens
-from pytest_batchinv.subjects.transformers.presets import UnknownModel, preset_config
 from pytest_batchinv.subjects.transformers.weights import build_preset
 
 TINY = ("tiny-llama", "tiny-qwen3", "tiny-qwen3-moe", "tiny-gpt2", "tiny-gemma")

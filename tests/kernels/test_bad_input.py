@@ -411,8 +411,6 @@ EXTENSIONS = [
     ("logsumexp", "doesn't match the broadcast shape", "no dims mean all dims, as for the other sums"),
     ("mean", "can't be cast to the desired output type", "a real dtype= takes the real part of complex numbers"),
     ("mean", "could not infer output dtype", "the dtype of an out= is that of the sum, as in torch with dims"),
-    ("linear", "can't be cast to the desired output type", "with a vector as weight, bias is converted to the result's dtype"),
-    ("linear", "must have the same dtype", "the same"),
     ("linear", "must match the existing size", "a bias broadcasts to the result, whatever the rank and strides of input"),
     ("norm", "Expected out tensor to have dtype", "dtype= may be complex, and gives the real dtype of its parts"),
     ("convolution", "not implemented for 'Complex", "complex numbers do not depend on the strides"),

@@ -12,7 +12,7 @@ import pytest
 import torch  # noqa: F401
 
 import pytest_batchinv.plugin.enabled
-import pytest_batchinv.subjects.transformers.presets  # noqa: F401
+import pytest_batchinv.subjects.presets  # noqa: F401
 
 STUBS = """
 import contextlib

@@ -16,7 +16,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pytest_batchinv.kernels import launch, tiles
+from pytest_batchinv.kernels import plans, tiles
 
 DEVICES = {
     80: tiles.Device(multiprocessors=108, shared_memory=tiles.SHARED_MEMORY_SM80, capability=80),  # A100
@@ -104,7 +104,7 @@ def _fresh_caches() -> Iterator[None]:
 
 
 def _forget_binaries() -> None:
-    launch.forget_plans()
+    plans.forget_plans()
     for kernel in kernels():
         kernel.device_caches.clear()
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from pytest_batchinv.shapes import CONTENTS, BatchShape, Row
-from pytest_batchinv.subjects.transformers import presets
+from pytest_batchinv.subjects import presets
+from pytest_batchinv.subjects.presets import PRESETS, UnknownModel, is_preset, preset_config
 from pytest_batchinv.subjects.transformers.layout import NO_ROW, lay_out, row_tokens
-from pytest_batchinv.subjects.transformers.presets import PRESETS, UnknownModel, is_preset, preset_config
 
 ROWS = (Row(0, 2), Row(1, 5), Row(2, 1))
 VOCABULARY, OUTLIER = 499, 498

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...launch import Launch, alignment, plan
+from ...launch import Launch
+from ...plans import alignment, on_device, plan
 from ...reference import accumulator_dtype
-from ...tiles import Tile, accumulator, attention_tile, ceil_div, device_of, next_power_of_2, on_device
+from ...tiles import Tile, accumulator, attention_tile, ceil_div, device_of, next_power_of_2
 from .kernel import _attention_kernel
 from .merge import CHUNK_BLOCKS, Merge, OutStrides, Splits
 from .ranges import Ranges, RangeStrides

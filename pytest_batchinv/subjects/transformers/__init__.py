@@ -17,10 +17,10 @@ from pytest_batchinv import gpu
 from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects.base import NotRun, Observer, RowOutputs, Space, Span, SubjectInfo, observed
 from pytest_batchinv.subjects.compiled import COMPILE_MODES, CUDA_GRAPHS, compiled, no_silent_eager
+from pytest_batchinv.subjects.presets import UnknownModel, is_preset
 from pytest_batchinv.subjects.transformers import attention, masks
 from pytest_batchinv.subjects.transformers.layout import BatchLayout, lay_out, padded, row_slots
 from pytest_batchinv.subjects.transformers.masks import Windows
-from pytest_batchinv.subjects.transformers.presets import UnknownModel, is_preset
 from pytest_batchinv.subjects.transformers.weights import build_preset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pytest_batchinv.subjects.transformers.presets import preset_config
+from pytest_batchinv.subjects.presets import preset_config
 
 OUTLIER_SCALE = 1000.0
 EMBEDDING_STD = 0.25
