@@ -18,6 +18,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("model", _models(settings))
     if "operator" in metafunc.fixturenames:
         metafunc.parametrize("operator", OPERATORS)
+    if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", DTYPES)
 
 
