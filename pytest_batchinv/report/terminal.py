@@ -156,7 +156,8 @@ def _controls(records: list[Record]) -> Iterator[str]:
     functions = [record for record in records if record.subject.kind != "transformers"]
     for (device, dtype), group in _grouped(functions, lambda record: (record.subject.device, record.subject.dtype)):
         caught = [record.subject.name for record in group if record.verdict == "caught"]
-        text = f"negative control: on {device}, {dtype}, stock torch was caught in {len(caught)} of {_count(len(group), 'function')}"
+        functions_tried = _count(len(group), "function")
+        text = f"negative control: on {device}, {dtype}, stock torch was caught in {len(caught)} of {functions_tried}"
         yield from textwrap.wrap(text + f": {', '.join(caught)}" * bool(caught), WIDTH, subsequent_indent="  ")
         yield ""
     for record in (record for record in records if record.subject.kind == "transformers"):
