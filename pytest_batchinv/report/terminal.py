@@ -232,7 +232,9 @@ def _notes(records: list[Record]) -> Iterator[str]:
 
 def _conclusion(checks: list[Record], controls: list[Record]) -> Iterator[str]:
     """What was proven, on what, and what was not."""
-    equal = [record for record in checks if record.verdict == "equal" and record.mode == "on"]
+    broken = {(record.nodeid, record.subject) for record in checks if record.verdict not in ("equal", "not_run")}
+    whole = [record for record in checks if (record.nodeid, record.subject) not in broken]
+    equal = [record for record in whole if record.verdict == "equal" and record.mode == "on"]
     if equal:
         relations = ", ".join(letter for letter in RELATIONS if any(record.relation == letter for record in equal))
         subjects = len({(record.nodeid, record.subject) for record in equal})

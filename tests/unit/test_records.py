@@ -105,6 +105,13 @@ def test_one_bad_check_among_good_ones_shows_in_the_table():
     assert line.split() == "I DIFFERS 30 batches 15 rows 0 bytes, 10 batches/s".split()
 
 
+def test_a_subject_of_which_one_relation_broke_is_not_among_the_proven_ones():
+    broken = [record(relation="R"), record("differs", finding=FINDING)]
+    assert not [line for line in summary(*broken) if line.startswith("proven")]
+    [line] = [line for line in summary(*broken, record(nodeid="another")) if line.startswith("proven")]
+    assert "0 bits differ in I: 1 subject" in line
+
+
 def test_many_operations_are_summed_up():
     lines = summary(record(hits={f"aten::op{i}": i for i in range(1, 31)}))
     start = lines.index("operations replaced: 30 overloads, 465 calls")
