@@ -5,14 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-RELATIONS = {
-    "R": "run to run",
-    "S": "other content beside it",
-    "I": "alone == in a batch",
-    "X": "eager == compiled",
-    "N": "stock torch is caught",
-}
-"""The letters and words of the relations, which are not imported for a look at the options, and the negative control."""
+from pytest_batchinv.letters import WORDS
+
+RELATIONS = {**WORDS, "N": "stock torch is caught"}
 ENGINES = ("transformers",)
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bf16", "fp16", "fp32", "fp64")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
 from pytest_batchinv.search import strategies, sweep
@@ -11,7 +12,7 @@ from pytest_batchinv.subjects.base import Space
 
 class Batch(Relation):
     letter = "I"
-    words = "alone == in a batch"
+    words = WORDS["I"]
     meaning = "a row has other bits in a batch than alone (relation I, batch size, composition and position)"
     side_names = ("alone", "in the batch")
     diagnoses = ("sizes",)

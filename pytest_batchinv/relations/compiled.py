@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.relations.base import Comparison, Mutant, Relation, Runs
 from pytest_batchinv.shapes import BatchShape
@@ -10,7 +11,7 @@ from pytest_batchinv.subjects.base import Subject
 
 class Compiled(Relation):
     letter = "X"
-    words = "eager == compiled"
+    words = WORDS["X"]
     meaning = "compiled code gives other bits than eager code (relation X)"
     side_names = ("eager code", "compiled code")
     share = 10

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
 from pytest_batchinv.search import strategies, sweep
@@ -18,7 +19,7 @@ _MOST_ROWS = {"pool": 65, "model": 17}
 
 class Isolation(Relation):
     letter = "S"
-    words = "other content beside it"
+    words = WORDS["S"]
     meaning = "a row's bits follow the content of its neighbours, whose shapes are the same (relation S, isolation)"
     side_names = ("beside these neighbours", "beside neighbours of other content")
     share = 10

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.relations.base import Comparison, Mutant, Relation, Runs
 from pytest_batchinv.shapes import BatchShape
@@ -9,7 +10,7 @@ from pytest_batchinv.shapes import BatchShape
 
 class RunToRun(Relation):
     letter = "R"
-    words = "run to run"
+    words = WORDS["R"]
     meaning = "the same batch gave other bits when it was run again (relation R, run to run)"
     side_names = ("the first run", "the second run")
     share = 10

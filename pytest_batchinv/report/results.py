@@ -1,10 +1,15 @@
 """What a run found so far: its records and the outcomes of its tests."""
 
+from __future__ import annotations
+
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from pytest_batchinv.plugin.settings import Settings
 from pytest_batchinv.report.record import Record
+
+if TYPE_CHECKING:
+    from pytest_batchinv.plugin.settings import Settings
 
 
 @dataclass

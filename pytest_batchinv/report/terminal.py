@@ -7,13 +7,15 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, Mapping
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pytest_batchinv.plugin.options import RELATIONS
-from pytest_batchinv.plugin.settings import Settings
+from pytest_batchinv import letters
 from pytest_batchinv.report import message
 from pytest_batchinv.report.record import Record
 from pytest_batchinv.report.results import Results
+
+if TYPE_CHECKING:
+    from pytest_batchinv.plugin.settings import Settings
 
 MOST_OPS = 8
 MOST_REASONS = 5
@@ -111,7 +113,7 @@ def _tables(records: list[Record]) -> Iterator[str]:
 def _verdicts(records: list[Record]) -> str:
     """ "R equal  S equal  I DIFFERS": the worst of each relation."""
     by_relation = dict(_grouped(records, lambda record: record.relation))
-    return "  ".join(f"{letter} {_worst(by_relation[letter]):<7}" for letter in RELATIONS if letter in by_relation)
+    return "  ".join(f"{letter} {_worst(by_relation[letter]):<7}" for letter in letters.WORDS if letter in by_relation)
 
 
 def _counts(records: list[Record]) -> str:
@@ -126,7 +128,7 @@ def _failures(records: list[Record]) -> Iterator[str]:
     for record in records:
         if record.verdict in ("equal", "not_run"):
             continue
-        relation = f"{record.relation} {RELATIONS[record.relation]}"
+        relation = f"{record.relation} {letters.WORDS[record.relation]}"
         yield f"{WORDS[record.verdict]}: {message.subject_words(record.subject)}"
         yield f"  {relation}, {_MODES[record.mode]}, in {record.nodeid}"
         if record.error:
@@ -212,7 +214,7 @@ def _not_run(records: list[Record]) -> Iterator[str]:
         yield ""
     for record in records:
         if record.verdict == "not_run":
-            yield f"not run: {record.relation} {RELATIONS[record.relation]} of {record.subject.name}: {record.error}"
+            yield f"not run: {record.relation} {letters.WORDS[record.relation]} of {record.subject.name}: {record.error}"
 
 
 def _nan(records: list[Record]) -> Iterator[str]:
@@ -236,7 +238,7 @@ def _conclusion(checks: list[Record], controls: list[Record]) -> Iterator[str]:
     whole = [record for record in checks if (record.nodeid, record.subject) not in broken]
     equal = [record for record in whole if record.verdict == "equal" and record.mode == "on"]
     if equal:
-        relations = ", ".join(letter for letter in RELATIONS if any(record.relation == letter for record in equal))
+        relations = ", ".join(letter for letter in letters.WORDS if any(record.relation == letter for record in equal))
         subjects = len({(record.nodeid, record.subject) for record in equal})
         compared = _bytes(sum(record.counts.compared_bytes for record in equal))
         batches = sum(record.counts.examples for record in equal)
@@ -267,7 +269,7 @@ def _missing(checks: list[Record], controls: list[Record]) -> list[str]:
     if unsure := sum(record.verdict == "inconclusive" for record in controls):
         words.append(f"{_count(unsure, 'control')} INCONCLUSIVE")
     asked = {record.relation for record in checks}
-    words.append(f"not asked: {', '.join(x for x in RELATIONS if x not in asked and x != 'N') or 'no relation'}")
+    words.append(f"not asked: {', '.join(x for x in letters.WORDS if x not in asked) or 'no relation'}")
     words.append("gradients, chunks, decode, tensor parallel and other machines")
     return words
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import hypothesis
 from hypothesis import HealthCheck, Phase
@@ -12,12 +12,14 @@ from hypothesis.database import ExampleDatabase
 
 from pytest_batchinv import context
 from pytest_batchinv.compare import RowDifference
-from pytest_batchinv.relations.base import Relation
 from pytest_batchinv.report.record import Skipped
 from pytest_batchinv.search import shrink, sweep
 from pytest_batchinv.search.runs import SubjectRuns
 from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import NotRun
+
+if TYPE_CHECKING:
+    from pytest_batchinv.relations.base import Relation
 
 
 class Broken(NamedTuple):

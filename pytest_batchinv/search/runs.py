@@ -6,15 +6,17 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from pytest_batchinv.compare import RowDifference, first_row_that_differs
-from pytest_batchinv.relations.base import Comparison
 from pytest_batchinv.report.record import Counts, Skipped
 from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects.base import RowOutputs, Subject
+
+if TYPE_CHECKING:
+    from pytest_batchinv.relations.base import Comparison
 
 ALONE_BYTES = 2 << 30
 

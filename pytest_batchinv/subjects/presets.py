@@ -54,4 +54,5 @@ def preset_config(name: str) -> dict[str, Any]:
 
 @cache
 def _configs() -> dict[str, dict[str, Any]]:
-    return json.loads(Path(__file__).with_name("configs.json").read_text(encoding="utf-8"))
+    configs: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("configs.json").read_text(encoding="utf-8"))
+    return configs

@@ -20,9 +20,8 @@ def test_every_mutant_of_a_relation_is_caught_by_it(letter, mutant):
 
 
 def test_the_options_name_every_relation_with_its_words():
-    words = {letter: relation.words for letter, relation in RELATIONS.items()}
-    assert {letter: text for letter, text in OPTION_WORDS.items() if letter != "N"} == words
     assert list(OPTION_WORDS) == [*RELATIONS, "N"]
+    assert [relation.words for relation in RELATIONS.values()] == list(OPTION_WORDS.values())[:-1]
 
 
 def test_rounding_that_follows_the_batch_size_is_no_leak_and_a_leak_is_found_before_it(emitted):
