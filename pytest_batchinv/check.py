@@ -118,7 +118,7 @@ def check_negative_control(
     with mode.stock_torch():
         record, error = _check(given, given.relations[0], control=True)
     context.current().emit(record)
-    if error is not None and record.verdict != "caught":
+    if error is not None and not isinstance(error, BatchVarianceError):
         raise error.with_traceback(_users_frames(error.__traceback__))
     return record
 
@@ -185,24 +185,29 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
     search = Search(relation, runs, given.max_examples, given.seed)
     before = counters.hits()
     case = None if control else given.case
-    broken: Broken | None = None
     error: BaseException | None = None
     obstacle = relation.obstacle(runs.subject)
     try:
         if obstacle:
             raise NotRun(obstacle)
-        broken = search.replay(case) if case is not None else search.find()
+        if case is not None:
+            search.replay(case)
+        else:
+            search.find()
         if not runs.stats.examples:
             raise NotRun(f"no batch could run, so nothing was compared: {runs.stats.skipped[0].reason}")
+        if not runs.stats.compared_bytes and search.broken is None:
+            raise NotRun("the outputs hold no values, so nothing was compared")
     except BaseException as caught:  # an interruption, too, has a record
         error = caught
+    broken = search.broken
     counts, hits = runs.stats.counts(), _grown(before)  # before the diagnosis, which runs the subject again
     verdict = _verdict(broken, error, control)
     finding, ops = None, None
     try:
         if broken is not None:
             finding = account.bare(broken, relation, runs)
-            finding = account.explained(finding, broken, relation, runs)
+            finding = finding if error is not None else account.explained(finding, broken, relation, runs)
         ops = _op_coverage(given, error)
         if verdict == "equal" and ops is not None and ops.bypassed:
             error = mode.ModeError(

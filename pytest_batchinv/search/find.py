@@ -31,7 +31,10 @@ class Broken(NamedTuple):
 
 @dataclass
 class Search:
-    """One relation on one subject. max_examples: drawn cases, of which the relation takes its share."""
+    """One relation on one subject. max_examples: drawn cases, of which the relation takes its share.
+
+    broken: what was found, from the moment on at which it was; whatever ends the search after that does not hide it.
+    """
 
     relation: Relation
     runs: SubjectRuns
@@ -40,20 +43,24 @@ class Search:
 
     def __post_init__(self) -> None:
         self.coverage = sweep.Coverage(self.runs.subject.space)
+        self.broken: Broken | None = None
 
-    def replay(self, case: BatchShape) -> Broken | None:
+    def replay(self, case: BatchShape) -> None:
         """The case alone, as it is. Raises NotRun where the subject has no such case."""
         if why := self.runs.subject.space.holds(case):
             raise NotRun(why)
-        return self._check(case)
+        self.broken = self._check(case)
 
-    def find(self) -> Broken | None:
-        """The smallest case found that breaks the relation; None where none was found."""
+    def find(self) -> None:
+        """Looks for a case that breaks the relation, and for the smallest one then."""
         cases = self.relation.cases(self.runs.subject.space)
         swept = self._first_broken("sweep", cases.first, len(cases.first))
         swept = swept or self._first_broken("sweep", sweep.in_turn(cases.then, sweep.SECONDS), 0)
-        broken = swept or self._drawn(cases.drawn)
-        return broken and self._smallest(broken)
+        self.broken = swept
+        if swept is None:
+            self._draw(cases.drawn)
+        if self.broken is not None:
+            self.broken = self._smallest(self.broken)
 
     def _first_broken(self, phase: str, cases: Iterable[BatchShape], total: int) -> Broken | None:
         for number, case in enumerate(cases):
@@ -81,7 +88,7 @@ class Search:
                 return found
         return None
 
-    def _drawn(self, strategy: hypothesis.strategies.SearchStrategy[BatchShape]) -> Broken | None:
+    def _draw(self, strategy: hypothesis.strategies.SearchStrategy[BatchShape]) -> None:
         """Hypothesis' own profile decides on database and derandomisation: in CI it draws the same cases every time."""
         examples = max(1, self.max_examples // self.relation.share)
         profile = hypothesis.settings()
@@ -102,13 +109,14 @@ class Search:
         def example(case: BatchShape) -> None:
             self._tell("drawn", self.runs.stats.examples - before, examples)
             if (broken := self._check(case)) is not None:
-                raise _Found(broken)
+                self.broken = self.broken or broken
+                raise _Found
 
         try:
             (example if self.seed is None else hypothesis.seed(self.seed)(example))()
-        except _Found as found:
-            return found.broken
-        return None
+        except Exception:  # _Found; or what Hypothesis says of a noisy subject, which was equal when it ran the case again
+            if self.broken is None:
+                raise
 
     def _key(self) -> str:
         info = self.runs.subject.info
@@ -122,7 +130,7 @@ class Search:
                 return False
             try:
                 difference = self._difference(case)
-            except NotRun:
+            except Exception:  # of a case that nobody asked for: it is no smaller form of what was found
                 return False
             if difference is not None and difference.difference.kind == broken.found.difference.kind:
                 found[case] = difference
@@ -139,9 +147,7 @@ class Search:
 
 
 class _Found(Exception):
-    def __init__(self, broken: Broken) -> None:
-        super().__init__()
-        self.broken = broken
+    """Tells Hypothesis that the case it has drawn fails."""
 
 
 class _KeyedDatabase(ExampleDatabase):

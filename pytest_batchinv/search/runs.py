@@ -123,7 +123,10 @@ def _nan_rows(outputs: RowOutputs) -> int:
 
 
 def _nan_by_row(x: torch.Tensor) -> torch.Tensor:
-    return (x != x).reshape(len(x), -1).any(1) if x.element_size() > 1 else torch.zeros(len(x), dtype=torch.bool)
+    if x.element_size() == 1:  # torch compares no floats of 8 bits
+        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    is_nan = x != x
+    return is_nan.flatten(1).any(1) if x.dim() > 1 else is_nan
 
 
 def _has_nan(x: torch.Tensor) -> bool:

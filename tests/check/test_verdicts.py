@@ -24,6 +24,7 @@ from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import ModeError, stock_torch
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.report.record import Breakpoints, Counts, Finding, OpCoverage, Record, Section, Skipped
+from pytest_batchinv.search import sweep
 from pytest_batchinv.shapes import of_rows
 from pytest_batchinv.subjects.base import NotRun, SubjectInfo
 from pytest_batchinv.subjects.rows import RowsSubject
@@ -371,3 +372,60 @@ def test_warnings_are_not_raised_by_a_check_itself():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_batch_invariant(planted.invariant, POOL, max_examples=3)
+
+
+# --- what the subject raises after the finding -------------------------------------------------------------------------
+
+
+def varies_from_14_and_raises_at_11(error):
+    """The boundaries of the sweep hold 14 and not 11; the search for a smaller batch comes by 11 rows."""
+
+    def fn(x):
+        if len(x) == 11:
+            raise error
+        return planted.one_ulp_up(planted.invariant(x)) if len(x) >= 14 else planted.invariant(x)
+
+    return fn
+
+
+def test_a_function_that_raises_while_its_finding_is_made_small_does_not_hide_the_finding(emitted):
+    with pytest.raises(BatchVarianceError) as caught:
+        assert_batch_invariant(varies_from_14_and_raises_at_11(RuntimeError("planted")), POOL, relations=("I",))
+    assert [record.verdict for record in emitted] == ["differs"]
+    assert caught.value.finding.n_rows == 14
+
+
+def test_an_interrupt_while_a_finding_is_made_small_keeps_the_finding(emitted):
+    with pytest.raises(KeyboardInterrupt):
+        assert_batch_invariant(varies_from_14_and_raises_at_11(KeyboardInterrupt()), POOL, relations=("I",))
+    assert [record.verdict for record in emitted] == ["differs"]
+    assert emitted[0].finding.n_rows == 14
+
+
+def test_a_difference_that_is_not_there_when_the_drawn_batch_is_run_again_is_a_finding(emitted, monkeypatch):
+    """Noise that relation R missed: Hypothesis runs a failing example again, and calls it flaky where it is equal then."""
+    monkeypatch.setattr(sweep, "boundary_cases", lambda space: [of_rows([0])])
+    monkeypatch.setattr(sweep, "covering", lambda space: [])
+    ticks = itertools.count()
+
+    def fn(x):
+        hit = len(x) > 20 and next(ticks) == 0
+        return planted.one_ulp_up(planted.invariant(x)) if hit else planted.invariant(x)
+
+    with pytest.raises(BatchVarianceError):
+        assert_batch_invariant(fn, POOL, relations=("I",), seed=0)
+    assert [record.verdict for record in emitted] == ["differs"]
+
+
+def test_an_interrupt_after_a_control_was_caught_is_not_swallowed(emitted):
+    with pytest.raises(KeyboardInterrupt):
+        check_negative_control(subject(varies_from_14_and_raises_at_11(KeyboardInterrupt())))
+    assert [record.verdict for record in emitted] == ["caught"]
+
+
+def test_outputs_without_values_are_no_pass(emitted):
+    with pytest.raises(NotRun, match="the outputs hold no values, so nothing was compared"):
+        assert_batch_invariant(lambda x: x[:, :0], POOL)
+    assert [record.verdict for record in emitted] == ["not_run"]
+    record = assert_batch_invariant(lambda x: (x, x[:, :0]), POOL, max_examples=3)
+    assert record.verdict == "equal"
