@@ -30,6 +30,7 @@ def start(config: pytest.Config) -> None:
     config.pluginmanager.register(progress.Display(config), "batchinv-progress")
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(xdist.WorkerSlots(), "batchinv-worker-slots")
+        xdist.hand_out_tests_one_by_one(config)
 
 
 class AroundTests:

@@ -29,6 +29,12 @@ class WorkerSlots:
         self._taken.pop(node.gateway.id, None)
 
 
+def hand_out_tests_one_by_one(config: Any) -> None:
+    """Unless --maxschedchunk says otherwise: a check takes seconds to minutes, and no worker should sit on several."""
+    if config.option.maxschedchunk is None:
+        config.option.maxschedchunk = 1
+
+
 class Refusal:
     """On a worker that cannot work: one collection error with the reason, for a usage error would look like a crash."""
 

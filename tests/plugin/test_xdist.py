@@ -39,6 +39,26 @@ def test_the_gpus_are_left_alone_where_they_are_not_used(pytester, monkeypatch, 
     assert seen(pytester) == ["saw-gw0-4,5", "saw-gw1-4,5"]
 
 
+def test_no_worker_sits_on_tests_that_another_could_run(pytester):
+    pytester.makepyfile(
+        """
+        import pathlib
+        import time
+        import pytest
+
+        @pytest.mark.parametrize("i", range(40))
+        def test_it(i):
+            others = set(range(2, 40))  # 1 waits behind 0: xdist gives a worker two tests at least
+            pathlib.Path(f"ran-{i}").touch()
+            deadline = time.monotonic() + 60
+            while i == 0 and not all(pathlib.Path(f"ran-{n}").exists() for n in others):
+                assert time.monotonic() < deadline, "tests wait behind this one"
+                time.sleep(0.05)
+        """
+    )
+    pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu", "-n2").assert_outcomes(passed=40)
+
+
 def test_a_worker_that_dies_takes_nothing_with_it(pytester):
     pytester.makepyfile(
         """
