@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -22,9 +24,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("dtype", DTYPES)
 
 
+TORCHS_OWN_WARNINGS = (
+    # torch 2.13's own torch/utils/mkldnn.py, while Inductor is imported; ends where torch drops torch.jit.
+    "ignore:.torch.jit.script.* is deprecated:DeprecationWarning",
+    # torch (seen in 2.11), as it records the CUDA graph of a part of a model that launches nothing.
+    "ignore:The CUDA Graph is empty:UserWarning",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest starts first, so that xdist's workers end together."""
-    items.sort(key=lambda item: not _compiles(item))
+    """What takes longest starts first, so that xdist's workers end together; and not two of it in a row, for xdist hands
+    out tests by twos at first."""
+    long, short = [item for item in items if _compiles(item)], [item for item in items if not _compiles(item)]
+    turns = itertools.zip_longest(long, short[: len(long)])
+    items[:] = [item for turn in turns for item in turn if item is not None] + short[len(long) :]
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            for warning in TORCHS_OWN_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 def _compiles(item: pytest.Item) -> bool:

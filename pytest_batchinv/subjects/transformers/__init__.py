@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -26,7 +27,8 @@ from pytest_batchinv.subjects.transformers.weights import build_preset
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 # Longest row, tokens of a padded batch, bytes of its logprobs.
 _BOUNDS = {"cpu": (300, 2048, 2 << 30), "cuda": (1024, 16384, 6 << 30)}
-_PALETTE_LENGTHS = (13, 1, 5, 16, 17, 31, 33, 2, 7, 64, 65, 100, 128, 200, 257, 300, 3, 8, 15, 32, 48, 9, 27, 63)
+_PALETTE_LENGTHS = (1, 13, 5, 16, 17, 31, 33, 2, 7, 64, 65, 100, 128, 200, 257, 300, 3, 8, 15, 32, 48, 9, 27, 63)
+# One token comes first: torch.compile makes a graph for sizes of 1 in any case, and its first one is for the first sizes alone.
 _PALETTE_CONTENTS = ("random", "random", "extreme", "random", "repeated")
 _PROBE_LENGTH, _PROBE_PADDING = 24, 16
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -152,6 +154,8 @@ class TransformersSubject:
         packing = None
         if layout.is_packed and self.info.attention == attention.NAME:
             packing = tuple(torch.tensor(layer, device=self.info.device) for layer in layout.packing())
+            if self.info.compile_mode != "eager":
+                _of_any_size(tokens, mask, positions, packing)
         return tokens, mask, positions if self._takes_positions else None, packing
 
     def _probe(self, windows: Windows | None, longest: int) -> Windows | None:
@@ -202,6 +206,13 @@ class _Logprobs(nn.Module):
         logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **places).logits
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return torch.log_softmax(logits.to(wide), -1)
+
+
+def _of_any_size(*inputs: Any) -> None:
+    """Tells Dynamo what engines that pack rows tell it, so that it makes no graph for the first sizes alone."""
+    for x in pytree.tree_leaves(inputs):
+        if isinstance(x, Tensor):
+            torch._dynamo.maybe_mark_dynamic(x, [dim for dim in range(x.dim()) if x.shape[dim] > 1])
 
 
 def attention_implementations(model: nn.Module, device: str, dtype: str) -> tuple[str, ...]:

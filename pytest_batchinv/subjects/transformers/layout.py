@@ -32,8 +32,11 @@ class BatchLayout:
         return len(self.spans) > len(self.sequences)
 
     def packing(self) -> tuple[list[list[int]], list[int]]:
-        """For a packed layout: the columns of each row, -1 after its end, and each column's slot in that matrix."""
-        longest = max(span.stop - span.start for span in self.spans)
+        """For a packed layout: the columns of each row, -1 after its end, and each column's slot in that matrix.
+
+        The matrix has two columns at least: torch.compile would make another graph for one.
+        """
+        longest = max(2, *(span.stop - span.start for span in self.spans))
         columns = [[*range(span.start, span.stop), *[-1] * (longest - span.stop + span.start)] for span in self.spans]
         slots = [row * longest + position for row, span in enumerate(self.spans) for position in range(span.stop - span.start)]
         return columns, slots
