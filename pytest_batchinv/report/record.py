@@ -14,7 +14,7 @@ import msgspec
 from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import SubjectInfo
 
-SCHEMA = 2
+SCHEMA = 3
 
 Verdict = Literal["equal", "differs", "shape_differs", "error", "refused", "interrupted", "not_run", "caught", "inconclusive"]
 """equal, differs: what was compared. shape_differs: a row's shape or dtype follows its batch. error: the subject or the check
@@ -47,6 +47,68 @@ class Section(msgspec.Struct, frozen=True):
     lines: tuple[str, ...]
 
 
+Badge = Literal["order", "module", "content", "one side"]
+"""How a pair of operators was found: by its place in two equal sequences; by its module, line and name; by the row's bytes;
+or not at all, where only one of the two runs called it."""
+
+Agreement = Literal["equal", "differs", "follows", "not compared"]
+"""Of the row's bytes in what an operator gave on the two sides. differs: its inputs agreed. follows: an input differed already.
+not compared: the row could not be found in it."""
+
+
+class TracedOp(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One operator of a trace, on the two sides.
+
+    index: of the call on either side, -1 where that side has none. module: the path of the module that called it. source:
+    "file:line"; line: that line. shapes: of the output on either side, with dtype. produced_by: positions in the trace of the
+    operators that gave its inputs. ulp: the largest distance of two values of the row, None for what has no ulp.
+    """
+
+    overload: str
+    index: tuple[int, int]
+    agreement: Agreement
+    badge: Badge = "order"
+    module: str = ""
+    source: str = ""
+    line: str = ""
+    shapes: tuple[str, str] = ("", "")
+    n_differ: int = 0
+    n_total: int = 0
+    ulp: int | None = None
+    produced_by: tuple[int, ...] = ()
+
+
+class Culprit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An operator whose inputs agreed in the row's bytes, and whose output did not.
+
+    op: its position in the trace. calls: how many calls of it, from this line, diverged by themselves. inputs: shapes, strides
+    and dtypes of its inputs on either side. effect: what a causal run said of it. sizes: where its bits change, of its own
+    rows. kernels: what ran on either side. script: the reproducer, where one was written.
+    """
+
+    op: int
+    calls: int
+    inputs: tuple[tuple[str, ...], tuple[str, ...]]
+    effect: Literal["causes", "does not reach the output", "one of several causes", "not told"] = "not told"
+    cure: str = ""
+    sizes: Breakpoints | None = None
+    kernels: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    script: str = ""
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The failing row on the two sides of a relation, operator by operator, in the order in which the second side ran them.
+
+    ops: without those that computed nothing (views). culprits: the first is where the bits part. control_flow: what one side
+    alone called before the first culprit, as sentences. notes: what the trace could not tell, as sentences.
+    """
+
+    ops: tuple[TracedOp, ...]
+    culprits: tuple[Culprit, ...] = ()
+    control_flow: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Two outputs that should be equal and are not, with the smallest case found that shows it.
 
@@ -69,6 +131,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     n_differ: int
     n_total: int
     breakpoints: Breakpoints | None = None
+    trace: Trace | None = None
     sections: tuple[Section, ...] = ()
     replay: str = ""
 

@@ -61,7 +61,7 @@ def test_fields_of_a_later_version_are_left_out():
 
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({**json.loads(record().to_json()), "verdict": "fine"})])
 def test_what_is_no_record_is_refused(text):
-    with pytest.raises(ValueError, match="not a record of schema 2: "):
+    with pytest.raises(ValueError, match="not a record of schema 3: "):
         Record.from_json(text)
 
 
