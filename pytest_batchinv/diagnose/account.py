@@ -9,7 +9,7 @@ import msgspec
 
 from pytest_batchinv import context
 from pytest_batchinv.compare import first_row_that_differs
-from pytest_batchinv.diagnose import diverging, sizes
+from pytest_batchinv.diagnose import culprits, diverging, sizes
 from pytest_batchinv.relations.base import Relation
 from pytest_batchinv.report.record import Breakpoints, Finding, Section
 from pytest_batchinv.search.runs import SubjectRuns
@@ -48,7 +48,8 @@ def explained(finding: Finding, broken: Broken, relation: Relation, runs: Subjec
         if ops is not None:
             named = ", ".join(ops) or "none"
             sections.append(Section("operators", (f"compiled alone, other bits than in eager code: {named}",)))
-    return msgspec.structs.replace(finding, breakpoints=found, sections=tuple(sections))
+    traced = _guarded("trace", sections, lambda: culprits.trace(relation, runs, broken.case, broken.found.position))
+    return msgspec.structs.replace(finding, breakpoints=found, trace=traced, sections=tuple(sections))
 
 
 def _guarded(title: str, sections: list[Section], diagnose: Callable[[], T]) -> T | None:

@@ -1,4 +1,4 @@
-"""The one dispatch mode: which operators a forward calls, in order, with their tensors if asked for."""
+"""The one dispatch mode: which operators a forward calls, in order, from where, and what they are given."""
 
 from __future__ import annotations
 
@@ -22,16 +22,25 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+Around = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]
+"""Runs the operator with these arguments, or another one in its place, and gives the result."""
+
+
 class Recorder(TorchDispatchMode):
     """Records the operators that are dispatched inside. Compiled code dispatches few: record eager code.
 
-    keeps_inputs: asked for each call; where it says yes, the call's tensors are copied.
+    keeps_inputs: asked for each call; where it says yes, the call's tensors are copied. around: runs each call.
     """
 
-    def __init__(self, keeps_inputs: Callable[[OpOverload, tuple[Any, ...]], bool] | None = None) -> None:
+    def __init__(
+        self,
+        keeps_inputs: Callable[[OpOverload, tuple[Any, ...]], bool] | None = None,
+        around: Around | None = None,
+    ) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self._keeps_inputs = keeps_inputs
+        self._around = around
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -39,15 +48,15 @@ class Recorder(TorchDispatchMode):
         if self._keeps_inputs is not None and self._keeps_inputs(func, args):
             call.args, call.kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         self.calls.append(call)
-        out = func(*args, **kwargs)
-        call.gives_floats = any(x.is_floating_point() or x.is_complex() for x in _tensors(out))
+        out = func(*args, **kwargs) if self._around is None else self._around(func, args, kwargs)
+        call.gives_floats = any(x.is_floating_point() or x.is_complex() for x in tensors_of(out))
         return out
 
 
 def _device(args: Any, kwargs: Any) -> str:
     """The type of the device of the first tensor; "" without one."""
-    return next((x.device.type for x in _tensors((args, kwargs))), "")
+    return next((x.device.type for x in tensors_of((args, kwargs))), "")
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def tensors_of(tree: Any) -> list[torch.Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]

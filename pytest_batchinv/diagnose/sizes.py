@@ -51,10 +51,10 @@ def breakpoints(
         while known[low] != known[high] and high - low > 1 and time.monotonic() < deadline:
             middle = (low + high) // 2
             low, high = (middle, high) if differs(middle) == known[low] else (low, middle)
-    return Breakpoints(_ranges(known), len(known), max(known))
+    return Breakpoints(ranges(known), len(known), max(known))
 
 
-def _ranges(known: dict[int, bool]) -> tuple[tuple[int, int], ...]:
+def ranges(known: dict[int, bool]) -> tuple[tuple[int, int], ...]:
     """Ranges of sizes that differ: all between two tried neighbours that both differ."""
     runs: list[tuple[int, int]] = []
     before_differs = False

@@ -27,6 +27,13 @@ class Runs(Protocol):
         ...
 
 
+class Side(NamedTuple):
+    """One of the two runs that should have given a row the same bits: the batch, and where in it the row stands."""
+
+    case: BatchShape
+    position: int
+
+
 class Comparison(NamedTuple):
     """Two outputs that must be equal. positions: where in the case their rows stand; None: all of them, in order."""
 
@@ -75,6 +82,13 @@ class Relation:
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
         raise NotImplementedError
+
+    def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
+        """Pairs of runs of eager code, in one of which the row at this position of the case has other bits: for a trace.
+
+        None where the sides are no two runs of eager code.
+        """
+        return iter(())
 
     def mutants(self) -> tuple[Mutant, ...]:
         raise NotImplementedError

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import rows as planted
-from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
+from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs, Side
 from pytest_batchinv.search import strategies, sweep
 from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import Space
@@ -22,6 +22,9 @@ class Batch(Relation):
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
         yield Comparison(runs.alone(case.rows), runs.run(case))
+
+    def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
+        yield Side(case.alone(position), 0), Side(case, position)
 
     def mutants(self) -> tuple[Mutant, ...]:
         return tuple(Mutant(name, make) for name, make in planted.BATCH.items())

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import rows as planted
-from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
+from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs, Side
 from pytest_batchinv.search import strategies, sweep
 from pytest_batchinv.shapes import BatchShape, Row, chosen_evenly
 from pytest_batchinv.subjects.base import RowOutputs, Space, Subject
@@ -46,13 +46,14 @@ class Isolation(Relation):
         Any two positions differ in a bit, so each row is kept once while each of its neighbours is another.
         """
         expected = runs.run(case)
-        for bit in range((len(case) - 1).bit_length()):
-            for value in (0, 1):
-                kept = tuple(p for p in range(len(case)) if p >> bit & 1 == value)
-                rows = [row if p in kept else _other(row, runs.subject.space, p) for p, row in enumerate(case.rows)]
-                if kept and tuple(rows) != case.rows:
-                    actual = runs.run(case.with_rows(*rows))
-                    yield Comparison(_at(expected, kept), _at(actual, kept), kept)
+        for other, kept in _with_other_neighbours(case, runs.subject.space):
+            actual = runs.run(other)
+            yield Comparison(_at(expected, kept), _at(actual, kept), kept)
+
+    def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
+        for other, kept in _with_other_neighbours(case, runs.subject.space):
+            if position in kept:
+                yield Side(case, position), Side(other, position)
 
     def mutants(self) -> tuple[Mutant, ...]:
         return (
@@ -60,6 +61,16 @@ class Isolation(Relation):
             Mutant("reads the row before it", planted.reads_the_row_before),
             Mutant("follows the last row", planted.follows_the_last_row),
         )
+
+
+def _with_other_neighbours(case: BatchShape, space: Space) -> Iterator[tuple[BatchShape, tuple[int, ...]]]:
+    """The case with other rows at some positions, and the positions that kept theirs."""
+    for bit in range((len(case) - 1).bit_length()):
+        for value in (0, 1):
+            kept = tuple(p for p in range(len(case)) if p >> bit & 1 == value)
+            rows = [row if p in kept else _other(row, space, p) for p, row in enumerate(case.rows)]
+            if kept and tuple(rows) != case.rows:
+                yield case.with_rows(*rows), kept
 
 
 def _other(row: Row, space: Space, salt: int = 0) -> Row:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import rows as planted
-from pytest_batchinv.relations.base import Comparison, Mutant, Relation, Runs
+from pytest_batchinv.relations.base import Comparison, Mutant, Relation, Runs, Side
 from pytest_batchinv.shapes import BatchShape
 
 
@@ -17,6 +17,9 @@ class RunToRun(Relation):
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
         yield Comparison(runs.run(case), runs.run(case))
+
+    def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
+        yield Side(case, position), Side(case, position)
 
     def mutants(self) -> tuple[Mutant, ...]:
         return (Mutant("noise", planted.noise), Mutant("noise in batches only", planted.noise_in_batches))

@@ -61,7 +61,7 @@ class TracedOp(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     index: of the call on either side, -1 where that side has none. module: the path of the module that called it. source:
     "file:line"; line: that line. shapes: of the output on either side, with dtype. produced_by: positions in the trace of the
-    operators that gave its inputs. ulp: the largest distance of two values of the row, None for what has no ulp.
+    operators that gave its inputs. ulp: of the first two values that differ, None for what has no ulp.
     """
 
     overload: str
@@ -82,14 +82,15 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An operator whose inputs agreed in the row's bytes, and whose output did not.
 
     op: its position in the trace. calls: how many calls of it, from this line, diverged by themselves. inputs: shapes, strides
-    and dtypes of its inputs on either side. effect: what a causal run said of it. sizes: where its bits change, of its own
-    rows. kernels: what ran on either side. script: the reproducer, where one was written.
+    and dtypes of its inputs on either side. effect: whether the output differs where nothing else diverges. cure: what the
+    mode's kernel does in its place, the rest being stock. sizes: at how many of its own rows its bits are others than for one.
+    kernels: what ran on either side. script: the reproducer, where one was written.
     """
 
     op: int
     calls: int
     inputs: tuple[tuple[str, ...], tuple[str, ...]]
-    effect: Literal["causes", "does not reach the output", "one of several causes", "not told"] = "not told"
+    effect: Literal["causes", "does not reach the output", "not told"] = "not told"
     cure: str = ""
     sizes: Breakpoints | None = None
     kernels: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())

@@ -29,6 +29,8 @@ TORCHS_OWN_WARNINGS = (
     "ignore:.torch.jit.script.* is deprecated:DeprecationWarning",
     # torch (seen in 2.11), as it records the CUDA graph of a part of a model that launches nothing.
     "ignore:The CUDA Graph is empty:UserWarning",
+    # torch on Python 3.13.0 alone.
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",
 )
 
 

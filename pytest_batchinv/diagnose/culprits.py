@@ -1,0 +1,214 @@
+"""The operators at which a row's bits part: which, what they cause, what cures them, and at which sizes they change."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from pytest_batchinv import mode
+from pytest_batchinv.compare import first_difference
+from pytest_batchinv.diagnose import sizes
+from pytest_batchinv.diagnose.recorder import Recorder
+from pytest_batchinv.diagnose.rows import Match
+from pytest_batchinv.diagnose.trace import CUT, Kept, TwoSides, Walk, described, traced_ops
+from pytest_batchinv.kernels import table
+from pytest_batchinv.relations.base import Relation
+from pytest_batchinv.report.record import Breakpoints, Culprit, Trace
+from pytest_batchinv.search.runs import SubjectRuns
+from pytest_batchinv.shapes import BatchShape
+
+MOST = 8
+"""Culprits that are asked what they cause: each costs a run of the subject."""
+_MOST_ROWS = 512
+_SECONDS = 3.0
+
+
+class Group(NamedTuple):
+    """The calls of one operator from one line that diverged by themselves. blamed: the operator's first call; calls: where its
+    difference showed, which is a later call for an operator that gave wrong indices."""
+
+    blamed: int
+    calls: tuple[int, ...]
+
+
+def trace(relation: Relation, runs: SubjectRuns, case: BatchShape, position: int) -> Trace | None:
+    """The trace of the row at this position of the case; None for a relation whose sides are no two runs of eager code."""
+    subject, found = runs.subject.in_eager_mode(), None
+    for one, other in relation.two_runs(runs, case, position):
+        found = TwoSides(subject, one, other)
+        plain = found.walk(lambda number: False)
+        if not found.is_equal(plain.outputs):
+            return _told(found, plain)
+    if found is None:
+        return None
+    notes = ["under the trace the row has equal bits on both sides"]
+    if subject is not runs.subject:
+        notes = ["eager code gives the row equal bits on both sides: what Inductor made of it does not"]
+    return Trace(ops=(), notes=tuple(notes))
+
+
+def _told(sides: TwoSides, plain: Walk) -> Trace:
+    healed = sides.walk(lambda number: True)
+    groups = _groups(sides, healed)
+    ops = traced_ops(sides, plain, healed)
+    place = {op.index[1]: i for i, op in enumerate(ops)}
+    own = {number for group in groups for number in group.calls}
+    notes = _notes(sides, healed, groups)
+    culprits = []
+    for i, group in enumerate(groups):
+        effect = _effect(sides, own, group) if i < MOST else "not told"
+        culprits.append(
+            Culprit(
+                op=place[group.blamed],
+                calls=len(group.calls),
+                inputs=_inputs(sides, group),
+                effect=effect,  # type: ignore[arg-type]
+                cure=_cure(sides, [group]) if i < MOST else "",
+                sizes=_sizes(sides, healed, group),
+            )
+        )
+    return Trace(ops=ops, culprits=tuple(culprits), control_flow=_control_flow(sides, groups), notes=tuple(notes))
+
+
+def _groups(sides: TwoSides, healed: Walk) -> list[Group]:
+    found: dict[tuple[str, str], list[int]] = {}
+    blamed: dict[tuple[str, str], int] = {}
+    for number, seen in healed.seen.items():
+        if seen.blamed is not None:
+            call = sides.calls[seen.blamed]
+            name = (call.key.overload, call.source)
+            found.setdefault(name, []).append(number)
+            blamed.setdefault(name, seen.blamed)
+    groups = [Group(blamed[name], tuple(numbers)) for name, numbers in found.items()]
+    return sorted(groups, key=lambda group: group.blamed)
+
+
+def _effect(sides: TwoSides, own: set[int], group: Group) -> str:
+    """Every other culprit gets the first side's bytes: what differs then comes from this one."""
+    others = own.difference(group.calls)
+    outputs = sides.walk(lambda number: number in others).outputs
+    return "does not reach the output" if sides.is_equal(outputs) else "causes"
+
+
+def _cure(sides: TwoSides, groups: list[Group]) -> str:
+    """The mode's kernels for these operators in their place on both sides, the rest stock."""
+    if mode.is_on():
+        return ""
+    overloads = {sides.calls[group.blamed].overload for group in groups}
+    kernels: dict[OpOverload, Callable[..., Any]] = {}
+    for overload in overloads:
+        kernel = _kernel(overload)
+        if kernel is None:
+            return f"the mode has no kernel of its own for {overload.name()}"
+        kernels[overload] = kernel
+
+    def around(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return kernels.get(func, func)(*args, **kwargs)
+
+    try:
+        one = sides.subject.run(sides.one.case, Recorder(around=around))[sides.one.position]
+        other = sides.subject.run(sides.other.case, Recorder(around=around))[sides.other.position]
+    except Exception as error:
+        return f"could not be tried: {type(error).__name__}: {error}"
+    named = ", ".join(sorted(overload.name() for overload in overloads))
+    equal = all(first_difference(one[name], other[name]) is None for name in one)
+    return f"with the mode's kernel for {named} and nothing else of it the bits are {'equal' if equal else 'still others'}"
+
+
+def _kernel(overload: OpOverload) -> Callable[..., Any] | None:
+    name = overload.name().removeprefix("aten::")
+    return table.BACKEND_KERNELS.get(name) or table.POINTWISE.get(name)
+
+
+def _sizes(sides: TwoSides, healed: Walk, group: Group) -> Breakpoints | None:
+    """The numbers of its own rows at which the operator gives the first row other bits than for one row.
+
+    The row's first vector is repeated; None where the operator's rows do not lie along one dimension of each tensor.
+    """
+    seen = healed.seen.get(group.blamed)
+    if seen is None or seen.blamed != group.blamed:
+        return None
+    kept = sides.kept[seen.other]
+    dims = [_rows_along(match) for match in (*seen.inputs, *seen.outputs)]
+    if None in dims or kept.overload._schema.is_mutable or len(seen.outputs) != len(kept.outputs):
+        return None
+    given, out_dim = dims[: len(seen.inputs)], dims[len(seen.inputs)]
+    if out_dim is None or out_dim < 0 or all(dim is None or dim < 0 for dim in given):
+        return None
+
+    def run(n_rows: int) -> Tensor:
+        repeated = [
+            x if dim is None or dim < 0 else _repeated(x, dim, n_rows) for x, dim in zip(kept.inputs, given, strict=True)
+        ]
+        out = called(kept, repeated)
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        return first.select(out_dim, 0).clone()
+
+    alone, deadline = run(1), time.monotonic() + _SECONDS
+    known = {1: False}
+    for n_rows in range(2, _MOST_ROWS + 1):
+        if time.monotonic() > deadline:
+            break
+        known[n_rows] = first_difference(alone, run(n_rows)) is not None
+    return Breakpoints(sizes.ranges(known), len(known), max(known))
+
+
+def called(kept: Kept, inputs: list[Tensor]) -> Any:
+    """The operator with these tensors in place of those that it was given."""
+    leaves, form = torch.utils._pytree.tree_flatten((kept.args, kept.kwargs))
+    tensors = iter(inputs)
+    args, kwargs = torch.utils._pytree.tree_unflatten(
+        [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
+    )
+    return kept.overload(*args, **kwargs)
+
+
+def _repeated(x: Tensor, dim: int, n_rows: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = n_rows
+    return x.narrow(dim, 0, 1).expand(shape).contiguous()
+
+
+def _rows_along(match: Match) -> int | None:
+    """The dimension along which the row's vectors lie; -1 for a tensor without rows; None where there are several."""
+    if match.selection is None:
+        return None
+    whole = (slice(None), slice(None))
+    dims = [dim for dim, places in enumerate(match.selection.dims) if places != whole]
+    return None if len(dims) > 1 else (*dims, -1)[0]
+
+
+def _inputs(sides: TwoSides, group: Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    there = sides.pairs.by_other[group.blamed]
+    one = tuple(described(x) for x in sides.kept[there].inputs) if there >= 0 else ()
+    return one, sides.calls[group.blamed].inputs
+
+
+def _control_flow(sides: TwoSides, groups: list[Group]) -> tuple[str, ...]:
+    """What one side alone ran before the first culprit, or in it."""
+    until = groups[0].blamed if groups else len(sides.calls)
+    before = [there for there in sides.pairs.by_other[: until + 1] if there >= 0]
+    last = max(before, default=len(sides.kept))
+    only_one = [sides.kept[i] for i in sides.pairs.only_one if i <= last and not sides.kept[i].is_view]
+    only_other = [sides.calls[n] for n in range(min(until + 1, len(sides.calls))) if sides.pairs.by_other[n] < 0]
+    lines = [f"only the first side calls {call.key.overload} ({call.source})" for call in only_one]
+    lines += [f"only the second side calls {call.key.overload} ({call.source})" for call in only_other if not call.is_view]
+    return tuple(dict.fromkeys(lines))
+
+
+def _notes(sides: TwoSides, healed: Walk, groups: list[Group]) -> list[str]:
+    notes = []
+    if sides.is_cut:
+        notes.append(CUT)
+    if not sides.is_equal(healed.outputs):
+        notes.append(
+            "with the first side's bytes in place of all that diverged, the output still differs: part of it was not seen"
+        )
+    elif not groups:
+        notes.append("no operator diverges by itself")
+    return notes

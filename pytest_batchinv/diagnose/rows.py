@@ -1,0 +1,201 @@
+"""Where a row lies in a tensor of either side: found from shapes, from the inputs, or from the row's own bytes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pytest_batchinv.compare import Difference, as_bits, first_difference
+from pytest_batchinv.relations.base import Side
+from pytest_batchinv.subjects.base import Subject
+
+_MOST_CHOICES = 64
+
+Places = slice | tuple[int, ...]
+"""Places along one dimension."""
+
+
+class Geometry(NamedTuple):
+    """n sequences of ``width`` columns; the row has the columns ``start`` to ``stop`` of one of them."""
+
+    n: int
+    width: int
+    sequence: int
+    start: int
+    stop: int
+
+
+class Selection(NamedTuple):
+    """The row's places on either side, dimension by dimension. by_content: some were found by the row's bytes."""
+
+    dims: tuple[tuple[Places, Places], ...]
+    finds_a_row: bool
+    by_content: bool = False
+
+
+class Match(NamedTuple):
+    """selection: None where the row cannot be found in the two tensors. difference: None where its bytes agree."""
+
+    selection: Selection | None
+    difference: Difference | None
+
+    @property
+    def agrees(self) -> bool:
+        return self.selection is not None and self.difference is None
+
+
+def geometries(subject: Subject, side: Side) -> tuple[Geometry, ...]:
+    """The forms in which the subject's tensors hold the row: padded sequences; or a packed one, and what it is unpacked to."""
+    case, spans = side.case, subject.spans(side.case)
+    span = spans[side.position]
+    if case.layout == "packed" and len(case) > 1:
+        longest = max(2, *(other.stop - other.start for other in spans))  # the subject unpacks to two columns at least
+        length = span.stop - span.start
+        return (
+            Geometry(1, case.width, 0, span.start, span.stop),
+            Geometry(len(case), longest, side.position, 0, length),
+        )
+    width = max(case.width, *(other.stop for other in spans))
+    return (Geometry(len(case), width, side.position, span.start, span.stop),)
+
+
+class Finder:
+    """Finds the row in pairs of tensors of two sides. carried: places that inputs of the same sizes were found at."""
+
+    def __init__(self, one: Sequence[Geometry], other: Sequence[Geometry]) -> None:
+        self._pairs = list(itertools.product(one, other))
+        self._same_shapes = any(a.n == b.n > 1 for a, b in self._pairs)
+
+    def match(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection] = ()) -> Match:
+        """The first selection under which the bytes agree; else the likeliest one, with what differs."""
+        if expected.dtype != actual.dtype or expected.dim() != actual.dim() or not _readable(expected, actual):
+            return Match(None, None)
+        likeliest: Match | None = None
+        for selection in self._selections(expected.shape, actual.shape, tuple(carried)):
+            difference = first_difference(*selected(expected, actual, selection))
+            if difference is None:
+                return Match(selection, None)
+            if likeliest is None and (selection.finds_a_row or not self._same_shapes):
+                likeliest = Match(selection, difference)
+        if (by_content := _by_content(expected, actual)) is not None:
+            return Match(by_content, None)
+        return likeliest or Match(None, None)
+
+    def _selections(self, one: torch.Size, other: torch.Size, carried: tuple[Selection, ...]) -> list[Selection]:
+        found: dict[str, Selection] = {}
+        for a, b in self._pairs:
+            choices = [list(_choices(i, j, a, b, dim, carried)) for dim, (i, j) in enumerate(zip(one, other, strict=True))]
+            for combination in itertools.islice(itertools.product(*choices), _MOST_CHOICES):
+                kinds = [kind for kind, _, _ in combination]
+                if kinds.count("batch") + kinds.count("tokens") > 1 or "tokens" in kinds and "columns" in kinds:
+                    continue
+                dims = tuple((x, y) for _, x, y in combination)
+                finds_a_row = any(kind in ("batch", "tokens", "carried") for kind in kinds) or b.n == 1
+                by_content = any(isinstance(x, tuple) or isinstance(y, tuple) for x, y in dims)
+                found.setdefault(repr(dims), Selection(dims, finds_a_row, by_content))
+        return sorted(found.values(), key=lambda selection: not selection.finds_a_row)
+
+
+def _choices(
+    one: int, other: int, a: Geometry, b: Geometry, dim: int, carried: tuple[Selection, ...]
+) -> Iterator[tuple[str, Places, Places]]:
+    """The places that a dimension of these sizes may hold the row at."""
+    for selection in carried:
+        for x, y in selection.dims:
+            if isinstance(y, tuple) and _covers(x, y, one, other):
+                yield "carried", x, y
+    units = (
+        ("batch", a.n, b.n, (a.sequence, a.sequence + 1), (b.sequence, b.sequence + 1)),
+        ("tokens", a.n * a.width, b.n * b.width, _token_places(a), _token_places(b)),
+        ("columns", a.width, b.width, (a.start, a.stop), (b.start, b.stop)),
+    )
+    for kind, unit_a, unit_b, (start_a, stop_a), (start_b, stop_b) in units:
+        times = one // unit_a
+        if one % unit_a or other % unit_b or times != other // unit_b or not times:
+            continue
+        if unit_a == unit_b and (times > 1 or unit_a == 1):
+            continue  # any dimension could be that many of them
+        if kind == "columns" and times > 1 and b.n > 1:
+            continue
+        yield kind, slice(start_a * times, stop_a * times), slice(start_b * times, stop_b * times)
+    if one == other:
+        yield "whole", slice(None), slice(None)
+
+
+def _token_places(g: Geometry) -> tuple[int, int]:
+    return g.sequence * g.width + g.start, g.sequence * g.width + g.stop
+
+
+def _covers(x: Places, y: tuple[int, ...], one: int, other: int) -> bool:
+    return isinstance(x, tuple) and len(x) == one and max(y, default=0) < other and len(x) != other
+
+
+def selected(expected: Tensor, actual: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    """The row in both tensors."""
+    one = [x for x, _ in selection.dims]
+    other = [y for _, y in selection.dims]
+    return _taken(expected, one), _taken(actual, other)
+
+
+def _taken(x: Tensor, places: list[Places]) -> Tensor:
+    for dim, place in enumerate(places):
+        if isinstance(place, slice):
+            start, stop, _ = place.indices(x.shape[dim])
+            x = x.narrow(dim, start, stop - start)
+        else:
+            x = x.index_select(dim, torch.tensor(place, device=x.device))
+    return x
+
+
+def put_in_place(expected: Tensor, actual: Tensor, selection: Selection) -> bool:
+    """Writes the row's bytes of the first side into the second side's tensor. False where its memory overlaps."""
+    if any(stride == 0 and size > 1 for stride, size in zip(actual.stride(), actual.shape, strict=True)):
+        return False
+    part, target, lists = expected, actual, []
+    for dim, (x, y) in enumerate(selection.dims):
+        part = _taken(part, [slice(None)] * dim + [x])
+        if isinstance(y, slice):
+            start, stop, _ = y.indices(target.shape[dim])
+            target = target.narrow(dim, start, stop - start)
+        else:
+            lists.append((dim, torch.tensor(y, device=actual.device)))
+    if len(lists) > 1:
+        return False
+    if lists:
+        target.index_copy_(lists[0][0], lists[0][1], part)
+    else:
+        target.copy_(part)
+    return True
+
+
+def _by_content(expected: Tensor, actual: Tensor) -> Selection | None:
+    """Where every vector of the first side stands in the second, along the one dimension in which their shapes differ."""
+    differ = [dim for dim in range(expected.dim()) if expected.shape[dim] != actual.shape[dim]]
+    if len(differ) != 1 or not expected.is_floating_point() or not expected.numel():
+        return None
+    (dim,) = differ
+    wanted, there = (_vectors(x, dim) for x in (expected, actual))
+    places: dict[bytes, list[int]] = {}
+    for place, vector in enumerate(there):
+        places.setdefault(vector, []).append(place)
+    found = []
+    for vector in wanted:
+        if not places.get(vector):
+            return None
+        found.append(places[vector].pop(0) if len(places[vector]) > 1 else places[vector][0])
+    dims: list[tuple[Places, Places]] = [(slice(None), slice(None))] * expected.dim()
+    dims[dim] = (tuple(range(len(wanted))), tuple(found))
+    return Selection(tuple(dims), finds_a_row=True, by_content=True)
+
+
+def _vectors(x: Tensor, dim: int) -> list[bytes]:
+    rows = as_bits(x.movedim(dim, 0).reshape(x.shape[dim], -1)).cpu().numpy()
+    return [row.tobytes() for row in rows]
+
+
+def _readable(*tensors: Tensor) -> bool:
+    return all(x.layout == torch.strided and x.device.type != "meta" and not x.is_quantized for x in tensors)

@@ -1,0 +1,90 @@
+"""Where an operator was called: the module's path, the user's line, and which parameters it was given."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from pytest_batchinv import kernels, patches, subjects
+
+_NOT_THE_USERS = tuple(
+    f"{Path(file).parent}/" for file in (torch.__file__, kernels.__file__, patches.__file__, __file__) if file is not None
+)
+_SUBJECTS = f"{Path(subjects.__file__).parent}/"
+
+
+class Where(NamedTuple):
+    """module: its path from the outermost module on; "" outside of any. source: "file:line"; line: its text."""
+
+    module: str
+    source: str
+    line: str
+
+
+class Places:
+    """Entered around a forward: keeps the path of the module that runs, and knows the parameters by their memory."""
+
+    def __init__(self) -> None:
+        self._stack: list[nn.Module] = []
+        self._names: dict[nn.Module, str] = {}
+        self._parameters: dict[int, str] = {}
+
+    def __enter__(self) -> Places:
+        self._handles = [
+            hooks.register_module_forward_pre_hook(self._enter),
+            hooks.register_module_forward_hook(self._leave, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def here(self) -> Where:
+        """Of the operator that is being dispatched."""
+        source, line = _users_line()
+        return Where(self._names.get(self._stack[-1], "") if self._stack else "", source, line)
+
+    def parameter(self, x: Tensor) -> str:
+        """The name of the parameter or buffer in whose memory this tensor lies, with where in it; "" for others."""
+        name = self._parameters.get(storage_of(x), "")
+        return f"{name}@{x.storage_offset()}" if name else ""
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if module not in self._names:
+            self._names |= {child: name for name, child in module.named_modules()}
+            held = [*module.named_parameters(), *module.named_buffers()]
+            self._parameters |= {storage_of(x): name for name, x in held}
+        self._stack.append(module)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack and self._stack[-1] is module:
+            self._stack.pop()
+
+
+def storage_of(x: Tensor) -> int:
+    """Names the memory that the tensor lies in; 0 where it has none of its own."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse tensors and their like
+        return 0
+
+
+def _users_line() -> tuple[str, str]:
+    """Empty for what torch, or a subject, calls by itself."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_SUBJECTS):
+            break
+        if not file.startswith((*_NOT_THE_USERS, "<")):
+            return f"{file}:{frame.f_lineno}", linecache.getline(file, frame.f_lineno).strip()
+        frame = frame.f_back  # type: ignore[assignment]
+    return "", ""
