@@ -25,7 +25,7 @@ from pytest_batchinv.shapes import BatchShape
 MOST = 8
 """Culprits that are asked what they cause: each costs a run of the subject."""
 _MOST_ROWS = 512
-_SECONDS = 3.0
+_SECONDS = 1.0
 
 
 class Group(NamedTuple):
@@ -57,22 +57,27 @@ def _told(sides: TwoSides, plain: Walk) -> Trace:
     groups = _groups(sides, healed)
     ops = traced_ops(sides, plain, healed)
     place = {op.index[1]: i for i, op in enumerate(ops)}
-    own = {number for group in groups for number in group.calls}
-    notes = _notes(sides, healed, groups)
-    culprits = []
-    for i, group in enumerate(groups):
-        effect = _effect(sides, own, group) if i < MOST else "not told"
-        culprits.append(
-            Culprit(
-                op=place[group.blamed],
-                calls=len(group.calls),
-                inputs=_inputs(sides, group),
-                effect=effect,  # type: ignore[arg-type]
-                cure=_cure(sides, [group]) if i < MOST else "",
-                sizes=_sizes(sides, healed, group),
-            )
+    effects = [_effect(sides, group) if i < MOST else "not told" for i, group in enumerate(groups)]
+    cures = {overload: _cure(sides, {overload}) for overload in dict.fromkeys(sides.calls[g.blamed].overload for g in groups)}
+    culprits = tuple(
+        Culprit(
+            op=place[group.blamed],
+            calls=len(group.calls),
+            inputs=_inputs(sides, group),
+            effect=effect,  # type: ignore[arg-type]
+            cure=cures[sides.calls[group.blamed].overload],
+            sizes=_sizes(sides, healed, group) if i == _first_cause(effects) else None,
         )
-    return Trace(ops=ops, culprits=tuple(culprits), control_flow=_control_flow(sides, groups), notes=tuple(notes))
+        for i, (group, effect) in enumerate(zip(groups, effects, strict=True))
+    )
+    notes = _notes(sides, healed, groups)
+    if len(cures) > 1 and not mode.is_on():
+        notes.append(_cure(sides, set(cures)))
+    return Trace(ops=ops, culprits=culprits, control_flow=_control_flow(sides, groups), notes=tuple(notes))
+
+
+def _first_cause(effects: list[str]) -> int:
+    return effects.index("causes") if "causes" in effects else 0
 
 
 def _groups(sides: TwoSides, healed: Walk) -> list[Group]:
@@ -88,18 +93,16 @@ def _groups(sides: TwoSides, healed: Walk) -> list[Group]:
     return sorted(groups, key=lambda group: group.blamed)
 
 
-def _effect(sides: TwoSides, own: set[int], group: Group) -> str:
-    """Every other culprit gets the first side's bytes: what differs then comes from this one."""
-    others = own.difference(group.calls)
-    outputs = sides.walk(lambda number: number in others).outputs
+def _effect(sides: TwoSides, group: Group) -> str:
+    """Whatever else diverges by itself gets the first side's bytes: what differs at the end comes from these calls."""
+    outputs = sides.walk(lambda number: number not in group.calls).outputs
     return "does not reach the output" if sides.is_equal(outputs) else "causes"
 
 
-def _cure(sides: TwoSides, groups: list[Group]) -> str:
-    """The mode's kernels for these operators in their place on both sides, the rest stock."""
+def _cure(sides: TwoSides, overloads: set[OpOverload]) -> str:
+    """The mode's kernels for these operators in their place on both sides, the rest stock. Empty with the mode on."""
     if mode.is_on():
         return ""
-    overloads = {sides.calls[group.blamed].overload for group in groups}
     kernels: dict[OpOverload, Callable[..., Any]] = {}
     for overload in overloads:
         kernel = _kernel(overload)

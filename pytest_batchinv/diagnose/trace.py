@@ -78,7 +78,7 @@ class TwoSides:
         self.is_cut = any(not call.outputs and not call.is_view for call in self.kept)
 
     def walk(self, heals: Callable[[int], bool]) -> Walk:
-        """Runs the second side. heals: whether a call's output gets the first side's bytes where it differs."""
+        """Runs the second side. heals: whether a call's output gets the first side's bytes where it diverges by itself."""
         watch = _Watch(self, heals)
         with watch.places:
             outputs = self.subject.run(self.other.case, Recorder(around=watch))
@@ -151,7 +151,7 @@ class _Watch:
                 self._suspects.setdefault(storage_of(actual), origin)
             else:
                 values = True
-                if self.heals(number) and match.selection is not None:
+                if not follows and self.heals(number) and match.selection is not None:
                     put_in_place(expected, actual, match.selection)
         if not values:
             blamed = None

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pytest_batchinv.report.record import Breakpoints, Finding, Record
+from pytest_batchinv.report.record import Breakpoints, Culprit, Finding, Record, Trace, TracedOp
 from pytest_batchinv.shapes import BatchShape, Row, as_ranges
 from pytest_batchinv.subjects.base import SubjectInfo
+
+_MOST_LINES = 4
 
 
 def describe(record: Record) -> str:
@@ -17,7 +19,7 @@ def describe(record: Record) -> str:
 
     assert record.finding is not None
     found = record.finding
-    lines = [f"{subject_words(record.subject)}: {RELATIONS[record.relation].meaning}."]
+    lines = [f"{subject_words(record.subject)}{_at_operator(found)}: {RELATIONS[record.relation].meaning}."]
     lines += [f"  {title:<11} {text}" for title, text in _parts(record, found)]
     for section in found.sections:
         lines += [f"  {section.title:<11} {section.lines[0]}", *(" " * 14 + line for line in section.lines[1:])]
@@ -41,8 +43,51 @@ def _parts(record: Record, found: Finding) -> Iterator[tuple[str, str]]:
     yield from (("", line) for line in difference_lines(found)[1:])
     if found.breakpoints is not None:
         yield "sizes", sizes_words(found.breakpoints)
+    if found.trace is not None:
+        yield from trace_parts(found.trace, found.sides)
     if record.mode != "on":
         yield "mode", "off: this is torch as it is" if record.mode == "off" else "suspended, for the negative control"
+
+
+def _at_operator(found: Finding) -> str:
+    cause = found.trace and found.trace.cause
+    return f", {found.trace.ops[cause.op].overload}" if cause and found.trace else ""
+
+
+def trace_parts(trace: Trace, sides: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """The operator at which the bits part, what cures it, and what else diverges; titles and lines."""
+    if (cause := trace.cause) is not None:
+        op = trace.ops[cause.op]
+        yield "operator", f"{_called(op)} gave other bits for equal inputs"
+        if op.source:
+            yield "", f"{op.source.rpartition('/')[2]}: {op.line}"
+        distance = "" if op.ulp is None else f", {op.ulp:,} ulp"
+        yield "", f"{op.n_differ:,} of {op.n_total:,} values{distance}: {op.shapes[0]} {sides[0]}, {op.shapes[1]} {sides[1]}"
+        if cause.effect == "does not reach the output":
+            yield "", "alone it does not change the output"
+        if cause.sizes is not None and cause.sizes.ranges:
+            yield "", f"its bits change at {as_ranges(cause.sizes.sizes)} rows of its own (1 to {cause.sizes.bound} were run)"
+        if cause.cure:
+            yield "cure", cause.cure
+        yield from _others(trace, cause)
+    for line in trace.control_flow[:_MOST_LINES]:
+        yield "path", line
+    for note in trace.notes:
+        yield "trace", note
+
+
+def _others(trace: Trace, cause: Culprit) -> Iterator[tuple[str, str]]:
+    others = [culprit for culprit in trace.culprits if culprit is not cause]
+    for effect, words in (("causes", "also"), ("not told", "also"), ("does not reach the output", "harmless")):
+        named = [_called(trace.ops[culprit.op]) for culprit in others if culprit.effect == effect]
+        if named:
+            more = f" and {len(named) - _MOST_LINES} more" if len(named) > _MOST_LINES else ""
+            why = ": other bits for equal inputs, which do not reach the output" if words == "harmless" else ""
+            yield words, f"{'; '.join(named[:_MOST_LINES])}{more}{why}"
+
+
+def _called(op: TracedOp) -> str:
+    return f"{op.overload} in {op.module}" if op.module else op.overload
 
 
 def row_words(info: SubjectInfo, found: Finding) -> str:

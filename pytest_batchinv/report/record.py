@@ -109,6 +109,11 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     control_flow: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def cause(self) -> Culprit | None:
+        """The first culprit whose difference reaches the output; the first of all where none was seen to."""
+        return next((culprit for culprit in self.culprits if culprit.effect == "causes"), (*self.culprits, None)[0])
+
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Two outputs that should be equal and are not, with the smallest case found that shows it.

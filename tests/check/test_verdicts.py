@@ -249,7 +249,7 @@ def test_a_record_cannot_be_changed_and_goes_to_json_and_back(counts, verdict, w
     assert Record.from_json(record.to_json()) == record
     with pytest.raises(AttributeError):
         record.verdict = "equal"
-    with pytest.raises(ValueError, match="not a record of schema 2"):
+    with pytest.raises(ValueError, match="not a record of schema 3"):
         Record.from_json(record.to_json().replace(f'"verdict":"{verdict}"', '"verdict":"fine"'))
 
 

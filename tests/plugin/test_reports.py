@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from pytest_batchinv.report.record import SCHEMA
+
 TESTS = """
 import pytest
 from conftest import emit, finding, subject
-from pytest_batchinv.report.record import SCHEMA, Counts, OpCoverage, Skipped
+from pytest_batchinv.report.record import Counts, OpCoverage, Skipped
 
 @pytest.mark.compile_mode("eager", "default")
 def test_model(compile_mode, batch_invariant):
