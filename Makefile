@@ -8,7 +8,7 @@ TORCH ?= $(PINNED)
 CONSTRAINTS = constraints/torch-$(TORCH).txt
 REPORT ?=
 
-.PHONY: verify test lint types coverage
+.PHONY: verify test lint types coverage mutants
 
 verify: $(VENV)/.installed
 	$(RUN) pytest -n 2 --batch-invariant --pyargs pytest_batchinv.suite $(if $(REPORT),--batchinv-report $(REPORT))
@@ -27,6 +27,10 @@ types: $(VENV)/.installed
 	ln -s $(CURDIR)/pytest_batchinv/[!_]* $(CURDIR)/pytest_batchinv/__init__.py $(CURDIR)/kernels $(CURDIR)/patches \
 		build/types/pytest_batchinv
 	$(RUN) mypy -p pytest_batchinv
+
+# How many planted faults are caught, located and convicted, and how soon.
+mutants: $(VENV)/.installed
+	$(RUN) pytest_batchinv.mutants
 
 coverage: $(VENV)/.installed
 	$(PIP) --constraint $(CONSTRAINTS) coverage

@@ -30,11 +30,15 @@ class Geometry(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The row's places on either side, dimension by dimension. by_content: some were found by the row's bytes."""
+    """The row's places on either side, dimension by dimension. by_content: some were found by the row's bytes.
+
+    permuted: the sizes of the dimension, on either side, along which the row's vectors stand in places of no order; else None.
+    """
 
     dims: tuple[tuple[Places, Places], ...]
     finds_a_row: bool
     by_content: bool = False
+    permuted: tuple[int, int] | None = None
 
 
 class Match(NamedTuple):
@@ -70,8 +74,12 @@ class Finder:
         self._pairs = list(itertools.product(one, other))
         self._same_shapes = any(a.n == b.n > 1 for a, b in self._pairs)
 
-    def match(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection] = ()) -> Match:
-        """The first selection under which the bytes agree; else the likeliest one, with what differs."""
+    def match(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection] = (), permuted: bool = False) -> Match:
+        """The first selection under which the bytes agree; else the likeliest one, with what differs.
+
+        permuted: the rows may stand in any order, so that the row is looked for by its bytes, too; else that is done only
+        where no shape tells where it is, for equal bytes elsewhere may be those of another row.
+        """
         if expected.dtype != actual.dtype or expected.dim() != actual.dim() or not _readable(expected, actual):
             return Match(None, None)
         likeliest: Match | None = None
@@ -79,11 +87,14 @@ class Finder:
             difference = first_difference(*selected(expected, actual, selection))
             if difference is None:
                 return Match(selection, None)
-            if likeliest is None and (selection.finds_a_row or not self._same_shapes):
-                likeliest = Match(selection, difference)
-        if (by_content := _by_content(expected, actual)) is not None:
+            likeliest = likeliest or Match(selection, difference)
+        if (permuted or likeliest is None) and (by_content := _by_content(expected, actual)) is not None:
             return Match(by_content, None)
         return likeliest or Match(None, None)
+
+    def is_shared(self, selection: Selection) -> bool:
+        """Whether the tensor holds no row of its own where both sides hold several: it may follow the neighbours by right."""
+        return self._same_shapes and not selection.finds_a_row
 
     def _selections(self, one: torch.Size, other: torch.Size, carried: tuple[Selection, ...]) -> list[Selection]:
         found: dict[str, Selection] = {}
@@ -95,8 +106,9 @@ class Finder:
                     continue
                 dims = tuple((x, y) for _, x, y in combination)
                 finds_a_row = any(kind in ("batch", "tokens", "carried") for kind in kinds) or b.n == 1
-                by_content = any(isinstance(x, tuple) or isinstance(y, tuple) for x, y in dims)
-                found.setdefault(repr(dims), Selection(dims, finds_a_row, by_content))
+                lists = [(i, j) for (_, y), i, j in zip(dims, one, other, strict=True) if isinstance(y, tuple)]
+                by_content = bool(lists) and any(selection.by_content for selection in carried)
+                found.setdefault(repr(dims), Selection(dims, finds_a_row, by_content, (*lists, None)[0]))
         return sorted(found.values(), key=lambda selection: not selection.finds_a_row)
 
 
@@ -106,7 +118,7 @@ def _choices(
     """The places that a dimension of these sizes may hold the row at."""
     for selection in carried:
         for x, y in selection.dims:
-            if isinstance(y, tuple) and _covers(x, y, one, other):
+            if isinstance(y, tuple) and selection.permuted == (one, other):
                 yield "carried", x, y
     units = (
         ("batch", a.n, b.n, (a.sequence, a.sequence + 1), (b.sequence, b.sequence + 1)),
@@ -130,10 +142,6 @@ def _token_places(g: Geometry) -> tuple[int, int]:
     return g.sequence * g.width + g.start, g.sequence * g.width + g.stop
 
 
-def _covers(x: Places, y: tuple[int, ...], one: int, other: int) -> bool:
-    return isinstance(x, tuple) and len(x) == one and max(y, default=0) < other and len(x) != other
-
-
 def selected(expected: Tensor, actual: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
     """The row in both tensors."""
     one = [x for x, _ in selection.dims]
@@ -141,13 +149,13 @@ def selected(expected: Tensor, actual: Tensor, selection: Selection) -> tuple[Te
     return _taken(expected, one), _taken(actual, other)
 
 
-def _taken(x: Tensor, places: list[Places]) -> Tensor:
+def _taken(x: Tensor, places: Sequence[Places]) -> Tensor:
     for dim, place in enumerate(places):
         if isinstance(place, slice):
             start, stop, _ = place.indices(x.shape[dim])
             x = x.narrow(dim, start, stop - start)
         else:
-            x = x.index_select(dim, torch.tensor(place, device=x.device))
+            x = x.index_select(dim, torch.tensor(place, dtype=torch.long, device=x.device))
     return x
 
 
@@ -162,7 +170,7 @@ def put_in_place(expected: Tensor, actual: Tensor, selection: Selection) -> bool
             start, stop, _ = y.indices(target.shape[dim])
             target = target.narrow(dim, start, stop - start)
         else:
-            lists.append((dim, torch.tensor(y, device=actual.device)))
+            lists.append((dim, torch.tensor(y, dtype=torch.long, device=actual.device)))
     if len(lists) > 1:
         return False
     if lists:
@@ -170,6 +178,41 @@ def put_in_place(expected: Tensor, actual: Tensor, selection: Selection) -> bool
     else:
         target.copy_(part)
     return True
+
+
+def through_indices(of: Selection, dim: int, one: Tensor, other: Tensor, sizes: tuple[int, int]) -> Selection | None:
+    """Where the row stands in ``x.index_select(dim, indices)`` of both sides, given where it stands in x.
+
+    one, other: the indices, int64 [n] and [m]. sizes: of x along dim. Places that one vector of x is taken to more than once
+    are paired in order. None where the two sides take the row's vectors a different number of times.
+    """
+    x, y = (_listed(places, size) for places, size in zip(of.dims[dim], sizes, strict=True))
+    if len(x) != len(y):
+        return None
+    taken = [_by_source(indices.tolist()) for indices in (one, other)]
+    pairs: list[tuple[int, int]] = []
+    for source, there in zip(x, y, strict=True):
+        first, second = taken[0].get(source, []), taken[1].get(there, [])
+        if len(first) != len(second):
+            return None
+        pairs += zip(first, second, strict=True)
+    if not pairs:
+        return None
+    pairs.sort()
+    dims = list(of.dims)
+    dims[dim] = (tuple(i for i, _ in pairs), tuple(j for _, j in pairs))
+    return Selection(tuple(dims), True, of.by_content, (len(one), len(other)))
+
+
+def _by_source(indices: list[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for place, source in enumerate(indices):
+        found.setdefault(source, []).append(place)
+    return found
+
+
+def _listed(places: Places, size: int) -> list[int]:
+    return list(range(size)[places]) if isinstance(places, slice) else list(places)
 
 
 def _by_content(expected: Tensor, actual: Tensor) -> Selection | None:
@@ -189,7 +232,7 @@ def _by_content(expected: Tensor, actual: Tensor) -> Selection | None:
         found.append(places[vector].pop(0) if len(places[vector]) > 1 else places[vector][0])
     dims: list[tuple[Places, Places]] = [(slice(None), slice(None))] * expected.dim()
     dims[dim] = (tuple(range(len(wanted))), tuple(found))
-    return Selection(tuple(dims), finds_a_row=True, by_content=True)
+    return Selection(tuple(dims), True, True, (expected.shape[dim], actual.shape[dim]))
 
 
 def _vectors(x: Tensor, dim: int) -> list[bytes]:

@@ -8,7 +8,7 @@ itself. Rows are compared by their bytes: no hash, no tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from pytest_batchinv.compare import first_row_that_differs
 from pytest_batchinv.diagnose.align import Key, Pairs, align
 from pytest_batchinv.diagnose.recorder import Recorder, tensors_of
-from pytest_batchinv.diagnose.rows import Finder, Match, Selection, geometries, put_in_place
+from pytest_batchinv.diagnose.rows import Finder, Match, Selection, geometries, put_in_place, through_indices
 from pytest_batchinv.diagnose.where import Places, storage_of
 from pytest_batchinv.relations.base import Side
 from pytest_batchinv.report.record import Badge, TracedOp
@@ -32,7 +32,7 @@ CUT = f"operators after the first {KEPT_BYTES >> 30} GiB of the first side's ten
 
 @dataclass
 class Kept:
-    """One call of the first side: what it took and gave."""
+    """One call of the first side, of those that compute: what it took and gave."""
 
     overload: OpOverload
     key: Key
@@ -42,7 +42,6 @@ class Kept:
     kwargs: dict[str, Any]
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
-    is_view: bool = False
 
 
 class Seen(NamedTuple):
@@ -65,21 +64,28 @@ class Walk:
     seen: dict[int, Seen]
     outputs: RowOutputs
 
+    @property
+    def diverged(self) -> bool:
+        return any(seen.blamed is not None for seen in self.seen.values())
+
 
 class TwoSides:
     """A subject's two runs. Raises what the subject raises; ValueError where the sides cannot be told apart or paired."""
 
     def __init__(self, subject: Subject, one: Side, other: Side) -> None:
         self.subject, self.one, self.other = subject, one, other
-        self._finder = Finder(geometries(subject, one), geometries(subject, other))
+        self.finder = Finder(geometries(subject, one), geometries(subject, other))
         self.kept, self.expected = _kept(subject, one)
         self.calls = _keys(subject, other)
         self.pairs: Pairs = align([call.key for call in self.kept], [call.key for call in self.calls])
-        self.is_cut = any(not call.outputs and not call.is_view for call in self.kept)
+        self.is_cut = any(not call.outputs for call in self.kept)
 
-    def walk(self, heals: Callable[[int], bool]) -> Walk:
-        """Runs the second side. heals: whether a call's output gets the first side's bytes where it diverges by itself."""
-        watch = _Watch(self, heals)
+    def walk(self, heals: Callable[[int], bool], permutations: bool = True) -> Walk:
+        """Runs the second side. heals: whether a call's output gets the first side's bytes where it diverges by itself.
+
+        permutations: whether what indexing gives may hold the row in another place.
+        """
+        watch = _Watch(self, heals, permutations)
         with watch.places:
             outputs = self.subject.run(self.other.case, Recorder(around=watch))
         return Walk(watch.seen, outputs)
@@ -87,9 +93,6 @@ class TwoSides:
     def is_equal(self, outputs: RowOutputs) -> bool:
         """Whether the row has the bits of the first side."""
         return first_row_that_differs(self.expected, _row(outputs, self.other.position)) is None
-
-    def match(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection]) -> Match:
-        return self._finder.match(expected, actual, carried)
 
     def partner(self, number: int) -> Kept | None:
         there = self.pairs.by_other[number] if number < len(self.pairs.by_other) else -1
@@ -99,45 +102,87 @@ class TwoSides:
         return "content" if seen.by_content else self.pairs.badge
 
 
+class _Owners:
+    """Whole tensors by their memory: what is written through a view is looked at in the tensor that the view is of."""
+
+    def __init__(self) -> None:
+        self._owners: dict[int, Tensor] = {}
+
+    def add(self, outs: list[Tensor]) -> None:
+        for x in outs:
+            self._owners[storage_of(x)] = x
+
+    def of(self, func: OpOverload, tensors: list[Tensor]) -> list[Tensor]:
+        """For an operator that writes to its inputs; of others the tensors themselves."""
+        if not func._schema.is_mutable:
+            return tensors
+        return [self._owners.get(storage_of(x), x) for x in tensors]
+
+
 class _Watch:
     """Around each operator of the second side."""
 
-    def __init__(self, sides: TwoSides, heals: Callable[[int], bool]) -> None:
-        self.sides, self.heals = sides, heals
+    def __init__(self, sides: TwoSides, heals: Callable[[int], bool], permutations: bool) -> None:
+        self.sides, self.heals, self.permutations = sides, heals, permutations
         self.places = Places()
         self.seen: dict[int, Seen] = {}
         self._number = -1
         self._made_by: dict[int, int] = {}  # which call wrote last to this memory
-        self._suspects: dict[int, int] = {}  # memory of indices that differ, and the call that they come from
+        self._suspects: dict[int, int] = {}  # memory of what may differ by right, and the call that it comes from
+        self._undefined: set[int] = set()  # memory that nothing was written to
+        self._permuted: dict[int, tuple[Selection]] = {}  # where the row was found that stands in places of no order
+        self._owners = _Owners()
         self._alive: list[Tensor] = []  # so that no memory is given out twice
 
     def __call__(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._number += 1
-        number, kept = self._number, self.sides.partner(self._number)
-        given = tensors_of((args, kwargs))
-        before = None
-        if kept is not None and kept.overload is func and kept.outputs and not kept.is_view:
-            before = [self._compared(x, y, ()) for x, y in zip(kept.inputs, given, strict=False)]
+        given = self._owners.of(func, tensors_of((args, kwargs)))
+        writes = func._schema.is_mutable
+        before = self._before(func, given) if writes else None
         out = func(*args, **kwargs)
-        made_by = tuple(dict.fromkeys(self._made_by[m] for x in given if (m := storage_of(x)) in self._made_by))
-        if before is not None and kept is not None:
-            self.seen[number] = self._seen(number, kept, before, given, tensors_of(out), made_by)
-        if not _is_view(func, given, tensors_of(out)):
-            for x in tensors_of(out):
-                self._made_by[storage_of(x)] = number
-                self._alive.append(x)
+        outs = tensors_of(out)
+        if _is_view(func, given, outs):
+            return out
+        self._number += 1
+        before = before if writes else self._before(func, given, self._number)
+        if before is not None:
+            self.seen[self._number] = self._seen(before, given, self._owners.of(func, outs))
+        self._note(func, given, outs)
         return out
 
-    def _compared(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection]) -> Match:
+    def _before(self, func: OpOverload, given: list[Tensor], number: int | None = None) -> list[Match] | None:
+        """The inputs of the call, which is the next one by default; None where it has no partner that can be compared."""
+        kept = self.sides.partner(self._number + 1 if number is None else number)
+        if kept is None or kept.overload is not func or not kept.outputs or _is_empty(func):
+            return None
+        return [self._compared(x, y, self._permuted.get(storage_of(y), ())) for x, y in zip(kept.inputs, given, strict=False)]
+
+    def _note(self, func: OpOverload, given: list[Tensor], outs: list[Tensor]) -> None:
+        for x in outs:
+            self._made_by[storage_of(x)] = self._number
+            self._alive.append(x)
+        if func._schema.is_mutable:
+            self._undefined.difference_update(map(storage_of, given))
+        else:
+            self._owners.add(outs)
+        if _is_empty(func):
+            self._undefined.update(map(storage_of, outs))
+
+    def _compared(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection], permuted: bool = False) -> Match:
         if expected.data_ptr() == actual.data_ptr() and expected.shape == actual.shape and expected.stride() == actual.stride():
             return Match(Selection(((slice(None), slice(None)),) * actual.dim(), False), None)  # a parameter
-        return self.sides.match(expected, actual, carried)
+        return self.sides.finder.match(expected, actual, carried, permuted)
 
-    def _seen(
-        self, number: int, kept: Kept, before: list[Match], given: list[Tensor], outs: list[Tensor], made_by: tuple[int, ...]
-    ) -> Seen:
+    def _seen(self, before: list[Match], given: list[Tensor], outs: list[Tensor]) -> Seen:
+        number, kept = self._number, self.sides.partner(self._number)
+        assert kept is not None
+        made_by = tuple(dict.fromkeys(self._made_by[m] for x in given if (m := storage_of(x)) in self._made_by))
         carried = [match.selection for match in before if match.selection is not None]
-        outputs = tuple(self._compared(x, y, carried) for x, y in zip(kept.outputs, outs, strict=False))
+        permuted = self.permutations and (_name(kept.overload) in _INDEXING or any(c.by_content for c in carried))
+        carried = [*_through_indices(kept, before, given), *carried] if self.permutations else []
+        outputs = tuple(self._compared(x, y, carried, permuted) for x, y in zip(kept.outputs, outs, strict=False))
+        for x, match in zip(outs, outputs, strict=False):
+            if match.selection is not None and match.selection.permuted is not None:
+                self._permuted[storage_of(x)] = (match.selection,)
         differ = [
             (x, y, match) for x, y, match in zip(kept.outputs, outs, outputs, strict=False) if match.difference is not None
         ]
@@ -146,12 +191,13 @@ class _Watch:
             blamed, follows = self._blame(number, before, given)
         values = False
         for expected, actual, match in differ:
-            if _is_index(actual) or not given:
+            assert match.selection is not None
+            if _is_index(actual) or not given or self.sides.finder.is_shared(match.selection):
                 origin = number if blamed is None else blamed
                 self._suspects.setdefault(storage_of(actual), origin)
             else:
                 values = True
-                if not follows and self.heals(number) and match.selection is not None:
+                if not follows and self.heals(number):
                     put_in_place(expected, actual, match.selection)
         if not values:
             blamed = None
@@ -160,16 +206,22 @@ class _Watch:
         return Seen(self.sides.pairs.by_other[number], tuple(before), outputs, shapes, blamed, follows, by_content, made_by)
 
     def _blame(self, number: int, before: list[Match], given: list[Tensor]) -> tuple[int | None, bool]:
-        """Which call a difference comes from: this one, or the one that made an index that differs. Or it follows another."""
-        wrong = [(x, match) for x, match in zip(given, before, strict=False) if not match.agrees]
+        """Which call a difference comes from: this one, or the one that made what it was given and that differs by right.
+
+        None, and True, where it follows a difference that is told already.
+        """
+        read = [(x, match) for x, match in zip(given, before, strict=False) if storage_of(x) not in self._undefined]
+        wrong = [(x, match) for x, match in read if not match.agrees]
         if not wrong:
             return number, False
         suspects = [self._suspects.get(storage_of(x)) if match.difference else None for x, match in wrong]
         if None in suspects:
             return None, True
-        floats = any(_is_value(x) for x, match in zip(given, before, strict=False) if match.agrees)
-        name = self.sides.calls[number].overload._schema.name.partition("::")[2].rstrip("_")
-        return (number if floats and name not in _INDEXING else suspects[0]), False
+        indices_alone = all(_is_index(x) for x, _ in wrong)
+        computes = any(_is_value(x) for x, match in zip(given, before, strict=False) if match.agrees)
+        if indices_alone and computes and _name(self.sides.calls[number].overload) not in _INDEXING:
+            return number, False
+        return suspects[0], False
 
 
 class Called(NamedTuple):
@@ -180,7 +232,6 @@ class Called(NamedTuple):
     source: str
     line: str
     inputs: tuple[str, ...]
-    is_view: bool
 
 
 def _keys(subject: Subject, side: Side) -> list[Called]:
@@ -192,9 +243,9 @@ def _keys(subject: Subject, side: Side) -> list[Called]:
         where = places.here()
         given = tensors_of((args, kwargs))
         out = func(*args, **kwargs)
-        key = _key(func, places, where.module, where.source, args, kwargs, out)
-        is_view = _is_view(func, given, tensors_of(out))
-        calls.append(Called(func, key, where.source, where.line, tuple(map(described, given)), is_view))
+        if not _is_view(func, given, tensors_of(out)):
+            key = _key(func, places, where.module, where.source, args, kwargs, out)
+            calls.append(Called(func, key, where.source, where.line, tuple(map(described, given))))
         return out
 
     with places:
@@ -205,19 +256,24 @@ def _keys(subject: Subject, side: Side) -> list[Called]:
 def _kept(subject: Subject, side: Side) -> tuple[list[Kept], RowOutputs]:
     """The operators of a side with what they took and gave, and the row's outputs."""
     calls: list[Kept] = []
-    places, keeper = Places(), _Keeper()
+    places, keeper, owners = Places(), _Keeper(), _Owners()
 
     def around(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         where = places.here()
-        given = tensors_of((args, kwargs))
+        given = owners.of(func, tensors_of((args, kwargs)))
         call = Kept(func, Key("", "", "", ()), where.source, where.line, args, kwargs)
-        keeper.keep(given, call.inputs)
         if func._schema.is_mutable:
+            keeper.keep(given, call.inputs)
             keeper.about_to_change(given)
         out = func(*args, **kwargs)
-        keeper.keep(tensors_of(out), call.outputs)
+        outs = tensors_of(out)
+        if _is_view(func, given, outs):
+            return out
+        if not func._schema.is_mutable:
+            keeper.keep(given, call.inputs)
+            owners.add(outs)
+        keeper.keep(owners.of(func, outs), call.outputs)
         call.key = _key(func, places, where.module, where.source, args, kwargs, out)
-        call.is_view = _is_view(func, given, tensors_of(out))
         calls.append(call)
         return out
 
@@ -253,6 +309,29 @@ def _key(func: OpOverload, places: Places, module: str, source: str, args: Any, 
     return Key(module, func.name(), source, tuple(parameters))
 
 
+def _through_indices(kept: Kept, before: list[Match], given: list[Tensor]) -> Iterator[Selection]:
+    """Where the row stands in what was taken along one dimension by indices."""
+    if _name(kept.overload) not in ("index", "index_select") or len(kept.inputs) != 2 or len(before) != 2:
+        return
+    of, (x, one), other = before[0].selection, kept.inputs, given[1]
+    dim = kept.args[1] if _name(kept.overload) == "index_select" else 0
+    along_one = isinstance(kept.args[1], int) or len(kept.args[1]) == 1
+    if of is not None and along_one and one.dim() == other.dim() == 1 and one.dtype == other.dtype == torch.int64:
+        found = through_indices(of, dim, one, other, (x.shape[dim], given[0].shape[dim]))
+        if found is not None:
+            yield found
+
+
+def _name(func: OpOverload) -> str:
+    """ "index_add" of aten::index_add_.out and all its kin."""
+    return func._schema.name.partition("::")[2].rstrip("_")
+
+
+def _is_empty(func: OpOverload) -> bool:
+    """Whether it gives memory in which anything may stand."""
+    return _name(func).startswith(("empty", "new_empty"))
+
+
 def _is_view(func: OpOverload, given: list[Tensor], outs: list[Tensor]) -> bool:
     """Whether the call computed nothing: it gave the memory that it was given."""
     memory = {storage_of(x) for x in given}
@@ -282,15 +361,14 @@ def _shapes(tensors: Iterable[Tensor]) -> str:
 
 def traced_ops(sides: TwoSides, plain: Walk, healed: Walk) -> tuple[TracedOp, ...]:
     """What the second side ran, in order, without views; then what the first side alone ran. agreement: of the plain run."""
-    alone = [n for n, call in enumerate(sides.calls) if sides.pairs.by_other[n] < 0 and not call.is_view]
+    alone = [n for n in range(len(sides.calls)) if sides.pairs.by_other[n] < 0]
     shown = sorted({*plain.seen, *alone})
     place = {number: i for i, number in enumerate(shown)}
-    culprits = {seen.blamed for seen in healed.seen.values()} - {None}
+    culprits = {seen.blamed for walk in (plain, healed) for seen in walk.seen.values()} - {None}
     ops = [_traced(sides, number, plain.seen.get(number), number in culprits, place) for number in shown]
     for i in sides.pairs.only_one:
         call = sides.kept[i]
-        if not call.is_view:
-            ops.append(_one_sided(call.key, call.source, call.line, (i, -1), (_shapes(call.outputs), "")))
+        ops.append(_one_sided(call.key, call.source, call.line, (i, -1), (_shapes(call.outputs), "")))
     return tuple(ops)
 
 

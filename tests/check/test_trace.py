@@ -1,0 +1,123 @@
+"""A finding names the operator at which the row's bits part, its line, what it causes and what cures it."""
+
+import pytest
+import torch
+
+from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_batch_invariant
+from pytest_batchinv.diagnose import culprits, trace
+from pytest_batchinv.mode import stock_torch
+from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.mutants.__main__ import is_located
+from pytest_batchinv.mutants.faults import FAULTS
+from pytest_batchinv.subjects.rows import RowsSubject
+from pytest_batchinv.subjects.transformers import TransformersSubject
+
+
+def finding_of(fn, *inputs, relations=("R", "S", "I"), **options):
+    with pytest.raises(BatchVarianceError) as caught:
+        assert_batch_invariant(fn, *inputs, relations=relations, seed=0, **options)
+    return caught.value.record
+
+
+def test_a_trace_is_tested_with_many_faults():
+    assert len(FAULTS) >= 40
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+def test_a_planted_fault_is_caught_by_its_relation_and_located_on_its_line(fault):
+    fn, pool = fault.make()
+    record = finding_of(fn, pool)
+    assert record.relation == fault.relation
+    assert is_located(fault, record) == fault.is_located
+
+
+def test_the_error_names_subject_operator_module_and_cure():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.LayerNorm(256), torch.nn.Linear(256, 64))
+    with pytest.raises(BatchVarianceError) as caught:
+        assert_batch_invariant(model, torch.randn(40, 256))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("Sequential (fp32, eager, cpu), aten::addmm: a row has other bits in a batch")
+    assert "  operator    aten::addmm in 1 gave other bits for equal inputs" in lines
+    assert "  cure        with the mode's kernel for aten::addmm and nothing else of it the bits are equal" in lines
+
+
+def test_a_culprit_whose_difference_is_lost_again_is_not_the_cause():
+    first, second = (torch.nn.Linear(256, 64) for _ in range(2))
+
+    def fn(x):
+        rounded = first(x).round()
+        return rounded + second(x)
+
+    torch.manual_seed(0)
+    found = finding_of(fn, torch.randn(40, 256), relations=("I",)).finding.trace
+    assert [culprit.effect for culprit in found.culprits] == ["does not reach the output", "causes"]
+    assert found.cause is found.culprits[1]
+
+
+def test_every_culprit_shows_though_each_is_in_the_wake_of_the_one_before():
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(4)))
+    found = finding_of(layers, torch.randn(40, 128), relations=("I",)).finding.trace
+    assert sum(op.agreement == "differs" for op in found.ops) == 4
+
+
+def test_the_sizes_of_the_operator_are_those_of_its_own_rows():
+    fn, pool = next(fault for fault in FAULTS if fault.name == "another tile from 17 rows on").make()
+    cause = finding_of(fn, pool).finding.trace.cause
+    assert cause.sizes.ranges == ((17, cause.sizes.bound),)
+
+
+def test_a_row_that_stands_twice_in_the_batch_is_not_taken_for_its_twin():
+    """The second of two equal rows varies, and the bytes of the first are those of the row alone."""
+    fault = next(fault for fault in FAULTS if fault.name == "every second row")
+    fn, pool = fault.make()
+    record = finding_of(fn, pool)
+    assert len(set(record.finding.batch.rows)) < len(record.finding.batch.rows)
+    assert is_located(fault, record)
+
+
+def test_a_model_of_stock_torch_is_traced_to_its_module_and_line():
+    model = TransformersSubject("tiny-llama", device="cpu", dtype="fp32")
+    with pytest.raises(BatchVarianceError) as caught:
+        check_batch_invariant(model, ("I",), max_examples=5)
+    found = caught.value.record.finding.trace
+    op = found.ops[found.cause.op]
+    assert op.overload == "aten::mm" and op.module.startswith("model.layers.0.")
+    assert "modeling_llama.py:" in op.source and "proj" in op.line
+    assert "bits are equal" in found.cause.cure
+
+
+def test_experts_are_followed_through_their_permutation_to_the_grouped_product():
+    """Which rows an expert gets follows the neighbours; the sort and the gather before it differ by right."""
+    model = TransformersSubject("tiny-qwen3-moe", device="cpu", dtype="fp32")
+    with stock_torch(), pytest.raises(BatchVarianceError) as caught:
+        check_batch_invariant(model, ("S",), max_examples=5)
+    found = caught.value.record.finding.trace
+    assert {found.ops[culprit.op].overload for culprit in found.culprits} == {"aten::_grouped_mm"}
+
+
+def test_a_crash_in_the_trace_leaves_verdict_and_finding_as_they_are(emitted, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(culprits, "trace", crash)
+    fn, pool = planted.from_size(2)
+    with pytest.raises(BatchVarianceError, match="trace       could not be told: RuntimeError: planted"):
+        check_batch_invariant(RowsSubject(fn, [pool]), ("I",))
+    assert [record.verdict for record in emitted] == ["differs"]
+    assert emitted[0].finding.trace is None
+
+
+def test_memory_is_bounded_and_what_was_not_compared_is_said(monkeypatch):
+    monkeypatch.setattr(trace, "KEPT_BYTES", 0)
+    torch.manual_seed(0)
+    found = finding_of(torch.nn.Linear(256, 64), torch.randn(40, 256), relations=("I",)).finding.trace
+    assert trace.CUT in found.notes and not found.culprits
+
+
+@pytest.mark.parametrize("name", planted.INVARIANT)
+def test_an_equal_verdict_has_no_trace(name):
+    fn, pool = planted.INVARIANT[name]()
+    (record,) = check_batch_invariant(RowsSubject(fn, [pool]), ("I",), max_examples=5)
+    assert record.finding is None
