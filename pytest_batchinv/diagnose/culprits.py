@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from pytest_batchinv import mode
 from pytest_batchinv.compare import first_difference
-from pytest_batchinv.diagnose import sizes
+from pytest_batchinv.diagnose import kernels, sizes
 from pytest_batchinv.diagnose.recorder import Recorder
 from pytest_batchinv.diagnose.rows import Match
 from pytest_batchinv.diagnose.trace import CUT, Kept, TwoSides, Walk, described, traced_ops
@@ -64,6 +64,7 @@ def _told(sides: TwoSides, plain: Walk) -> Trace:
     place = {op.index[1]: i for i, op in enumerate(ops)}
     effects = [_effect(sides, group) if i < MOST else "not told" for i, group in enumerate(groups)]
     cures = {overload: _cure(sides, {overload}) for overload in dict.fromkeys(sides.calls[g.blamed].overload for g in groups)}
+    rows = OwnRows.of(sides, healed, groups[_first_cause(effects)]) if groups else None
     culprits = tuple(
         Culprit(
             op=place[group.blamed],
@@ -71,7 +72,8 @@ def _told(sides: TwoSides, plain: Walk) -> Trace:
             inputs=_inputs(sides, group),
             effect=effect,  # type: ignore[arg-type]
             cure=cures[sides.calls[group.blamed].overload],
-            sizes=_sizes(sides, healed, group) if i == _first_cause(effects) else None,
+            sizes=_sizes(rows) if rows is not None and i == _first_cause(effects) else None,
+            kernels=_kernels(sides, group, rows) if rows is not None and i == _first_cause(effects) else ((), ()),
         )
         for i, (group, effect) in enumerate(zip(groups, effects, strict=True))
     )
@@ -108,15 +110,15 @@ def _cure(sides: TwoSides, overloads: set[OpOverload]) -> str:
     """The mode's kernels for these operators in their place on both sides, the rest stock. Empty with the mode on."""
     if mode.is_on():
         return ""
-    kernels: dict[OpOverload, Callable[..., Any]] = {}
+    in_place: dict[OpOverload, Callable[..., Any]] = {}
     for overload in overloads:
         kernel = _kernel(overload)
         if kernel is None:
             return f"the mode has no kernel of its own for {overload.name()}"
-        kernels[overload] = kernel
+        in_place[overload] = kernel
 
     def around(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kernels.get(func, func)(*args, **kwargs)
+        return in_place.get(func, func)(*args, **kwargs)
 
     try:
         one = sides.subject.run(sides.one.case, Recorder(around=around))[sides.one.position]
@@ -133,39 +135,63 @@ def _kernel(overload: OpOverload) -> Callable[..., Any] | None:
     return table.BACKEND_KERNELS.get(name) or table.POINTWISE.get(name)
 
 
-def _sizes(sides: TwoSides, healed: Walk, group: Group) -> Breakpoints | None:
-    """The numbers of its own rows at which the operator gives the first row other bits than for one row.
+class OwnRows:
+    """An operator of the first side, run on any number of its own rows: the row's first vector, repeated."""
 
-    The row's first vector is repeated; None where the operator's rows do not lie along one dimension of each tensor.
-    """
-    seen = healed.seen.get(group.blamed)
-    if seen is None or seen.blamed != group.blamed:
-        return None
-    kept = sides.kept[seen.other]
-    dims = [_rows_along(match) for match in (*seen.inputs, *seen.outputs)]
-    if None in dims or kept.overload._schema.is_mutable or len(seen.outputs) != len(kept.outputs):
-        return None
-    if any(not x.is_floating_point() and not x.is_complex() for x in kept.inputs):
-        return None  # places in a batch mean nothing in another one
-    given, out_dim = dims[: len(seen.inputs)], dims[len(seen.inputs)]
-    if out_dim is None or out_dim < 0 or all(dim is None or dim < 0 for dim in given):
-        return None
+    def __init__(self, kept: Kept, dims: list[int], out_dim: int) -> None:
+        self._kept, self._dims, self._out_dim = kept, dims, out_dim
 
-    def run(n_rows: int) -> Tensor:
-        repeated = [
-            x if dim is None or dim < 0 else _repeated(x, dim, n_rows) for x, dim in zip(kept.inputs, given, strict=True)
-        ]
-        out = called(kept, repeated)
+    @classmethod
+    def of(cls, sides: TwoSides, healed: Walk, group: Group) -> OwnRows | None:
+        """None where the operator's rows do not lie along one dimension of each tensor."""
+        seen = healed.seen.get(group.blamed)
+        if seen is None or seen.blamed != group.blamed:
+            return None
+        kept = sides.kept[seen.other]
+        if kept.overload._schema.is_mutable or len(seen.outputs) != len(kept.outputs):
+            return None
+        if any(not x.is_floating_point() and not x.is_complex() for x in kept.inputs):
+            return None  # places in a batch mean nothing in another one
+        found, out_dim = [_rows_along(match) for match in seen.inputs], _rows_along(seen.outputs[0])
+        dims = [dim for dim in found if dim is not None]
+        if out_dim is None or out_dim < 0 or len(dims) < len(found) or max(dims, default=-1) < 0:
+            return None
+        return cls(kept, dims, out_dim)
+
+    def first(self, n_rows: int) -> Tensor:
+        """What the first of so many rows is given."""
+        out = self.run(n_rows)
         first: Tensor = out[0] if isinstance(out, (tuple, list)) else out
-        return first.select(out_dim, 0).clone()
+        return first.select(self._out_dim, 0).clone()
 
-    alone, deadline = run(1), time.monotonic() + _SECONDS
+    def run(self, n_rows: int) -> Any:
+        rows = zip(self._kept.inputs, self._dims, strict=True)
+        return called(self._kept, [x if dim < 0 else _repeated(x, dim, n_rows) for x, dim in rows])
+
+    def count(self, shapes: tuple[torch.Size, ...]) -> int:
+        """The rows of a call with inputs of these shapes."""
+        return max(shape[dim] for shape, dim in zip(shapes, self._dims, strict=True) if dim >= 0)
+
+
+def _sizes(rows: OwnRows) -> Breakpoints:
+    """The numbers of its own rows at which the operator gives the first row other bits than for one row."""
+    alone, deadline = rows.first(1), time.monotonic() + _SECONDS
     known = {1: False}
     for n_rows in range(2, _MOST_ROWS + 1):
         if time.monotonic() > deadline:
             break
-        known[n_rows] = first_difference(alone, run(n_rows)) is not None
+        known[n_rows] = first_difference(alone, rows.first(n_rows)) is not None
     return Breakpoints(sizes.ranges(known), len(known), max(known))
+
+
+def _kernels(sides: TwoSides, group: Group, rows: OwnRows) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the operator launches for its rows on either side; empty on a CPU."""
+    there = sides.pairs.by_other[group.blamed]
+    if sides.kept[there].inputs[0].device.type != "cuda":
+        return (), ()
+    counts = rows.count(tuple(x.shape for x in sides.kept[there].inputs)), rows.count(sides.calls[group.blamed].shapes)
+    one, other = (kernels.launched(lambda count=count: rows.run(count)) for count in counts)  # type: ignore[misc]
+    return one, other
 
 
 def called(kept: Kept, inputs: list[Tensor]) -> Any:

@@ -225,13 +225,14 @@ class _Watch:
 
 
 class Called(NamedTuple):
-    """One call of the second side. inputs: the tensors that it took, in words."""
+    """One call of the second side. inputs: the tensors that it took, in words; shapes: theirs."""
 
     overload: OpOverload
     key: Key
     source: str
     line: str
     inputs: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
 
 
 def _keys(subject: Subject, side: Side) -> list[Called]:
@@ -245,7 +246,8 @@ def _keys(subject: Subject, side: Side) -> list[Called]:
         out = func(*args, **kwargs)
         if not _is_view(func, given, tensors_of(out)):
             key = _key(func, places, where.module, where.source, args, kwargs, out)
-            calls.append(Called(func, key, where.source, where.line, tuple(map(described, given))))
+            shapes = tuple(x.shape for x in given)
+            calls.append(Called(func, key, where.source, where.line, tuple(map(described, given)), shapes))
         return out
 
     with places:

@@ -67,6 +67,8 @@ def trace_parts(trace: Trace, sides: tuple[str, str]) -> Iterator[tuple[str, str
             yield "", "alone it does not change the output"
         if cause.sizes is not None and cause.sizes.ranges:
             yield "", f"its bits change at {as_ranges(cause.sizes.sizes)} rows of its own (1 to {cause.sizes.bound} were run)"
+        if any(cause.kernels):
+            yield from zip(("kernels", ""), map(_launches, cause.kernels, sides), strict=True)
         if cause.cure:
             yield "cure", cause.cure
         yield from _others(trace, cause)
@@ -84,6 +86,10 @@ def _others(trace: Trace, cause: Culprit) -> Iterator[tuple[str, str]]:
             more = f" and {len(named) - _MOST_LINES} more" if len(named) > _MOST_LINES else ""
             why = ": other bits for equal inputs, which do not reach the output" if words == "harmless" else ""
             yield words, f"{'; '.join(named[:_MOST_LINES])}{more}{why}"
+
+
+def _launches(kernels: tuple[str, ...], side: str) -> str:
+    return f"{'; '.join(kernels) or 'none'} {side}"
 
 
 def _called(op: TracedOp) -> str:
