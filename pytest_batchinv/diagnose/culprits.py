@@ -15,7 +15,7 @@ from pytest_batchinv.compare import first_difference
 from pytest_batchinv.diagnose import kernels, sizes
 from pytest_batchinv.diagnose.recorder import Recorder
 from pytest_batchinv.diagnose.rows import Match
-from pytest_batchinv.diagnose.trace import CUT, Kept, TwoSides, Walk, described, traced_ops
+from pytest_batchinv.diagnose.trace import CUT, Called, Kept, TwoSides, Walk, described, traced_ops
 from pytest_batchinv.kernels import table
 from pytest_batchinv.relations.base import Relation
 from pytest_batchinv.report.record import Breakpoints, Culprit, Trace
@@ -160,13 +160,17 @@ class OwnRows:
 
     def first(self, n_rows: int) -> Tensor:
         """What the first of so many rows is given."""
-        out = self.run(n_rows)
+        out = called(self._kept, self.inputs(n_rows))
         first: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return first.select(self._out_dim, 0).clone()
 
-    def run(self, n_rows: int) -> Any:
-        rows = zip(self._kept.inputs, self._dims, strict=True)
-        return called(self._kept, [x if dim < 0 else _repeated(x, dim, n_rows) for x, dim in rows])
+    def inputs(self, n_rows: int) -> list[Tensor]:
+        return [x if dim < 0 else _repeated(x, dim, n_rows) for x, dim in zip(self._kept.inputs, self._dims, strict=True)]
+
+    def launched(self, n_rows: int) -> tuple[str, ...]:
+        """The kernels of a call with so many rows."""
+        inputs = self.inputs(n_rows)
+        return kernels.launched(lambda: called(self._kept, inputs))
 
     def count(self, shapes: tuple[torch.Size, ...]) -> int:
         """The rows of a call with inputs of these shapes."""
@@ -189,9 +193,8 @@ def _kernels(sides: TwoSides, group: Group, rows: OwnRows) -> tuple[tuple[str, .
     there = sides.pairs.by_other[group.blamed]
     if sides.kept[there].inputs[0].device.type != "cuda":
         return (), ()
-    counts = rows.count(tuple(x.shape for x in sides.kept[there].inputs)), rows.count(sides.calls[group.blamed].shapes)
-    one, other = (kernels.launched(lambda count=count: rows.run(count)) for count in counts)  # type: ignore[misc]
-    return one, other
+    one = rows.count(tuple(x.shape for x in sides.kept[there].inputs))
+    return rows.launched(one), rows.launched(rows.count(sides.calls[group.blamed].shapes))
 
 
 def called(kept: Kept, inputs: list[Tensor]) -> Any:
@@ -232,9 +235,14 @@ def _control_flow(sides: TwoSides, groups: list[Group]) -> tuple[str, ...]:
     last = max(before, default=len(sides.kept))
     only_one = [sides.kept[i] for i in sides.pairs.only_one if i <= last]
     only_other = [sides.calls[n] for n in range(min(until + 1, len(sides.calls))) if sides.pairs.by_other[n] < 0]
-    lines = [f"only the first side calls {call.key.overload} ({call.source})" for call in only_one]
-    lines += [f"only the second side calls {call.key.overload} ({call.source})" for call in only_other]
+    lines = [f"only the first side calls {_named(call)}" for call in only_one]
+    lines += [f"only the second side calls {_named(call)}" for call in only_other]
     return tuple(dict.fromkeys(lines))
+
+
+def _named(call: Kept | Called) -> str:
+    where = [f"in {call.key.module}" * bool(call.key.module), f"({call.source})" * bool(call.source)]
+    return " ".join([call.key.overload, *filter(None, where)])
 
 
 def _notes(sides: TwoSides, healed: Walk, groups: list[Group]) -> list[str]:

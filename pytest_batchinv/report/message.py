@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import msgspec
@@ -89,7 +90,13 @@ def _others(trace: Trace, cause: Culprit) -> Iterator[tuple[str, str]]:
 
 
 def _launches(kernels: tuple[str, ...], side: str) -> str:
-    return f"{'; '.join(kernels) or 'none'} {side}"
+    return f"{'; '.join(map(_short_kernel, kernels)) or 'none'} {side}"
+
+
+def _short_kernel(kernel: str) -> str:
+    """Without the arguments of a C++ template: "void f<int, float>(float*) <<<1, 2, 3>>>" is "f <<<1, 2, 3>>>"."""
+    name, _, grid = kernel.rpartition(" <<<")
+    return f"{re.split('[<(]', name.removeprefix('void '), maxsplit=1)[0]} <<<{grid}"
 
 
 def _called(op: TracedOp) -> str:
