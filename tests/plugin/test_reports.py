@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from pytest_batchinv.report.record import SCHEMA
+
 TESTS = """
 import pytest
 from conftest import emit, finding, subject
@@ -131,7 +133,7 @@ def test_the_record_is_written_also_when_tests_fail(pytester, run):
     result.stdout.fnmatch_lines(["record of this run: *a.json", "record of this run: *b.json"])
     saved = json.loads(pytester.path.joinpath("new", "a.json").read_text())
     assert saved == json.loads(pytester.path.joinpath("b.json").read_text())
-    assert saved["schema"] == 2
+    assert saved["schema"] == SCHEMA
     assert saved["machine"] == {"cpu": "a stub", "torch": "2.0"}
     assert saved["settings"]["model"] == "auto"
     assert saved["outcome"] == {"exit_status": 1, "passed": 3, "failed": 1}
