@@ -37,7 +37,9 @@ class Key(NamedTuple):
     @property
     def words(self) -> str:
         about = ", ".join(filter(None, (self.dtype, self.attention, self.compile_mode, self.device)))
-        relation = f"the control of {self.relation}" if self.control else f"{self.relation} {letters.WORDS.get(self.relation, '')}"
+        relation = (
+            f"the control of {self.relation}" if self.control else f"{self.relation} {letters.WORDS.get(self.relation, '')}"
+        )
         return f"{self.name} ({about}), {relation.strip()}, {MODES[self.mode]}"
 
 
@@ -86,9 +88,7 @@ def lines(before: Saved, after: Saved, names: tuple[str, str], comparison: Compa
             yield f"   on {place}"
         yield f"   fingerprint {', '.join(_fingerprints(saved)) or 'unknown'}"
     differing = sorted(
-        name
-        for name in before.machine.keys() | after.machine.keys()
-        if before.machine.get(name) != after.machine.get(name)
+        name for name in before.machine.keys() | after.machine.keys() if before.machine.get(name) != after.machine.get(name)
     )
     for name in differing:
         yield f"   {name}: {before.machine.get(name, 'none')} in A, {after.machine.get(name, 'none')} in B"
@@ -155,7 +155,7 @@ def _shrunk(before: list[Record], after: list[Record], slack: float) -> Iterator
 
 
 class _Covered:
-    """The words of the sweep, read again: "all sizes 1-300", "3 of 300 sizes (1-2, 9)", "99 of 99 pairs", "layouts left, right".
+    """The words of the sweep, read again: "all sizes 1-300", "3 of 300 sizes (1-2, 9)", "99 of 99 pairs", "layouts left".
 
     Of several records what any of them covered. A replayed record swept nothing.
     """

@@ -77,7 +77,7 @@ def _refuse_other_schemas(path: Path, schema: int) -> None:
 
 
 def merge(saved: Mapping[str, Saved]) -> Saved:
-    """Reports of several hosts or runs as one, by name. Raises ValueError where two hold the same record: it would count twice."""
+    """Reports of several hosts or runs as one, by name. Raises ValueError where two hold the same record."""
     holders: dict[bytes, str] = {}
     for name, one in saved.items():
         for record in one.records:

@@ -11,10 +11,10 @@ import io
 import math
 import re
 from collections import Counter
+from contextlib import AbstractContextManager
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -50,7 +50,9 @@ def growth(trace: Trace, name: str) -> str:
                 axes.axvline(culprit.op, color=BAD, linewidth=1, linestyle="--")
             axes.set_xlim(-1, len(trace.ops))
             _tidy(axes)
-        return _svg(figure, f"largest ulp and share of differing values at each of {len(trace.ops):,} positions of the trace")
+        return _svg(
+            figure, name, f"largest ulp and share of differing values at each of {len(trace.ops):,} positions of the trace"
+        )
 
 
 def histogram(trace: Trace, name: str) -> str:
@@ -70,18 +72,18 @@ def histogram(trace: Trace, name: str) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         _tidy(axes)
         told = ", ".join(f"{distances[power]} from {2**power:,} ulp on" for power in powers if distances[power])
-        return _svg(figure, f"operators by their largest distance: {told}")
+        return _svg(figure, name, f"operators by their largest distance: {told}")
 
 
 def _power_of_two(power: int) -> str:
     return f"{2**power}" if 0 <= power < 10 else "2" + "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(max(power, 0)))
 
 
-def _style(name: str) -> rc_context:  # type: ignore[valid-type]
+def _style(name: str) -> AbstractContextManager[None]:
     return rc_context(
         {
             "svg.fonttype": "none",  # text stays text, in the page's font
-            "svg.hashsalt": name,  # the ids of two charts in one page differ, and are the same in every run
+            "svg.hashsalt": name,  # the same ids in every run
             "font.size": 10,
             "text.color": INK,
             "axes.edgecolor": FAINT,
@@ -100,15 +102,18 @@ def _tidy(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: Figure, name: str, title: str) -> str:
     """The figure as an element for a page. title: plain words of ours, for who does not see it."""
     figure.patch.set_visible(False)
-    canvas, target = FigureCanvasSVG(figure), io.StringIO()
-    canvas.print_svg(target, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    target = io.StringIO()
+    figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = target.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px '[^\"]*?(; text-anchor|\")", r"font-size: \1px\2", text)
+    named = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in named else "", text)
+    text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     opening = re.match(r"<svg [^>]*>", text)

@@ -1,4 +1,4 @@
-"""What the page shows, as plain values: records are grouped, counted and put into words here, and the template only places them."""
+"""What the page shows, as plain values: records are grouped and put into words here, and the template only places them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pytest_batchinv.report import message, words
 from pytest_batchinv.report.record import Breakpoints, Culprit, Finding, Record, Section, Trace, TracedOp
 from pytest_batchinv.subjects.base import SubjectInfo
 
-MARKS = {"good": "✓", "bad": "✗", "unsure": "?", "none": "–", "plain": "="}
+MARKS = {"good": "✓", "bad": "✗", "unsure": "?", "none": "–", "absent": "–", "plain": "="}
 SMALL_TRACE = 40  # operators up to which all layers are unfolded
 LEVELS = 8  # of the intensity of a distance, each sixteen times the one before
 
 
 class Cell(NamedTuple):
-    """One relation of one subject. tone: good, bad, unsure, none or plain; target: the id of what explains it."""
+    """One relation of one subject. tone: good, bad, unsure, none, absent or plain; target: the id of what explains it."""
 
     word: str
     tone: str
@@ -125,7 +125,8 @@ class Place(NamedTuple):
 class Page(NamedTuple):
     tone: str
     headline: str
-    summary: list[tuple[str, str]]
+    proof: list[tuple[str, str]]
+    about: list[tuple[str, str]]
     columns: list[tuple[str, str]]
     lines: list[Line]
     findings: list[Item]
@@ -149,7 +150,8 @@ def page(
     return Page(
         tone=tone,
         headline=headline,
-        summary=_summary(checks, controls, places, outcome),
+        proof=_proof(checks, controls, places),
+        about=_about(checks, places, outcome),
         columns=[*((letter, letters.WORDS.get(letter, "")) for letter in _letters(checks)), ("N", "stock torch is caught")],
         lines=_lines(records, ids, places),
         findings=[_item(record, ids[id(record)]) for record in bad],
@@ -181,17 +183,22 @@ def _headline(checks: list[Record], controls: list[Record]) -> tuple[str, str]:
     return "good", _sentence(words.proven_words(proven))
 
 
-def _summary(
-    checks: list[Record], controls: list[Record], places: list[Place], outcome: Mapping[str, int | None]
-) -> list[tuple[str, str]]:
+def _proof(checks: list[Record], controls: list[Record], places: list[Place]) -> list[tuple[str, str]]:
+    """What was proven, what was not, and on what."""
     proven = words.proven(checks)
-    lines = [("proven", words.proven_words(proven) if proven else "nothing")]
-    widest = max((record for record in proven if record.relation == "I"), key=lambda r: r.counts.examples, default=None)
+    return [
+        ("proven", words.proven_words(proven) if proven else "nothing"),
+        ("not proven", "; ".join(words.not_proven(checks, controls))),
+        *(("on", place.words) for place in places),
+    ]
+
+
+def _about(checks: list[Record], places: list[Place], outcome: Mapping[str, int | None]) -> list[tuple[str, str]]:
+    lines = []
+    widest = max((r for r in words.proven(checks) if r.relation == "I"), key=lambda r: r.counts.examples, default=None)
     if widest is not None and widest.covered:
         first, *rest = widest.covered
         lines.append(("covered", f"{'; '.join([first.partition(' (')[0], *rest])} ({widest.subject.name}, the widest)"))
-    lines.append(("not proven", "; ".join(words.not_proven(checks, controls))))
-    lines += [("on", place.words) for place in places]
     fingerprints = list(dict.fromkeys(place.fingerprint for place in places if place.fingerprint))
     lines.append(("fingerprint", ", ".join(fingerprints) or "none"))
     tests = ", ".join(f"{count} {name}" for name, count in outcome.items() if name != "exit_status")
@@ -250,7 +257,7 @@ def _line(records: list[Record], mode: str, columns: list[str], ids: Mapping[int
 
 def _cell(records: list[Record], ids: Mapping[int, str]) -> Cell:
     if not records:
-        return Cell("not asked", "none")
+        return Cell("not asked", "absent")
     worst = words.worst_verdict(records)
     shown = next(record for record in records if record.verdict == worst)
     batches = words.counted(sum(record.counts.examples for record in records), "batch", "es")
@@ -344,7 +351,7 @@ def _culprit(culprit: Culprit, trace: Trace) -> CulpritView:
 
 
 def _layers(rows: list[Row]) -> Iterator[Layer]:
-    """Rows of one layer that follow each other. Those in which something differs by itself are unfolded, and all of few rows."""
+    """Rows of one layer that follow each other. Unfolded where something differs by itself, and in a small trace."""
     groups: list[tuple[str, list[Row]]] = []
     for row in rows:
         name = layer_of(row.op.module)
