@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from pytest_batchinv.report.record import SCHEMA
 from pytest_batchinv.report.results import Results
 from pytest_batchinv.report.saved import Saved
 
@@ -35,6 +36,7 @@ def contents(results: Results) -> Saved:
     # Not where it is written: records travel, and a folder of one machine tells another one nothing.
     settings = {name: value for name, value in vars(results.settings).items() if name != "report"}
     return Saved(
+        schema=SCHEMA,
         machine=results.machine,
         settings=settings,
         outcome={"exit_status": results.exit_status, **results.outcomes},

@@ -33,7 +33,7 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
     merged: the runs that were put together, none in the report of one run.
     """
 
-    schema: int = SCHEMA
+    schema: int
     machine: dict[str, str] = {}
     settings: dict[str, Any] = {}
     outcome: dict[str, int | None] = {}
@@ -86,6 +86,7 @@ def merge(saved: Mapping[str, Saved]) -> Saved:
                 raise ValueError(f"{first} and {name} hold the same record of {record.nodeid}: give each run once.")
     runs = [run for one in saved.values() for run in one.merged or [_run(one)]]
     return Saved(
+        schema=SCHEMA,
         machine=_in_common([run.machine for run in runs]),
         settings=_in_common([run.settings for run in runs]),
         outcome=_outcome([run.outcome for run in runs]),
