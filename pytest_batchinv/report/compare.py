@@ -157,14 +157,14 @@ def _shrunk(before: list[Record], after: list[Record], slack: float) -> Iterator
 class _Covered:
     """The words of the sweep, read again: "all sizes 1-300", "3 of 300 sizes (1-2, 9)", "99 of 99 pairs", "layouts left".
 
-    Of several records what any of them covered. A replayed record swept nothing.
+    Of several records what any of them covered. Other words, as of a replayed batch, are of no sweep.
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.sizes: set[int] = set()
         self.layouts: set[str] = set()
         self.counts: dict[str, int] = {}
-        for words in (words for record in records if not record.replayed for words in record.covered):
+        for words in (words for record in records for words in record.covered):
             if sizes := re.fullmatch(r"all sizes (.+)|[\d,]+ of [\d,]+ sizes \((.+)\)", words):
                 self.sizes |= set(_numbers(sizes[1] or sizes[2]))
             elif words.startswith("layouts "):

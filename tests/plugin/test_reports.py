@@ -210,7 +210,12 @@ def properties(path):
 def test_junit_says_what_was_found_and_holds_no_record(pytester, run):
     pytester.makepyfile(
         TESTS
-        + "\ndef test_with_a_property_of_its_own(request): request.node.user_properties.append(('mine', 1))\ndef test_without(): pass\n"
+        + """
+def test_with_a_property_of_its_own(request):
+    request.node.user_properties.append(("mine", 1))
+
+def test_without(): pass
+"""
     )
     run("--batch-invariant", "--junit-xml=a.xml")
     found = properties(pytester.path / "a.xml")

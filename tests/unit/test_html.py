@@ -5,6 +5,7 @@ import hashlib
 import re
 from html.parser import HTMLParser
 
+import msgspec
 import pytest
 
 from pytest_batchinv.report import html
@@ -197,6 +198,9 @@ def test_layers_fold_where_nothing_differs_by_itself():
     assert [layer.name for layer in layers] == [f"model.layers.{i}" for i in range(6)]
     assert [layer.name for layer in layers if not layer.shut] == ["model.layers.3"]
     assert layers[3].summary == "1 differs, 64 follows, 5 equal"
+    without_culprits = msgspec.structs.replace(trace(6), culprits=())
+    shut = [layer.shut for layer in view._trace(without_culprits, "t", ("", "")).layers]
+    assert shut == [True, True, True, False, True, True]
     assert not any(layer.shut for layer in view._trace(trace(1, 30), "t", ("", "")).layers)
 
 
@@ -276,6 +280,11 @@ def test_the_operators_of_a_subject_have_the_worst_status_of_any(ops, status):
     assert line.operators.word == status
 
 
+def test_operators_that_are_unknown_for_one_relation_are_unknown():
+    [line] = lines_of(record("R", ops=OpCoverage(covered={"aten::mm": 3})), record("I", ops=OpCoverage(error="not traced")))
+    assert (line.operators.word, line.operators.about) == ("unknown", "not traced")
+
+
 @pytest.mark.parametrize(
     "records, tone, says",
     [
@@ -338,3 +347,11 @@ def test_what_is_missing_for_a_page_is_named(monkeypatch):
     assert html.missing() == (
         "needs no_such_library and nor_this, which are not installed: pip install 'pytest-batchinv[report]'."
     )
+
+
+@pytest.mark.parametrize(
+    "words", [{"ulp": None}, {"ulp": 0}, {"ulp": 2**70}, {"ulp": 1, "n_total": 0}, {"ulp": None, "n_total": 0}], ids=str
+)
+def test_distances_that_are_unknown_or_far_are_drawn_without_a_warning(words):
+    traced = Trace(ops=(op(agreement="differs", **{"n_differ": 1, "n_total": 2, **words}),))
+    assert "<svg" in page(record("I", "differs", finding=finding(trace=traced)))

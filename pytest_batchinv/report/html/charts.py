@@ -35,7 +35,7 @@ def growth(trace: Trace, name: str) -> str:
     with _style(name):
         figure = Figure(figsize=(_SIZE[0], _SIZE[1] * 1.5), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
-        measured = [(position, op.ulp) for position, op in apart if op.ulp]
+        measured = [(position, float(op.ulp)) for position, op in apart if op.ulp]
         upper.plot([position for position, _ in measured], [ulp for _, ulp in measured], ".", color=ACCENT, markersize=3)
         upper.set_yscale("log", base=2)
         upper.set_ylabel("largest ulp")
