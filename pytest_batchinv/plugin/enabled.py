@@ -10,7 +10,7 @@ import pytest
 from pytest_batchinv.plugin import lifecycle, preflight, progress, seeds, xdist
 from pytest_batchinv.plugin.fixtures import model_loader
 from pytest_batchinv.plugin.stash import MODELS, RESULTS, SETTINGS
-from pytest_batchinv.report import json, terminal
+from pytest_batchinv.report import html, json, junit, terminal
 from pytest_batchinv.report.results import Results
 
 
@@ -94,6 +94,8 @@ class AroundTests:
         report = yield
         if call.when == "call" and report.passed and (why := lifecycle.nothing_happened(item)):
             report.outcome, report.longrepr = "failed", why
+        if call.when == "teardown":  # whose report JUnit's file takes the properties of
+            report.user_properties += junit.properties(lifecycle.kept(item))
         return report
 
 
@@ -115,9 +117,11 @@ class Reporter:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         self.results.exit_status = int(exitstatus)
         try:
-            self.written = [json.write(self.results, path) for path in self.results.settings.report]
+            for path in sorted(self.results.settings.report, key=lambda path: path.suffix == ".html"):
+                writer = html if path.suffix == ".html" else json
+                self.written.append(writer.write(self.results, path))
         except OSError as error:
-            self.written = [f"NOT WRITTEN: {error}"]
+            self.written.append(f"NOT WRITTEN: {error}")
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

@@ -181,6 +181,11 @@ def records(report: pytest.TestReport) -> list[Record]:
     return [Record.from_json(str(text)) for text in sent]
 
 
+def kept(item: Any) -> list[Record]:
+    """The records of this test so far."""
+    return item.stash[RUN].records if RUN in item.stash else []
+
+
 def resolve_device(settings: Settings) -> str:
     from pytest_batchinv import gpu
 

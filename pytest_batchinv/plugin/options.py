@@ -11,7 +11,7 @@ RELATIONS = {**WORDS, "N": "stock torch is caught"}
 ENGINES = ("transformers",)
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
-REPORTS = (".json",)
+REPORTS = (".json", ".html")
 
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -176,7 +176,7 @@ OPTIONS = (
         "report",
         parse_report,
         (),
-        f"Write the record of the run to this file, also when tests fail ({', '.join(REPORTS)}; repeatable).",
+        f"Write the record of the run to this file, or a page of it, also when tests fail ({', '.join(REPORTS)}; repeatable).",
         "PATH",
         form="list",
     ),

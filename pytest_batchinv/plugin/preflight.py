@@ -7,6 +7,7 @@ from typing import Any
 
 from pytest_batchinv import gpu, hub
 from pytest_batchinv.plugin.settings import Settings
+from pytest_batchinv.report import html
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -51,6 +52,11 @@ def device_is_there(device: str) -> None:
 
 
 def can_be_written(path: Path) -> None:
+    if path.suffix == ".html" and (why := html.missing()):
+        raise ValueError(
+            f"--batchinv-report: {path.name} {why} Or ask for a .json, and make the page of it elsewhere with "
+            "python -m pytest_batchinv.report html."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

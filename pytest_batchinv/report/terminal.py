@@ -13,6 +13,17 @@ from pytest_batchinv import letters
 from pytest_batchinv.report import message
 from pytest_batchinv.report.record import Record
 from pytest_batchinv.report.results import Results
+from pytest_batchinv.report.words import (
+    MODES,
+    WORDS,
+    bytes_words,
+    counted,
+    machine_words,
+    not_proven,
+    proven,
+    proven_words,
+    worst_verdict,
+)
 
 if TYPE_CHECKING:
     from pytest_batchinv.plugin.settings import Settings
@@ -20,26 +31,11 @@ if TYPE_CHECKING:
 MOST_OPS = 8
 MOST_REASONS = 5
 WIDTH = 110
-WORDS = {
-    "equal": "equal",
-    "differs": "DIFFERS",
-    "shape_differs": "SHAPE DIFFERS",
-    "error": "ERROR",
-    "refused": "REFUSED",
-    "interrupted": "INTERRUPTED",
-    "not_run": "not run",
-    "caught": "caught",
-    "inconclusive": "INCONCLUSIVE",
-}
-_WORST_FIRST = (
-    "differs", "shape_differs", "error", "refused", "interrupted", "inconclusive", "not_run", "caught", "equal",
-)  # fmt: skip
-_MODES = {"on": "in batch-invariant mode", "off": "with the mode off", "stock": "with the mode suspended"}
 
 
 def header(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[str]:
     """What is needed to repeat the run."""
-    examples = "the one batch shape given" if settings.shape else f"{_count(settings.max_examples, 'example')} each"
+    examples = "the one batch shape given" if settings.shape else f"{counted(settings.max_examples, 'example')} each"
     drawn = "derandomised, as CI is set" if environ.get("CI") else "drawn at random"
     return [
         f"batch invariance: on; {settings.model} ({settings.engine}), device {settings.device}, "
@@ -89,7 +85,7 @@ def summary(results: Results) -> list[str]:
 def _tables(records: list[Record]) -> Iterator[str]:
     models = [record for record in records if record.subject.kind == "transformers"]
     for (subject, mode), group in _grouped(models, lambda record: (_model(record), record.mode)):
-        yield f"{subject}, {_MODES[mode]}"
+        yield f"{subject}, {MODES[mode]}"
         for compile_mode, same in _grouped(group, lambda record: record.subject.compile_mode):
             yield f"  {compile_mode:<16}" + _verdicts(same) + _counts(same)
         yield ""
@@ -99,7 +95,7 @@ def _tables(records: list[Record]) -> Iterator[str]:
         subjects = _grouped(
             group, lambda record: (record.nodeid, message.short_name(record.subject), record.subject.compile_mode)
         )
-        yield f"{_count(len(subjects), 'function')} of rows on {device}, {dtype}, {_MODES[mode]}"
+        yield f"{counted(len(subjects), 'function')} of rows on {device}, {dtype}, {MODES[mode]}"
         alike: dict[str, list[tuple[str, list[Record]]]] = defaultdict(list)
         for (_, name, compile_mode), same in subjects:
             alike[_verdicts(same)].append((name if compile_mode == "eager" else f"{name} ({compile_mode})", same))
@@ -112,15 +108,16 @@ def _tables(records: list[Record]) -> Iterator[str]:
 
 def _verdicts(records: list[Record]) -> str:
     """ "R equal  S equal  I DIFFERS": the worst of each relation."""
-    by_relation = dict(_grouped(records, lambda record: record.relation))
-    return "  ".join(f"{letter} {_worst(by_relation[letter]):<7}" for letter in letters.WORDS if letter in by_relation)
+    by_relation = _grouped(records, lambda record: record.relation)
+    worst = {letter: WORDS[worst_verdict(group)] for letter, group in by_relation}
+    return "  ".join(f"{letter} {worst[letter]:<7}" for letter in letters.WORDS if letter in worst)
 
 
 def _counts(records: list[Record]) -> str:
     counts = [record.counts for record in records]
     seconds = sum(count.seconds for count in counts) or 1.0
     examples, rows = sum(count.examples for count in counts), sum(count.rows for count in counts)
-    compared = _bytes(sum(count.compared_bytes for count in counts))
+    compared = bytes_words(sum(count.compared_bytes for count in counts))
     return f"  {examples:>7,} batches {rows:>9,} rows {compared:>9}, {examples / seconds:,.0f} batches/s"
 
 
@@ -130,7 +127,7 @@ def _failures(records: list[Record]) -> Iterator[str]:
             continue
         relation = f"{record.relation} {letters.WORDS[record.relation]}"
         yield f"{WORDS[record.verdict]}: {message.subject_words(record.subject)}"
-        yield f"  {relation}, {_MODES[record.mode]}, in {record.nodeid}"
+        yield f"  {relation}, {MODES[record.mode]}, in {record.nodeid}"
         if record.error:
             yield from textwrap.wrap(record.error, WIDTH, initial_indent="  ", subsequent_indent="  ")
         if record.finding is None and record.case:
@@ -158,13 +155,15 @@ def _controls(records: list[Record]) -> Iterator[str]:
     functions = [record for record in records if record.subject.kind != "transformers"]
     for (device, dtype), group in _grouped(functions, lambda record: (record.subject.device, record.subject.dtype)):
         caught = [record.subject.name for record in group if record.verdict == "caught"]
-        functions_tried = _count(len(group), "function")
+        functions_tried = counted(len(group), "function")
         text = f"negative control: on {device}, {dtype}, stock torch was caught in {len(caught)} of {functions_tried}"
         yield from textwrap.wrap(text + f": {', '.join(caught)}" * bool(caught), WIDTH, subsequent_indent="  ")
         yield ""
     for record in (record for record in records if record.subject.kind == "transformers"):
         counts = record.counts
-        searched = f"{_count(counts.examples, 'batch', 'es')}, {_count(counts.rows, 'row')}, {_bytes(counts.compared_bytes)}"
+        searched = (
+            f"{counted(counts.examples, 'batch', 'es')}, {counted(counts.rows, 'row')}, {bytes_words(counts.compared_bytes)}"
+        )
         if record.verdict == "caught":
             yield f"negative control: stock torch was caught, after {searched}"
         elif record.verdict == "inconclusive":
@@ -181,7 +180,7 @@ def _operations(records: list[Record]) -> Iterator[str]:
     hits = sum((Counter(record.hits) for record in records), Counter[str]())
     if not hits:
         return
-    yield f"operations replaced: {_count(len(hits), 'overload')}, {_count(hits.total(), 'call')}"
+    yield f"operations replaced: {counted(len(hits), 'overload')}, {counted(hits.total(), 'call')}"
     yield from (f"  {count:>12,}  {name}" for name, count in hits.most_common(MOST_OPS))
     if len(hits) > MOST_OPS:
         rest = hits.most_common()[MOST_OPS:]
@@ -195,7 +194,7 @@ def _unverified(records: list[Record]) -> Iterator[str]:
         for name in record.unclassified_ops:
             by_op[name].add(record.subject.name)
     if by_op:
-        yield f"UNVERIFIED: {_count(len(by_op), 'operator')} ran as stock torch has them, neither replaced nor known to work"
+        yield f"UNVERIFIED: {counted(len(by_op), 'operator')} ran as stock torch has them, neither replaced nor known to work"
         yield "on each row by itself; the mode does not vouch for what they touched:"
         yield from (f"  {name}  in {', '.join(sorted(subjects))}" for name, subjects in sorted(by_op.items()))
         yield ""
@@ -207,9 +206,9 @@ def _unverified(records: list[Record]) -> Iterator[str]:
 def _not_run(records: list[Record]) -> Iterator[str]:
     skipped = [skipped for record in records for skipped in record.not_run]
     if skipped:
-        yield f"not run: {_count(len(skipped), 'batch', 'es')}"
+        yield f"not run: {counted(len(skipped), 'batch', 'es')}"
         reasons = Counter(example.reason for example in skipped)
-        yield from (f"  {_count(count, 'time')}: {reason}" for reason, count in reasons.most_common(MOST_REASONS))
+        yield from (f"  {counted(count, 'time')}: {reason}" for reason, count in reasons.most_common(MOST_REASONS))
         yield "  their batch shapes are in the file of --batchinv-report"
         yield ""
     for record in records:
@@ -220,7 +219,7 @@ def _not_run(records: list[Record]) -> Iterator[str]:
 def _nan(records: list[Record]) -> Iterator[str]:
     rows = sum(record.counts.nan_rows for record in records)
     if rows:
-        yield f"NaN: {_count(rows, 'row')} held NaN; NaN counts as equal only to NaN of the same bits"
+        yield f"NaN: {counted(rows, 'row')} held NaN; NaN counts as equal only to NaN of the same bits"
         yield ""
 
 
@@ -234,44 +233,23 @@ def _notes(records: list[Record]) -> Iterator[str]:
 
 def _conclusion(checks: list[Record], controls: list[Record]) -> Iterator[str]:
     """What was proven, on what, and what was not."""
-    broken = {(record.nodeid, record.subject) for record in checks if record.verdict not in ("equal", "not_run")}
-    whole = [record for record in checks if (record.nodeid, record.subject) not in broken]
-    equal = [record for record in whole if record.verdict == "equal" and record.mode == "on"]
+    equal = proven(checks)
     if equal:
-        relations = ", ".join(letter for letter in letters.WORDS if any(record.relation == letter for record in equal))
-        subjects = len({(record.nodeid, record.subject) for record in equal})
-        compared = _bytes(sum(record.counts.compared_bytes for record in equal))
-        batches = sum(record.counts.examples for record in equal)
-        yield f"proven      0 bits differ in {relations}: {_count(subjects, 'subject')}, {batches:,} batches, {compared}"
+        yield f"proven      {proven_words(equal)}"
         widest = max((r for r in equal if r.relation == "I"), key=lambda r: r.counts.examples, default=None)
         if widest is not None and widest.covered:
             first, *rest = widest.covered
             yield f"covered     {'; '.join([first.partition(' (')[0], *rest])} ({widest.subject.name}, the widest)"
-    for line in dict.fromkeys(_machine(record.machine) for record in checks + controls):
+    for line in dict.fromkeys(machine_words(record.machine) for record in checks + controls):
         yield from textwrap.wrap(line, WIDTH, initial_indent="on          ", subsequent_indent=" " * 12)
     fingerprints = ", ".join(dict.fromkeys(record.fingerprint for record in equal if record.fingerprint))
     if fingerprints:
         yield f"fingerprint {fingerprints}"
     if controls:
         caught = sum(record.verdict == "caught" for record in controls)
-        yield f"control     the same search caught stock torch in {caught} of {_count(len(controls), 'subject')}"
-    missing = _missing(checks, controls)
+        yield f"control     the same search caught stock torch in {caught} of {counted(len(controls), 'subject')}"
+    missing = not_proven(checks, controls)
     yield from textwrap.wrap("; ".join(missing), WIDTH, initial_indent="not proven  ", subsequent_indent=" " * 12)
-
-
-def _missing(checks: list[Record], controls: list[Record]) -> list[str]:
-    failing = Counter(WORDS[record.verdict] for record in checks if record.verdict != "equal")
-    words = [f"{count} {verdict}" for verdict, count in failing.items()]
-    if off := sum(record.mode == "off" and record.verdict == "equal" for record in checks):
-        words.append(f"{_count(off, 'equal check')} of torch as it is, with the mode off")
-    if ops := {name for record in checks for name in record.unclassified_ops}:
-        words.append(f"{_count(len(ops), 'unverified operator')}")
-    if unsure := sum(record.verdict == "inconclusive" for record in controls):
-        words.append(f"{_count(unsure, 'control')} INCONCLUSIVE")
-    asked = {record.relation for record in checks}
-    words.append(f"not asked: {', '.join(x for x in letters.WORDS if x not in asked) or 'no relation'}")
-    words.append("gradients, chunks, decode, tensor parallel and other machines")
-    return words
 
 
 def _model(record: Record) -> str:
@@ -279,34 +257,11 @@ def _model(record: Record) -> str:
     return f"{info.name} on {info.device}, {info.dtype}, attention {info.attention}"
 
 
-def _machine(facts: Mapping[str, str]) -> str:
-    gpu = [f"{facts['gpu']} ({facts.get('capability', '')})"] if "gpu" in facts else []
-    cpu = [f"{facts.get('cpu') or 'unknown CPU'}, {facts.get('threads', '?')} threads"]
-    versions = [f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers") if name in facts]
-    return ", ".join(word for word in (*gpu, *cpu, facts.get("platform"), *versions) if word)
-
-
-def _worst(records: list[Record]) -> str:
-    return WORDS[min((record.verdict for record in records), key=_WORST_FIRST.index)]
-
-
 def _grouped(records: Iterable[Any], key: Callable[[Any], Hashable]) -> ItemsView[Any, list[Any]]:
     groups: dict[Hashable, list[Any]] = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
     return groups.items()
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else plural)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.1f} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
-        count /= 1000
-    return f"{count:,.1f} TB"
 
 
 def _versions(*names: str) -> Iterator[str]:

@@ -22,8 +22,8 @@ USAGE = pytest.ExitCode.USAGE_ERROR
         ("--batchinv-max-examples=many", "--batchinv-max-examples: 'many' is not a whole number from 1 on"),
         ("--batchinv-shape={", "--batchinv-shape: not a batch shape: *It looks like *"),
         (
-            "--batchinv-report=x.html",
-            "--batchinv-report: 'x.html' cannot be written; the name of a report ends in .json",
+            "--batchinv-report=x.xml",
+            "--batchinv-report: 'x.xml' cannot be written; the name of a report ends in .json or .html",
         ),
         ("--batchinv-report=/proc/x/y.json", "--batchinv-report: /proc/x/y.json cannot be written: *"),
         ("--batchinv-model=tiny-bert", "--batchinv-model: there is no model 'tiny-bert'*tiny-llama, tiny-qwen3,*"),

@@ -1,9 +1,12 @@
 """The summary on the terminal and the JSON file: both from the records that reach the controller."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 
+from pytest_batchinv.report import __main__ as command
+from pytest_batchinv.report import saved
 from pytest_batchinv.report.record import SCHEMA
 
 TESTS = """
@@ -147,12 +150,105 @@ def test_the_record_is_written_also_when_tests_fail(pytester, run):
     assert [path.name for path in pytester.path.joinpath("new").iterdir()] == ["a.json"]
 
 
-def test_the_records_of_workers_are_not_in_the_file_of_junit(pytester):
+def test_the_page_is_written_beside_the_record_also_when_tests_fail(pytester, run):
     pytester.makepyfile(TESTS)
-    pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu", "-n2", "--junit-xml=a.xml")
-    text = pytester.path.joinpath("a.xml").read_text()
-    assert "test_that_fails" in text
-    assert "batchinv_record" not in text
+    result = run("--batch-invariant", "--batchinv-report=new/a.html", "--batchinv-report=a.json")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["record of this run: *a.json", "page of this run: *a.html"])
+    page = pytester.path.joinpath("new", "a.html").read_text()
+    for words in ("Not proven: 1 DIFFERS", "aten::erfinv", "out of memory", "3 of 1,024 values", "3 passed, 1 failed"):
+        assert words in page
+    assert page.count('<tr><th scope="row">stub-model') == 3  # eager in the mode, default in the mode, eager with it off
+    records = json.loads(pytester.path.joinpath("a.json").read_text())["records"]
+    assert len(records) == 7
+
+
+def test_names_of_subjects_cannot_act_on_the_page(pytester, run):
+    pytester.makepyfile(
+        """
+        from conftest import emit, finding, subject
+
+        EVIL = "</script><script>alert(1)</script>"
+
+        def test_it():
+            emit(info=subject(EVIL), verdict="differs", finding=finding(output=EVIL, replay=EVIL))
+        """
+    )
+    run("--batch-invariant", "--batchinv-report=a.html")
+    page = pytester.path.joinpath("a.html").read_text()
+    assert page.count("<script>") == page.count("</script>") == 1
+    assert page.count("&lt;/script&gt;&lt;script&gt;alert(1)") >= 4
+
+
+def test_a_page_without_its_libraries_is_a_usage_error_before_the_run(pytester, monkeypatch):
+    monkeypatch.setattr("pytest_batchinv.report.html.NEEDS", ("jinja2", "no_such_library"))
+    pytester.makepyfile("def test_it(): print('ran')")
+    result = pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu", "--batchinv-report=a.html")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        [
+            "ERROR: --batchinv-report: a.html needs no_such_library, which is not installed: "
+            "pip install 'pytest-batchinv[[]report]'. Or ask for a .json, and *"
+        ]
+    )
+    assert result.outlines == []
+
+
+def test_a_record_needs_no_library_of_the_page(pytester, monkeypatch):
+    monkeypatch.setattr("pytest_batchinv.report.html.NEEDS", ("no_such_library",))
+    pytester.makepyfile("def test_it(): pass")
+    result = pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu", "--batchinv-report=a.json")
+    assert result.ret == pytest.ExitCode.OK
+
+
+def properties(path):
+    """The properties of each test case of a JUnit file, by its name."""
+    cases = ElementTree.parse(path).getroot().iter("testcase")
+    return {case.get("name"): [(p.get("name"), p.get("value")) for p in case.iter("property")] for case in cases}
+
+
+def test_junit_says_what_was_found_and_holds_no_record(pytester, run):
+    pytester.makepyfile(
+        TESTS
+        + """
+def test_with_a_property_of_its_own(request):
+    request.node.user_properties.append(("mine", 1))
+
+def test_without(): pass
+"""
+    )
+    run("--batch-invariant", "--junit-xml=a.xml")
+    found = properties(pytester.path / "a.xml")
+    stub = "stub-model (fp32, attention batch_invariant, {}, cpu)"
+    for compile_mode in ("eager", "default"):
+        assert found[f"test_model[{compile_mode}]"] == [
+            ("batchinv.subject", stub.format(compile_mode)),
+            ("batchinv.relation.R", "equal"),
+            ("batchinv.relation.R.batches", "20"),
+            ("batchinv.relation.I", "equal"),
+            ("batchinv.relation.I.batches", "20"),
+            ("batchinv.mode", "on"),
+        ]
+    assert found["test_that_fails"] == [
+        ("batchinv.subject", stub.format("eager")),
+        ("batchinv.relation.X", "differs"),
+        ("batchinv.relation.X.batches", "20"),
+        ("batchinv.relation.X.replay", "pytest --batch-invariant --batchinv-shape '{}' test_it.py::test_it"),
+        ("batchinv.mode", "off"),
+    ]
+    assert [value for name, value in found["test_controls"] if name == "batchinv.control.I"] == ["caught", "inconclusive"]
+    assert found["test_with_a_property_of_its_own"] == [("mine", "1")]
+    assert found["test_without"] == []
+    assert "batchinv_record" not in pytester.path.joinpath("a.xml").read_text()
+
+
+def test_records_of_workers_and_of_one_process_compare_as_equal(pytester):
+    pytester.makepyfile(TESTS)
+    for name, args in (("a.json", ()), ("b.json", ("-n2",))):
+        pytester.runpytest_inprocess("--batch-invariant", "--batchinv-device=cpu", f"--batchinv-report={name}", *args)
+    a, b = (str(pytester.path / name) for name in ("a.json", "b.json"))
+    assert (command.main(["compare", a, b]), command.main(["compare", b, a])) == (0, 0)
+    assert len(saved.read(pytester.path / "b.json").records) == 7
 
 
 def test_a_record_that_cannot_be_written_is_no_success(pytester):
