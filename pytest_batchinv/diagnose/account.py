@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -54,7 +55,9 @@ def explained(finding: Finding, broken: Broken, relation: Relation, runs: Subjec
 
 def _guarded(title: str, sections: list[Section], diagnose: Callable[[], T]) -> T | None:
     try:
-        return diagnose()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's profiler, say: they are not the test's, whose filter may raise them
+            return diagnose()
     except Exception as error:
         sections.append(Section(title, (f"could not be told: {type(error).__name__}: {error}",)))
         return None

@@ -55,6 +55,16 @@ def _at_operator(found: Finding) -> str:
     return f", {found.trace.ops[cause.op].overload}" if cause and found.trace else ""
 
 
+def operator_line(found: Finding) -> str:
+    """Where the bits part, in one line; empty where no trace tells."""
+    cause = found.trace.cause if found.trace else None
+    if found.trace is None or cause is None:
+        return ""
+    op = found.trace.ops[cause.op]
+    line = f" ({op.source.rpartition('/')[2]})" if op.source else ""
+    return f"parts at {_called(op)}{line}"
+
+
 def trace_parts(trace: Trace, sides: tuple[str, str]) -> Iterator[tuple[str, str]]:
     """The operator at which the bits part, what cures it, and what else diverges; titles and lines."""
     if (cause := trace.cause) is not None:

@@ -142,6 +142,8 @@ def _finding(record: Record) -> Iterator[str]:
         return
     yield f"  row {message.row_words(record.subject, found)}"
     yield from (f"  {line}" for line in message.difference_lines(found))
+    if line := message.operator_line(found):
+        yield f"  {line}"
     if found.breakpoints is not None:
         yield f"  {message.sizes_words(found.breakpoints)}"
     if record.control:

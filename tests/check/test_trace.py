@@ -1,5 +1,7 @@
 """A finding names the operator at which the row's bits part, its line, what it causes and what cures it."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -107,6 +109,15 @@ def test_a_crash_in_the_trace_leaves_verdict_and_finding_as_they_are(emitted, mo
         check_batch_invariant(RowsSubject(fn, [pool]), ("I",))
     assert [record.verdict for record in emitted] == ["differs"]
     assert emitted[0].finding.trace is None
+
+
+def test_a_warning_in_a_diagnosis_is_not_raised_by_the_filter_of_the_test(monkeypatch):
+    def warn(*_):
+        warnings.warn("planted", stacklevel=1)
+
+    monkeypatch.setattr(culprits, "trace", warn)
+    fn, pool = planted.from_size(2)
+    assert finding_of(fn, pool, relations=("I",)).finding.sections == ()
 
 
 def test_memory_is_bounded_and_what_was_not_compared_is_said(monkeypatch):

@@ -189,7 +189,7 @@ def _proof(checks: list[Record], controls: list[Record], places: list[Place]) ->
     return [
         ("proven", words.proven_words(proven) if proven else "nothing"),
         ("not proven", "; ".join(words.not_proven(checks, controls))),
-        *(("on", place.words) for place in places),
+        *(("on", line) for line in dict.fromkeys(place.words for place in places)),
     ]
 
 
