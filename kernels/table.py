@@ -60,6 +60,8 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "layer_norm": norms.layer_norm,
     "rms_norm": norms.rms_norm,
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
+    "linalg_multi_dot": products.multi_dot,
+    "linalg_multi_dot.out": products.multi_dot_out,
 }
 
 PLANNED = {
@@ -67,6 +69,8 @@ PLANNED = {
     "layer_norm": norms.planned_layer_norm,
     "rms_norm": norms.planned_rms_norm,
     "scaled_dot_product_attention": attention.planned_sdpa,
+    "linalg_multi_dot": products.multi_dot,
+    "linalg_multi_dot.out": products.multi_dot_out,
 }
 """The composites without their operators in between, for calls in which the dispatcher has nothing to do. The same bits."""
 

@@ -155,6 +155,32 @@ def vdot(self: Tensor, other: Tensor) -> Tensor:
     return dot(self.conj(), other)
 
 
+def multi_dot(tensors: list[Tensor]) -> Tensor:
+    """The products from left to right. torch picks the cheapest order for the shapes, and so another for another batch.
+
+    The first may be a vector, a row, and the last one, a column. Raises RuntimeError for other shapes.
+    """
+    if len(tensors) < 2:
+        raise RuntimeError(f"multi_dot(): expected at least 2 tensors but got {len(tensors)}")
+    dims = [x.dim() for x in tensors]
+    if any(dim != 2 for dim in dims[1:-1]) or not {dims[0], dims[-1]} <= {1, 2}:
+        raise RuntimeError(f"multi_dot(): expected matrices, and vectors only at the two ends, but got tensors of {dims} dims")
+    first, *others, last = tensors
+    out = first if first.dim() == 2 else first[None]
+    for matrix in (*others, last if last.dim() == 2 else last[:, None]):
+        out = out.mm(matrix)
+    return out.reshape((*first.shape[:-1], *last.shape[1:]))
+
+
+def multi_dot_out(tensors: list[Tensor], *, out: Tensor) -> Tensor:
+    result = multi_dot(tensors)
+    if out.dtype != result.dtype:
+        raise RuntimeError(f"multi_dot(): expected out tensor to have dtype {result.dtype} but got {out.dtype} instead")
+    if out.shape != result.shape:
+        out.resize_(result.shape)
+    return out.copy_(result)
+
+
 def grouped_mm(
     self: Tensor,
     mat2: Tensor,

@@ -1,0 +1,69 @@
+"""States: what several calls of a cell come to, and the silent ones among the samples."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import msgspec
+
+from pytest_batchinv.kernels.scanned import COVERED, NO_ROWS, RAISES, REFUSED, ROW_LOCAL, STATES, VARIES
+
+_WORST_FIRST = (VARIES, "crashed", ROW_LOCAL, COVERED, REFUSED, RAISES, NO_ROWS)
+"""One call that varies decides. One with rows says more than one without: the others raised, or had none to compare."""
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """What one call of an overload showed in one dtype. direction: f forward, b backward. source: the sample it is from."""
+
+    operator: str
+    dtype: str
+    direction: str
+    state: str
+    why: str
+    source: str
+
+
+class Function(msgspec.Struct, frozen=True):
+    """What a whole sample showed, as a function of its rows. operators: (name, dtype) of each that ran in its forward."""
+
+    source: str
+    dtype: str
+    state: str
+    why: str
+    operators: tuple[tuple[str, str], ...]
+
+
+class Found(msgspec.Struct):
+    """All that a scan, or a part of it, found. not_run: sources that gave no sample, or ended the process, and why."""
+
+    cells: list[Cell] = []
+    functions: list[Function] = []
+    not_run: list[tuple[str, str, str]] = []
+
+    def add(self, other: Found) -> None:
+        self.cells += other.cells
+        self.functions += other.functions
+        self.not_run += other.not_run
+
+
+def merged(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
+    """operator -> state -> dtypes, of all calls of each cell."""
+    by_cell: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for cell in cells:
+        by_cell[cell.operator, cell.dtype].add(cell.state)
+    out: dict[str, dict[str, str]] = {}
+    for name in sorted({name for name, _ in by_cell}):
+        states = {dtype: _worst(seen) for (operator, dtype), seen in by_cell.items() if operator == name}
+        out[name] = {
+            state: " ".join(sorted(dtype for dtype, worst in states.items() if worst == state))
+            for state in STATES
+            if state in states.values()
+        }
+    return out
+
+
+def _worst(states: set[str]) -> str:
+    return next(state for state in _WORST_FIRST if state in states)
+
+
