@@ -83,7 +83,7 @@ def _as_file(session: nox.Session, requirements: str) -> str:
     return str(path)
 
 
-_PROJECT = ("triton", "pytest", "pytest-xdist", "hypothesis", "transformers", "msgspec", "numpy", "packaging")
+_PROJECT = ("triton", "pytest", "pytest-xdist", "hypothesis", "transformers", "msgspec", "numpy", "packaging", "expecttest")
 
 
 def _machine(session: nox.Session) -> dict:

@@ -19,13 +19,14 @@ COMMAND = "python -m pytest_batchinv.coverage"
 
 ROW_LOCAL, COVERED, REFUSED, VARIES, NO_ROWS, RAISES = "row-local", "covered", "refused", "varies", "no rows", "raises"
 STATES = (COVERED, ROW_LOCAL, REFUSED, VARIES, NO_ROWS, RAISES)
-"""covered: the table answered, and every row kept its bits. row-local: the same of torch's own kernel. refused: the mode raised.
-The others leave an operator unverified: a row's bits changed; no dimension held rows; torch raised for every batch."""
+"""covered: the table answered, and every row kept its bits. row-local: the same of torch's own kernel. refused: the mode
+raised. The others leave an operator unverified: a row's bits changed; no dimension held rows; torch raised for the batches."""
 
 COMPUTES_NOTHING = {
     # no value is computed: constants, memory as it is, metadata, a check, one number read
     "empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "zeros", "ones", "full", "eye",
-    "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "scalar_tensor", "zero_", "fill_", "zero", "fill",
+    "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "scalar_tensor", "zero_", "fill_",
+    "zero", "fill",
     "resize_", "set_", "lift_fresh", "lift", "is_same_size", "_local_scalar_dense", "item", "_assert_async", "_assert_scalar",
     "_assert_tensor_metadata", "_has_compatible_shallow_copy_type", "sym_size", "sym_stride", "sym_numel", "record_stream",
 }  # fmt: skip
@@ -47,9 +48,9 @@ _NAMES = {
 class Scan:
     """One file. eager, compiled: operator -> state -> the dtypes of its cells in that state, apart by blanks.
 
-    why: operator -> what was seen where its state leaves it unverified. functions: state -> how many whole samples, as functions
-    of their rows, were in it. silent: samples that varied while no operator in them was unverified. not_run: samples without
-    a result, and why.
+    why: operator -> what was seen where its state leaves it unverified. functions: state -> how many whole samples, as
+    functions of their rows, were in it. silent: samples that varied while no operator in them was unverified. not_run: samples
+    without a result, and why.
     """
 
     torch: str

@@ -66,7 +66,7 @@ def _write(path: Path, text: str) -> None:
     print(f"written: {path}")
 
 
-def _told(start: float) -> "scan.Tell":
+def _told(start: float) -> scan.Tell:
     def tell(line: str) -> None:
         print(f"{time.monotonic() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
 
@@ -77,8 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pytest_batchinv.coverage", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtypes", type=_dtypes, default=tuple(DTYPES), metavar="fp32,bf16,...", help=", ".join(DTYPES))
-    parser.add_argument("--threads", type=_threads, default=(1, 2), metavar="1,2", help="numbers of threads; rows alone run on the first")
-    parser.add_argument("--only", type=lambda text: tuple(text.split(",")), default=(), metavar="add,softmax,...", help="these samples")
+    parser.add_argument(
+        "--threads", type=_threads, default=(1, 2), metavar="1,2", help="numbers of threads; rows alone run on the first"
+    )
+    parser.add_argument(
+        "--only", type=lambda text: tuple(text.split(",")), default=(), metavar="add,softmax,...", help="these samples"
+    )
     parser.add_argument("--out", type=Path, metavar="PATH", help="write the data here, and no document")
     parser.add_argument("--cells", type=Path, metavar="PATH", help="write what every call showed, too")
     parser.add_argument("--quiet", action="store_true", help="tell nothing on the way")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pytest_batchinv.coverage.calls import Call
-from pytest_batchinv.coverage.rows import MOST_VALUES, POOL, Batches, Layout, bits_of_rows, found_rows, layouts, raise_if_the_device_is_lost
+from pytest_batchinv.coverage.rows import POOL, Batches, Layout, bits_of_rows, found_rows, layouts, raise_if_the_device_is_lost
 from pytest_batchinv.kernels import counters, scanned
 from pytest_batchinv.kernels.aten.common import Refused
 
@@ -19,8 +19,8 @@ SIZES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 64, 65)
 GRAIN = 2053
 """Rows that are enough for torch to share them among threads."""
 ODD, EVEN, WIDE, OTHERS = 37, 64, 256, 24
-SOME = (2, 5, 17, 65, GRAIN)
-"""The sizes at the even and the wide width, and of the layouts behind the first."""
+SOME, FEW = (2, 5, 17, 65, GRAIN), (2, 17, 65)
+"""The sizes at the even and the wide width, and those of a brief measuring."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,17 @@ class Outcome:
     why: str = ""
 
 
-def measure(call: Call, threads: tuple[int, ...], most_layouts: int = 1, is_form: bool = False) -> Outcome:
+def measure(call: Call, threads: tuple[int, ...], most_layouts: int = 1, is_brief: bool = False) -> Outcome:
     """Looks for rows in one layout after the other, and compares them. The first change of bits ends it.
 
-    is_form: of an in-place or ``out=`` form, whose kernel is that of the functional one: in two widths alone.
+    is_brief: in two widths, and few sizes. The second layout is measured so in any case.
     """
     answered = held = 0
     other: Outcome | None = None
     try:
         for layout in layouts(call):
-            is_brief = is_form or held > 0
             with counters.counting_apart() as hits:
-                outcome = _compared(call, layout, threads, is_brief)
+                outcome = _compared(call, layout, threads, is_brief or held > 0)
             if outcome.state == scanned.VARIES:
                 return outcome
             if outcome.state == scanned.NO_ROWS:
@@ -90,7 +89,8 @@ def _compared(call: Call, layout: Layout, threads: tuple[int, ...], is_brief: bo
                 break
             continue
         found = True
-        difference = _first_difference(batches, threads, SOME if is_brief or number > 1 else (*SIZES, GRAIN))
+        sizes_to_run = FEW if is_brief else (*SIZES, GRAIN) if number < 2 else SOME
+        difference = _first_difference(batches, threads, sizes_to_run)
         if difference:
             if _is_another_function_at_each_position(call, layout):
                 return Outcome(scanned.NO_ROWS, f"what it makes of a row follows its position in dim {layout.dim}")
@@ -118,10 +118,11 @@ def _first_difference(batches: Batches, threads: tuple[int, ...], every: tuple[i
     with running_on(threads[0]):
         alone = [batches.run(torch.tensor([i])) for i in range(POOL)]
     expected = [bits_of_rows(torch.cat([rows[k] for rows in alone])) for k in range(len(alone[0]))]
-    for n_threads, offset, sizes in ((threads[0], 0, every), (threads[0], 1, (3, 17)), (threads[-1], 0, (2, 8, 65, GRAIN))):
+    unaligned, shared = ((17,), (GRAIN,)) if every == FEW else ((3, 17), (2, 8, 65, GRAIN))
+    for n_threads, offset, sizes in ((threads[0], 0, every), (threads[0], 1, unaligned), (threads[-1], 0, shared)):
         with running_on(n_threads):
             for n in sizes:
-                if n * batches.row_values > MOST_VALUES:
+                if not batches.fit(n):
                     continue
                 ids = (torch.arange(n) * 5 + n) % POOL
                 for mine, out in zip(expected, batches.run(ids, offset), strict=True):

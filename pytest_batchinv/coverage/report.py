@@ -76,8 +76,8 @@ def document(scans: Iterable[Scan]) -> str:
     lines = [
         "# Coverage",
         "",
-        f"Written by `{scanned.COMMAND}`; do not edit. Each cell is an aten overload in a dtype. Rows were compared bit for bit,",
-        "alone and in batches, in the mode, eager.",
+        f"Written by `{scanned.COMMAND}`; do not edit. Each cell is an aten overload in a dtype. In the mode, in eager",
+        "code, each row was compared bit for bit, alone and in batches.",
         "",
         "| state | meaning |",
         "|---|---|",
@@ -160,7 +160,10 @@ def _named(scan: Scan) -> dict[str, dict[str, str]]:
 
 def _by_cell(cells: dict[str, dict[str, str]]) -> dict[tuple[str, str], str]:
     return {
-        (operator, dtype): state for operator, states in cells.items() for state, dtypes in states.items() for dtype in dtypes.split()
+        (operator, dtype): state
+        for operator, states in cells.items()
+        for state, dtypes in states.items()
+        for dtype in dtypes.split()
     }
 
 

@@ -18,7 +18,8 @@ POOL = 8
 """Different rows of which batches are made."""
 MOST_DIMS = 3
 MOST_VALUES = 140_000
-"""A batch whose inputs would hold more values is not run."""
+"""A batch whose inputs would hold more values is not run; of rows that are large themselves, as matrices are, fewer."""
+LARGE_ROW, MOST_VALUES_OF_LARGE_ROWS = 1000, 20_000
 
 _Sizes = dict[int, int]  # a size of the sample -> the size in its place
 
@@ -64,6 +65,10 @@ class Batches:
     def run(self, ids: Tensor, offset: int = 0) -> list[Tensor]:
         outputs = self._outputs(ids, offset)
         return [outputs[i].movedim(dim, 0) for i, dim in self.followed]
+
+    def fit(self, n_rows: int) -> bool:
+        """Whether a batch of so many rows is run."""
+        return n_rows * self.row_values <= (MOST_VALUES if self.row_values < LARGE_ROW else MOST_VALUES_OF_LARGE_ROWS)
 
     def find_rows(self) -> bool:
         """Whether outputs follow the rows, and no row the content of the others. Raises what the call raises."""
@@ -137,7 +142,7 @@ def found_rows(call: Call, sizes: _Sizes, layout: Layout) -> Batches | None:
     for is_plain in (False, True):
         try:
             batches = Batches(call, layout, sizes, is_plain)
-            return batches if batches.find_rows() else None
+            return batches if batches.fit(5) and batches.find_rows() else None
         except Refused:
             raise
         except Exception as error:
@@ -180,7 +185,7 @@ def _stretched(x: Tensor, sizes: _Sizes, kept: int | None) -> Tensor:
 
 
 def _pool(x: Tensor, dim: int, generator: torch.Generator, is_plain: bool) -> Tensor:
-    """POOL rows, in front. The first are the sample's; the others get noise, then values of every scale, zeros of both signs."""
+    """POOL rows, in front: two of the sample, two with noise, then values of many scales, and zeros of both signs."""
     x = x.movedim(dim, 0)
     rows = x.index_select(0, torch.arange(POOL, device=x.device) % max(len(x), 1)).contiguous()
     if is_plain or not (x.is_floating_point() or x.is_complex()) or x.element_size() == 1:

@@ -23,7 +23,7 @@ DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
 }
-MOST_SAMPLES = 8
+MOST_SAMPLES = 6
 _READ = 100  # samples of one operator that are looked at, of which MOST_SAMPLES are taken evenly
 
 
@@ -43,15 +43,15 @@ class MissingPackage(ImportError):
 
 
 def names() -> list[str]:
-    """Every source of samples: ``op:`` torch's operators, ``foreach:``, ``module:`` torch's modules, ``also:`` our own list."""
+    """Every source of samples: ``also:`` our own list, ``op:`` torch's operators, ``foreach:``, ``module:`` torch's modules."""
     ops, foreach, modules = _databases()
     counted: dict[str, int] = {}
     out = []
     for prefix, names_in in (
+        ("also", list(_ALSO)),
         ("op", [_full_name(op) for op in ops]),
         ("foreach", [op.name for op in foreach]),
         ("module", [info.name for info in modules]),
-        ("also", list(_ALSO)),
     ):
         for name in names_in:
             key = f"{prefix}:{name}"
@@ -185,7 +185,8 @@ def _mkldnn_linear(device: str, dtype: torch.dtype) -> Any:
     weight = _normal(device, dtype, 48, 256)
 
     def run(x: Tensor) -> Tensor:
-        return torch.ops.aten.mkldnn_linear(x.to_mkldnn(), weight.to_mkldnn(), None).to_dense()
+        out: Tensor = torch.ops.aten.mkldnn_linear(x.to_mkldnn(), weight.to_mkldnn(), None).to_dense()
+        return out
 
     return run, (_normal(device, dtype, 5, 256),)
 

@@ -12,7 +12,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any
 
 import msgspec
 import torch
@@ -30,12 +29,12 @@ from pytest_batchinv.kernels import scanned
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import batch_invariant_mode, stock_torch
 
-MOST_CALLS, MOST_TRIED = 2, 6
+MOST_CALLS, MOST_TRIED = 2, 4
 """Calls of one overload in one dtype with other arguments: those with rows, and those that are asked for any."""
 MOST_FUNCTIONS = 1
-MOST_ENDS = 12
+MOST_ENDS = 6
 """How often one source may end the process before it is left."""
-SECONDS_FOR_ONE = 600
+SECONDS_FOR_ONE = 120
 """What takes longer is ended, and named."""
 
 Tell = Callable[[str], None]
@@ -96,12 +95,13 @@ class Walk:
             return
         if scanned.computes_nothing(call.overload) or not _is_on(call, self._device) or not self._is_wanted(call, MOST_CALLS):
             return
-        outcome = self._record(call, measure(call, self._threads, 2), source, found)
+        is_second = self._with_rows[call.name, call.dtype] > 0
+        outcome = self._record(call, measure(call, self._threads, 2, is_brief=is_second), source, found)
         if outcome.state == scanned.NO_ROWS:
             return
         for form in forms(call):
             if self._is_wanted(form, 1):
-                self._record(form, measure(form, self._threads, is_form=True), source, found)
+                self._record(form, measure(form, self._threads, is_brief=True), source, found)
 
     def _is_wanted(self, call: Call, most: int) -> bool:
         cell = call.name, call.dtype
@@ -151,8 +151,11 @@ def scan(
     wanted: Iterable[str] = (),
     tell: Tell = lambda line: None,
 ) -> Found:
-    """Every source, or those whose names are wanted. A process that ends, or hangs, is started again behind its source."""
-    found, worker = Found(), None
+    """Every source, or those whose names are wanted. A process that ends, or hangs, is started again behind its source.
+
+    An interrupt ends it early, and is named in ``not_run``.
+    """
+    found, worker, number = Found(), None, 0
     every = [name for name in names() if not wanted or name.partition(":")[2].partition("#")[0] in set(wanted)]
     seen: set[_Key] = set()
     try:
@@ -170,6 +173,8 @@ def scan(
                     worker.end()
                     worker = None
             tell(f"{number + 1} of {len(every)}: {name}, {len(found.cells)} calls of operators")
+    except KeyboardInterrupt:  # what was measured stands, and the data says that it is not all
+        found.not_run.append(("interrupted", "", f"the last {len(every) - number} of {len(every)} sources were not run"))
     finally:
         if worker is not None:
             worker.end()
@@ -238,7 +243,9 @@ def _work(pipe: Connection, device: str, dtypes: tuple[str, ...], threads: tuple
 # --- what it comes to -------------------------------------------------------------------------------------------------
 
 
-def data(found: Found, device: str, threads: tuple[int, ...], compiled: dict[str, dict[str, str]] | None = None) -> scanned.Scan:
+def data(
+    found: Found, device: str, threads: tuple[int, ...], compiled: dict[str, dict[str, str]] | None = None
+) -> scanned.Scan:
     """The data file of what was found. It holds no time and no date: the same results are the same bytes."""
     version = str(torch.__version__).partition("+")[0]
     eager = states.merged(found.cells)
@@ -269,7 +276,9 @@ def _reasons(cells: Iterable[Cell], eager: dict[str, dict[str, str]]) -> Iterato
 def silent(functions: Iterable[Function], scan: scanned.Scan, device: str) -> list[Function]:
     """Samples that vary while a record would name none of the operators that ran in them."""
     return [
-        f for f in functions if f.state == scanned.VARIES and all(_is_vouched(op, dtype, device, scan) for op, dtype in f.operators)
+        f
+        for f in functions
+        if f.state == scanned.VARIES and all(_is_vouched(op, dtype, device, scan) for op, dtype in f.operators)
     ]
 
 

@@ -65,5 +65,3 @@ def merged(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
 
 def _worst(states: set[str]) -> str:
     return next(state for state in _WORST_FIRST if state in states)
-
-

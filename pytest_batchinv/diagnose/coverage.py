@@ -64,8 +64,8 @@ def sort_calls(calls: Iterable[Call], answered: Counter[str]) -> OpCoverage:
 def vouched(overload: OpOverload, device: str, dtype: str, scan: scanned.Scan | None) -> Literal["covered", "row-local"] | None:
     """How the mode vouches for an operator in this dtype, as the scan has it; None: it is unverified.
 
-    An entry of the table whose rows the scan saw vary is not covered. dtype: "" for a call without floats: whole numbers are not
-    rounded, so no order changes them.
+    An entry of the table whose rows the scan saw vary is not covered. dtype: "" for a call without floats: whole numbers are
+    not rounded, so no order changes them.
     """
     state = None if scan is None else scan.state(overload.name(), dtype)
     if state == scanned.VARIES:
