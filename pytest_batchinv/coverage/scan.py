@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import multiprocessing
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +34,7 @@ MOST_FUNCTIONS = 1
 MOST_ENDS = 6
 """How often one source may end the process before it is left."""
 SECONDS_FOR_ONE = 120
-"""What takes longer is ended, and named."""
+"""A call that takes longer hangs: it is ended, and named."""
 
 Tell = Callable[[str], None]
 _Key = tuple[str, str, str]  # operator, dtype, signature
@@ -206,10 +205,10 @@ class _Worker:
         theirs.close()
 
     def source(self, name: str) -> tuple[Found, set[_Key]]:
-        at, deadline = None, time.monotonic() + SECONDS_FOR_ONE
+        at = None
         try:
             self._mine.send(name)
-            while self._mine.poll(max(deadline - time.monotonic(), 0)):
+            while self._mine.poll(SECONDS_FOR_ONE):
                 message = self._mine.recv()
                 if isinstance(message[0], bytes):
                     return msgspec.json.decode(message[0], type=Found), message[1]
@@ -217,7 +216,7 @@ class _Worker:
         except (EOFError, ConnectionError):
             self._process.join()
             raise _Ended(f"it ended the process (exit code {self._process.exitcode})", at) from None
-        raise _Ended(f"its source took more than {SECONDS_FOR_ONE} s, and was ended", at)
+        raise _Ended(f"it took more than {SECONDS_FOR_ONE} s, and was ended", at)
 
     def end(self) -> None:
         self._process.kill()

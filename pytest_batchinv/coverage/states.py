@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable
 
 import msgspec
 
+from pytest_batchinv.kernels import overloads, scanned
 from pytest_batchinv.kernels.scanned import COVERED, NO_ROWS, RAISES, REFUSED, ROW_LOCAL, STATES, VARIES
 
 _WORST_FIRST = (VARIES, "crashed", ROW_LOCAL, COVERED, REFUSED, RAISES, NO_ROWS)
@@ -48,10 +50,18 @@ class Found(msgspec.Struct):
 
 
 def merged(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
-    """operator -> state -> dtypes, of all calls of each cell."""
+    """operator -> state -> dtypes, of all calls of each cell.
+
+    In-place and ``.out`` forms run the kernel of the functional one, and are measured more briefly: where that varies, they do.
+    """
     by_cell: dict[tuple[str, str], set[str]] = defaultdict(set)
     for cell in cells:
         by_cell[cell.operator, cell.dtype].add(cell.state)
+    for (operator, dtype), states_seen in list(by_cell.items()):
+        if VARIES in states_seen:
+            for form in _forms(operator):
+                if (form, dtype) in by_cell:
+                    by_cell[form, dtype].add(VARIES)
     out: dict[str, dict[str, str]] = {}
     for name in sorted({name for name, _ in by_cell}):
         states = {dtype: _worst(seen) for (operator, dtype), seen in by_cell.items() if operator == name}
@@ -61,6 +71,15 @@ def merged(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
             if state in states.values()
         }
     return out
+
+
+@functools.cache
+def _forms(operator: str) -> tuple[str, ...]:
+    try:
+        overload = scanned.overload_named(operator)
+    except AttributeError:  # of a library that is not loaded here
+        return ()
+    return tuple(sibling.overload.name() for sibling in overloads.siblings(overload))
 
 
 def _worst(states: set[str]) -> str:

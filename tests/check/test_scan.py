@@ -64,10 +64,10 @@ def test_a_row_that_reads_its_neighbours_is_no_row():
     assert state_of(lambda x: x - x.amax(), torch.randn(5, 5)) == NO_ROWS
 
 
-def test_a_mask_that_follows_the_position_has_its_rows_in_another_dim():
+def test_what_is_made_of_a_row_by_its_position_is_no_batch():
     torch.manual_seed(0)
-    assert state_of(torch.triu, torch.randn(5, 5)) == NO_ROWS
-    assert state_of(torch.triu, torch.randn(3, 5, 5)) == ROW_LOCAL
+    assert state_of(lambda x: x * torch.arange(len(x)), torch.randn(5)) == NO_ROWS
+    assert state_of(torch.triu, torch.randn(5, 5)) == ROW_LOCAL  # its batch lies in front
 
 
 def test_rows_are_found_along_any_dim_and_beside_operands_that_have_none():
@@ -81,9 +81,9 @@ def test_rows_are_found_along_any_dim_and_beside_operands_that_have_none():
 
 
 def test_a_stock_kernel_in_the_place_of_an_entry_turns_up(monkeypatch):
-    assert states_of(walked("op:exp", "fp32"))["aten::exp", "fp32"] == COVERED
-    monkeypatch.delitem(table.POINTWISE, "exp")
-    assert states_of(walked("op:exp", "fp32"))["aten::exp", "fp32"] == VARIES
+    assert states_of(walked("op:sigmoid", "fp32"))["aten::sigmoid", "fp32"] == COVERED
+    monkeypatch.delitem(table.POINTWISE, "sigmoid")
+    assert states_of(walked("op:sigmoid", "fp32"))["aten::sigmoid", "fp32"] == VARIES
 
 
 def test_an_operator_that_the_mode_refuses_is_refused():
@@ -105,7 +105,8 @@ def test_a_sample_that_varies_while_no_operator_in_it_is_unverified_is_silent(mo
     for name in ("linalg_multi_dot", "linalg_multi_dot.out"):
         monkeypatch.delitem(table.COMPOSITES, name)
     found = walked("also:multi_dot", "fp32")
-    assert [line.partition(":")[0] + line[4:15] for line in scan.data(found, "cpu", THREADS).silent] == ["also:multi_dot"]
+    (line,) = scan.data(found, "cpu", THREADS).silent
+    assert line.startswith("also:multi_dot fp32: rows in dim 0, ")
 
 
 def test_no_sample_of_a_product_of_several_matrices_is_silent():
@@ -125,6 +126,11 @@ def test_the_worst_that_a_call_showed_is_the_state_of_its_cell():
     cells = [states.Cell("aten::it", "fp32", "f", state, "", "") for state in (NO_ROWS, ROW_LOCAL, VARIES)]
     assert states.merged(cells) == {"aten::it": {VARIES: "fp32"}}
     assert states.merged(cells[:2]) == {"aten::it": {ROW_LOCAL: "fp32"}}
+    briefly = [
+        states.Cell("aten::sinh", "fp32", "f", VARIES, "", ""),
+        states.Cell("aten::sinh.out", "fp32", "f", ROW_LOCAL, "", ""),
+    ]
+    assert states.merged(briefly)["aten::sinh.out"] == {VARIES: "fp32"}
 
 
 def test_a_process_that_ends_is_a_result_and_the_scan_goes_on(monkeypatch):

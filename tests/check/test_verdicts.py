@@ -3,6 +3,7 @@
 import itertools
 import re
 import warnings
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from pytest_batchinv import (
     BatchVarianceError,
     assert_batch_invariant,
     batch_invariant_mode,
+    check,
     check_batch_invariant,
     check_negative_control,
     context,
@@ -429,3 +431,20 @@ def test_outputs_without_values_are_no_pass(emitted):
     assert [record.verdict for record in emitted] == ["not_run"]
     record = assert_batch_invariant(lambda x: (x, x[:, :0]), POOL, max_examples=3)
     assert record.verdict == "equal"
+
+
+def test_strict_makes_an_error_of_an_operator_that_nobody_vouches_for(emitted):
+    def fn(x):
+        return x + 0 * torch.linalg.qr(x.t() @ x).R.sum()
+
+    strict = replace(context.current(), strict=True)
+    with batch_invariant_mode():
+        assert assert_batch_invariant(fn, POOL, relations=("R",)).verdict == "equal"
+        with context.surrounding(strict):
+            assert assert_batch_invariant(torch.exp, POOL, relations=("R",)).verdict == "equal"
+            with pytest.raises(
+                check.UnverifiedError, match="aten::linalg_qr ran, .* --batchinv-strict allows no such operator"
+            ):
+                assert_batch_invariant(fn, POOL, relations=("R",))
+    with context.surrounding(strict):
+        assert assert_batch_invariant(fn, POOL, relations=("R",)).mode == "off"  # which vouches for nothing
