@@ -33,7 +33,7 @@ MOST_CALLS, MOST_TRIED = 2, 4
 MOST_FUNCTIONS = 1
 MOST_ENDS = 6
 """How often one source may end the process before it is left."""
-SECONDS_FOR_ONE = 120
+SECONDS_FOR_ONE = 60
 """A call that takes longer hangs: it is ended, and named."""
 
 Tell = Callable[[str], None]

@@ -1,6 +1,7 @@
 """The scan: rows are found by trying, states are what was measured, and the data is what the mode reads."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -169,7 +170,8 @@ def test_what_changed_between_two_scans_is_listed_the_worst_first():
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.testing._internal.common_methods_invocations", None)
+    monkeypatch.delattr(torch.testing._internal, "common_methods_invocations", raising=False)
+    monkeypatch.setitem(sys.modules, "torch.testing._internal.common_methods_invocations", None)
     with pytest.raises(samples.MissingPackage, match="pytest-batchinv\\[scan\\]"):
         samples.names()
 
