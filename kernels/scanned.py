@@ -46,7 +46,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Scan:
-    """One file. eager, compiled: operator -> state -> the dtypes of its cells in that state, apart by blanks.
+    """One file. eager: operator -> state -> the dtypes of its cells in that state, apart by blanks.
 
     why: operator -> what was seen where its state leaves it unverified. functions: state -> how many whole samples, as
     functions of their rows, were in it. silent: samples that varied while no operator in them was unverified. not_run: samples
@@ -57,21 +57,20 @@ class Scan:
     device: str
     settings: dict[str, Any] = field(default_factory=dict)
     eager: dict[str, dict[str, str]] = field(default_factory=dict)
-    compiled: dict[str, dict[str, str]] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     functions: dict[str, int] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
 
-    def state(self, name: str, dtype: str, is_compiled: bool = False) -> str | None:
+    def state(self, name: str, dtype: str) -> str | None:
         """The state of a cell; None where the scan did not see it."""
-        cells = (self.compiled if is_compiled else self.eager).get(name, {})
+        cells = self.eager.get(name, {})
         return next((state for state, dtypes in cells.items() if dtype in dtypes.split()), None)
 
     def to_json(self) -> str:
         """One operator a line, sorted: two scans can be compared line by line, and equal ones are equal bytes."""
         parts = {name: json.dumps(getattr(self, name), sort_keys=True) for name in ("torch", "device", "settings", "functions")}
-        parts |= {name: _lines(getattr(self, name)) for name in ("silent", "not_run", "eager", "compiled", "why")}
+        parts |= {name: _lines(getattr(self, name)) for name in ("silent", "not_run", "eager", "why")}
         return "{" + ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items()) + "}\n"
 
     @classmethod

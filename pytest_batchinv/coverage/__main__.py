@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _finished(found: states.Found, options: argparse.Namespace, seconds: float) -> int:
     """Writes what was found, and says what it comes to, and what is other than in the data before."""
     path: Path = options.out or scanned.path_of(options.device)
-    new = scan.data(found, options.device, options.threads)
+    new = scan.data(found, options.device, options.threads, options.dtypes)
     before = scanned.Scan.from_json(path.read_text()) if path.exists() else None
     print("\n".join(report.summary(new)))
     print(f"{seconds:.0f} s")

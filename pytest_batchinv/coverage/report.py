@@ -97,14 +97,18 @@ def _section(scan: Scan) -> Iterator[str]:
     yield ""
     yield (
         f"{len(scan.eager)} operators; batches of {', '.join(map(str, settings['sizes']))} rows; "
-        f"{' and '.join(map(str, settings['threads']))} threads."
+        f"{' and '.join(map(str, settings['threads']))} threads; {', '.join(settings['dtypes'])}. Cells of other dtypes are unverified."
     )
     yield ""
     yield from _table_of_dtypes(scan)
     yield f"Whole samples, as functions of their rows: {', '.join(f'{n} {state}' for state, n in scan.functions.items())}. "
     yield f"Silent (they vary, and no operator in them is unverified): {len(scan.silent)}."
     yield ""
-    yield from (f"* {line}" for line in scan.silent)
+    yield from (f"* {line}" for line in (*scan.silent, "") if scan.silent)
+    yield f"### not run: {len(scan.not_run)} samples"
+    yield ""
+    yield from (f"* {line}" for line in scan.not_run)
+    yield ""
     names = _named(scan)
     for state in UNVERIFIED:
         yield f"### {state}: {len(names[state])} operators"

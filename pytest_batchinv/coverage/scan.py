@@ -242,18 +242,15 @@ def _work(pipe: Connection, device: str, dtypes: tuple[str, ...], threads: tuple
 # --- what it comes to -------------------------------------------------------------------------------------------------
 
 
-def data(
-    found: Found, device: str, threads: tuple[int, ...], compiled: dict[str, dict[str, str]] | None = None
-) -> scanned.Scan:
+def data(found: Found, device: str, threads: tuple[int, ...], dtypes: Iterable[str]) -> scanned.Scan:
     """The data file of what was found. It holds no time and no date: the same results are the same bytes."""
     version = str(torch.__version__).partition("+")[0]
     eager = states.merged(found.cells)
     scan = scanned.Scan(
         torch=version,
         device=scanned.device_kind(device),
-        settings={"sizes": [*SIZES, GRAIN], "threads": list(threads)},
+        settings={"sizes": [*SIZES, GRAIN], "threads": list(threads), "dtypes": list(dtypes)},
         eager=eager,
-        compiled=compiled or {},
         why=dict(sorted(_reasons(found.cells, eager))),
         functions=dict(sorted(Counter(function.state for function in found.functions).items())),
         not_run=sorted({" ".join(entry) for entry in found.not_run}),

@@ -11,7 +11,7 @@ import msgspec
 from pytest_batchinv.kernels import overloads, scanned
 from pytest_batchinv.kernels.scanned import COVERED, NO_ROWS, RAISES, REFUSED, ROW_LOCAL, STATES, VARIES
 
-_WORST_FIRST = (VARIES, "crashed", ROW_LOCAL, COVERED, REFUSED, RAISES, NO_ROWS)
+_WORST_FIRST = (VARIES, ROW_LOCAL, COVERED, REFUSED, RAISES, NO_ROWS)
 """One call that varies decides. One with rows says more than one without: the others raised, or had none to compare."""
 
 

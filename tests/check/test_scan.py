@@ -28,7 +28,8 @@ def walked(name, *dtypes):
 
 
 def states_of(found):
-    return {(cell.operator, cell.dtype): cell.state for cell in found.cells}
+    cells = states.merged(found.cells)
+    return {(name, dtype): state for name in cells for state, dtypes in cells[name].items() for dtype in dtypes.split()}
 
 
 # --- rows and their states --------------------------------------------------------------------------------------------
@@ -106,18 +107,18 @@ def test_a_sample_that_varies_while_no_operator_in_it_is_unverified_is_silent(mo
     for name in ("linalg_multi_dot", "linalg_multi_dot.out"):
         monkeypatch.delitem(table.COMPOSITES, name)
     found = walked("also:multi_dot", "fp32")
-    (line,) = scan.data(found, "cpu", THREADS).silent
+    (line,) = scan.data(found, "cpu", THREADS, ("fp32",)).silent
     assert line.startswith("also:multi_dot fp32: rows in dim 0, ")
 
 
 def test_no_sample_of_a_product_of_several_matrices_is_silent():
     found = walked("also:multi_dot", "fp32")
     assert {function.state for function in found.functions} == {ROW_LOCAL}
-    assert scan.data(found, "cpu", THREADS).silent == []
+    assert scan.data(found, "cpu", THREADS, ("fp32",)).silent == []
 
 
 def test_the_same_scan_writes_the_same_bytes():
-    once, again = (scan.data(walked("op:cosh", "fp32", "c64"), "cpu", THREADS).to_json() for _ in range(2))
+    once, again = (scan.data(walked("op:cosh", "fp32", "c64"), "cpu", THREADS, ("fp32", "c64")).to_json() for _ in range(2))
     assert once == again
     assert scanned.Scan.from_json(once).to_json() == once
     assert json.loads(once)["eager"]["aten::cosh"][VARIES] == "fp32"
