@@ -97,7 +97,8 @@ def _section(scan: Scan) -> Iterator[str]:
     yield ""
     yield (
         f"{len(scan.eager)} operators; batches of {', '.join(map(str, settings['sizes']))} rows; "
-        f"{' and '.join(map(str, settings['threads']))} threads; {', '.join(settings['dtypes'])}. Cells of other dtypes are unverified."
+        f"{' and '.join(map(str, settings['threads']))} threads; "
+        f"{', '.join(settings['dtypes'])}. Cells of other dtypes are unverified."
     )
     yield ""
     yield from _table_of_dtypes(scan)
