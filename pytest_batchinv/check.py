@@ -24,6 +24,8 @@ from pytest_batchinv.subjects.rows import RowsSubject
 class BatchVarianceError(AssertionError):
     """A row's outputs were not the same on the two sides of a relation. ``record`` has all of it, ``finding`` the case."""
 
+    __module__ = "pytest_batchinv"  # the name that it is imported by; pytest's summary has little room
+
     def __init__(self, record: Record) -> None:
         super().__init__(message.describe(record))
         assert record.finding is not None

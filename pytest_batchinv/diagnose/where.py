@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -85,6 +87,13 @@ def _users_line() -> tuple[str, str]:
         if file.startswith(_SUBJECTS):
             break
         if not file.startswith((*_NOT_THE_USERS, "<")):
-            return f"{file}:{frame.f_lineno}", linecache.getline(file, frame.f_lineno).strip()
+            return f"{_from_a_root(file)}:{frame.f_lineno}", linecache.getline(file, frame.f_lineno).strip()
         frame = frame.f_back  # type: ignore[assignment]
     return "", ""
+
+
+@cache
+def _from_a_root(file: str) -> str:
+    """The path from where Python imports it, or from the working directory: records travel, and folders of a machine do not."""
+    roots = sorted({os.getcwd(), *filter(None, sys.path)}, key=len, reverse=True)
+    return next((os.path.relpath(file, root) for root in roots if file.startswith(f"{root}/")), file)
