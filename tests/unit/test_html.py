@@ -220,7 +220,7 @@ def test_the_intensity_is_of_logarithms(ulp, level):
 def test_charts_are_drawn_of_what_differs_and_not_of_what_is_equal():
     figures = Elements(page(record("I", "differs", finding=finding(trace=trace(6))))).all
     assert [attributes["aria-label"] for tag, attributes in figures if tag == "svg"] == [
-        "largest ulp and share of differing values at each of 420 positions of the trace",
+        "ulp and share of differing values at each of 420 positions of the trace",
         "operators by their largest distance: 85 from 4 ulp on, 100 from 8 ulp on, 20 from 16 ulp on",
     ]
     equal = record("I", "differs", finding=finding(trace=Trace(ops=(op(),))))

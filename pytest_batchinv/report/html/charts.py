@@ -38,7 +38,7 @@ def growth(trace: Trace, name: str) -> str:
         measured = [(position, float(op.ulp)) for position, op in apart if op.ulp]
         upper.plot([position for position, _ in measured], [ulp for _, ulp in measured], ".", color=ACCENT, markersize=3)
         upper.set_yscale("log", base=2)
-        upper.set_ylabel("largest ulp")
+        upper.set_ylabel("ulp")
         shares = [100 * op.n_differ / op.n_total for _, op in apart if op.n_total]
         lower.plot([position for position, op in apart if op.n_total], shares, ".", color=ACCENT, markersize=3)
         lower.set_ylabel("% of values")
@@ -51,12 +51,12 @@ def growth(trace: Trace, name: str) -> str:
             axes.set_xlim(-1, len(trace.ops))
             _tidy(axes)
         return _svg(
-            figure, name, f"largest ulp and share of differing values at each of {len(trace.ops):,} positions of the trace"
+            figure, name, f"ulp and share of differing values at each of {len(trace.ops):,} positions of the trace"
         )
 
 
 def histogram(trace: Trace, name: str) -> str:
-    """How many operators are how far apart, by the largest distance in ulp in each, in powers of two. Empty without any."""
+    """How many operators are how far apart, by the distance in ulp in each, in powers of two. Empty without any."""
     distances = Counter(math.floor(math.log2(op.ulp)) for op in trace.ops if op.ulp)
     if not distances:
         return ""
@@ -65,7 +65,7 @@ def histogram(trace: Trace, name: str) -> str:
         axes = figure.subplots()
         powers = range(max(distances) + 1)
         axes.bar(powers, [distances[power] for power in powers], width=0.9, color=ACCENT)
-        axes.set_xlabel("largest ulp of an operator, from 2ⁿ on")
+        axes.set_xlabel("ulp of an operator, from 2ⁿ on")
         axes.set_ylabel("operators")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda power, _: _power_of_two(round(power))))

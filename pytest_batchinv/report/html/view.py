@@ -341,7 +341,7 @@ def _trace(trace: Trace, name: str, sides: tuple[str, str]) -> TraceView:
         layers=list(_layers(rows)),
         sides=sides,
         summary=f"{words.counted(len(rows), 'operator')}: {told}" if rows else "no operators",
-        culprits=[_culprit(culprit, trace) for culprit in trace.culprits],
+        culprits=[_culprit(culprit, trace) for culprit in sorted(trace.culprits, key=lambda it: it is not trace.cause)],
     )
 
 
