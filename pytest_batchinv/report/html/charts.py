@@ -50,9 +50,7 @@ def growth(trace: Trace, name: str) -> str:
                 axes.axvline(culprit.op, color=BAD, linewidth=1, linestyle="--")
             axes.set_xlim(-1, len(trace.ops))
             _tidy(axes)
-        return _svg(
-            figure, name, f"ulp and share of differing values at each of {len(trace.ops):,} positions of the trace"
-        )
+        return _svg(figure, name, f"ulp and share of differing values at each of {len(trace.ops):,} positions of the trace")
 
 
 def histogram(trace: Trace, name: str) -> str:
