@@ -12,6 +12,7 @@ import pytest
 import torch  # noqa: F401
 
 import pytest_batchinv.plugin.enabled
+import pytest_batchinv.report.html.charts
 import pytest_batchinv.subjects.presets  # noqa: F401
 
 STUBS = """
