@@ -8,6 +8,7 @@ itself. Rows are compared by their bytes: no hash, no tolerance.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,7 +53,6 @@ class Seen(NamedTuple):
     outputs: tuple[Match, ...]
     shapes: tuple[str, str]
     blamed: int | None
-    follows: bool
     by_content: bool
     produced_by: tuple[int, ...]
 
@@ -70,7 +70,7 @@ class Walk:
 
 
 class TwoSides:
-    """A subject's two runs. Raises what the subject raises; ValueError where the sides cannot be told apart or paired."""
+    """A subject's two runs. Raises what the subject raises."""
 
     def __init__(self, subject: Subject, one: Side, other: Side) -> None:
         self.subject, self.one, self.other = subject, one, other
@@ -103,20 +103,28 @@ class TwoSides:
 
 
 class _Owners:
-    """Whole tensors by their memory: what is written through a view is looked at in the tensor that the view is of."""
+    """Whole tensors by their memory: what is written through a view is looked at in the tensor that the view is of.
+
+    They are held weakly, so that a trace keeps no tensor that the subject has let go.
+    """
 
     def __init__(self) -> None:
-        self._owners: dict[int, Tensor] = {}
+        self._owners: dict[int, weakref.ref[Tensor]] = {}
 
     def add(self, outs: list[Tensor]) -> None:
         for x in outs:
-            self._owners[storage_of(x)] = x
+            self._owners[storage_of(x)] = weakref.ref(x)
 
     def of(self, func: OpOverload, tensors: list[Tensor]) -> list[Tensor]:
         """For an operator that writes to its inputs; of others the tensors themselves."""
         if not func._schema.is_mutable:
             return tensors
-        return [self._owners.get(storage_of(x), x) for x in tensors]
+        return [self._owner(x) for x in tensors]
+
+    def _owner(self, x: Tensor) -> Tensor:
+        owner = self._owners.get(storage_of(x))
+        whole = owner() if owner is not None else None
+        return x if whole is None else whole
 
 
 class _Watch:
@@ -132,34 +140,40 @@ class _Watch:
         self._undefined: set[int] = set()  # memory that nothing was written to
         self._permuted: dict[int, tuple[Selection]] = {}  # where the row was found that stands in places of no order
         self._owners = _Owners()
-        self._alive: list[Tensor] = []  # so that no memory is given out twice
 
     def __call__(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = self._owners.of(func, tensors_of((args, kwargs)))
-        writes = func._schema.is_mutable
-        before = self._before(func, given) if writes else None
+        given, number = self._owners.of(func, tensors_of((args, kwargs))), self._number + 1
+        before = self._before(func, given, number) if func._schema.is_mutable else None
         out = func(*args, **kwargs)
         outs = tensors_of(out)
         if _is_view(func, given, outs):
             return out
-        self._number += 1
-        before = before if writes else self._before(func, given, self._number)
+        self._number = number
+        if not func._schema.is_mutable:
+            before = self._before(func, given, number)
+            self._forget(outs)
         if before is not None:
-            self.seen[self._number] = self._seen(before, given, self._owners.of(func, outs))
+            self.seen[number] = self._seen(before, given, self._owners.of(func, outs))
         self._note(func, given, outs)
         return out
 
-    def _before(self, func: OpOverload, given: list[Tensor], number: int | None = None) -> list[Match] | None:
-        """The inputs of the call, which is the next one by default; None where it has no partner that can be compared."""
-        kept = self.sides.partner(self._number + 1 if number is None else number)
+    def _before(self, func: OpOverload, given: list[Tensor], number: int) -> list[Match] | None:
+        """The inputs of the call; None where it has no partner that can be compared."""
+        kept = self.sides.partner(number)
         if kept is None or kept.overload is not func or not kept.outputs or _is_empty(func):
             return None
         return [self._compared(x, y, self._permuted.get(storage_of(y), ())) for x, y in zip(kept.inputs, given, strict=False)]
 
+    def _forget(self, outs: list[Tensor]) -> None:
+        """What is known of this memory is of a tensor that had it before."""
+        for memory in map(storage_of, outs):
+            self._made_by.pop(memory, None)
+            self._suspects.pop(memory, None)
+            self._permuted.pop(memory, None)
+            self._undefined.discard(memory)
+
     def _note(self, func: OpOverload, given: list[Tensor], outs: list[Tensor]) -> None:
-        for x in outs:
-            self._made_by[storage_of(x)] = self._number
-            self._alive.append(x)
+        self._made_by |= dict.fromkeys(map(storage_of, outs), self._number)
         if func._schema.is_mutable:
             self._undefined.difference_update(map(storage_of, given))
         else:
@@ -203,7 +217,7 @@ class _Watch:
             blamed = None
         by_content = any(m.selection is not None and m.selection.by_content for m in (*before, *outputs))
         shapes = (_shapes(kept.outputs), _shapes(outs))
-        return Seen(self.sides.pairs.by_other[number], tuple(before), outputs, shapes, blamed, follows, by_content, made_by)
+        return Seen(self.sides.pairs.by_other[number], tuple(before), outputs, shapes, blamed, by_content, made_by)
 
     def _blame(self, number: int, before: list[Match], given: list[Tensor]) -> tuple[int | None, bool]:
         """Which call a difference comes from: this one, or the one that made what it was given and that differs by right.

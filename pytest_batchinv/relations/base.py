@@ -86,7 +86,7 @@ class Relation:
     def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
         """Pairs of runs of eager code, in one of which the row at this position of the case has other bits: for a trace.
 
-        None where the sides are no two runs of eager code.
+        None at all where the sides are no two runs of eager code.
         """
         return iter(())
 

@@ -84,7 +84,7 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     op: its position in the trace. calls: how many calls of it, from this line, diverged by themselves. inputs: shapes, strides
     and dtypes of its inputs on either side. effect: whether the output differs where nothing else diverges. cure: what the
     mode's kernel does in its place, the rest being stock. sizes: at how many of its own rows its bits are others than for one.
-    kernels: what ran on either side. script: the reproducer, where one was written.
+    kernels: what ran on either side.
     """
 
     op: int
@@ -94,13 +94,12 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cure: str = ""
     sizes: Breakpoints | None = None
     kernels: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    script: str = ""
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The failing row on the two sides of a relation, operator by operator, in the order in which the second side ran them.
 
-    ops: without those that computed nothing (views). culprits: the first is where the bits part. control_flow: what one side
+    ops: without those that computed nothing (views). culprits: in the order in which they ran. control_flow: what one side
     alone called before the first culprit, as sentences. notes: what the trace could not tell, as sentences.
     """
 

@@ -1,6 +1,7 @@
 """A finding names the operator at which the row's bits part, its line, what it causes and what cures it."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_ba
 from pytest_batchinv.diagnose import culprits, trace
 from pytest_batchinv.mode import stock_torch
 from pytest_batchinv.mutants import rows as planted
-from pytest_batchinv.mutants.__main__ import is_located
-from pytest_batchinv.mutants.faults import FAULTS
+from pytest_batchinv.mutants.detection import is_located
+from pytest_batchinv.mutants.faults import FAULTS, gemv
 from pytest_batchinv.subjects.rows import RowsSubject
 from pytest_batchinv.subjects.transformers import TransformersSubject
 
@@ -109,6 +110,29 @@ def test_a_crash_in_the_trace_leaves_verdict_and_finding_as_they_are(emitted, mo
         check_batch_invariant(RowsSubject(fn, [pool]), ("I",))
     assert [record.verdict for record in emitted] == ["differs"]
     assert emitted[0].finding.trace is None
+
+
+def test_tensors_of_the_second_side_are_let_go_when_the_subject_lets_them_go():
+    kept = set()
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+    def fn(x):
+        hidden = x * 0.5
+        seen = weakref.ref(hidden)
+        out = gemv(hidden, w)
+        del hidden
+        if len(x) > 1 and seen() is not None:
+            kept.add(len(x))
+        return out
+
+    found = finding_of(fn, torch.rand(40, 64), relations=("I",)).finding
+    assert found.n_rows == 2 and found.trace.culprits
+    assert not kept
+
+
+def test_noise_is_located_and_is_not_convicted_by_a_run_that_may_be_another():
+    fault = next(fault for fault in FAULTS if fault.name == "a flaky operator")
+    assert finding_of(*fault.make()).finding.trace.cause.effect == "not told"
 
 
 def test_a_warning_in_a_diagnosis_is_not_raised_by_the_filter_of_the_test(monkeypatch):

@@ -113,7 +113,7 @@ def hostile():
         op(EVIL, module=EVIL, source=EVIL, line=QUOTES, shapes=(EVIL, QUOTES)),
         op("b", "differs", (1, 1), ulp=4, n_differ=1, n_total=2),
     )
-    culprit = Culprit(op=1, calls=1, inputs=((EVIL,), (QUOTES,)), cure=EVIL, kernels=((EVIL,), (QUOTES,)), script=EVIL)
+    culprit = Culprit(op=1, calls=1, inputs=((EVIL,), (QUOTES,)), cure=EVIL, kernels=((EVIL,), (QUOTES,)))
     found = finding(
         case=EVIL,
         row=QUOTES,
