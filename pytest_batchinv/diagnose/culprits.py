@@ -230,15 +230,20 @@ def _inputs(sides: TwoSides, group: Group) -> tuple[tuple[str, ...], tuple[str, 
 
 
 def _control_flow(sides: TwoSides, groups: list[Group]) -> tuple[str, ...]:
-    """What one side alone ran before the first culprit, or in it."""
+    """What one side alone ran before the first culprit, or in it, but for copies."""
     until = groups[0].blamed if groups else len(sides.calls)
     before = [there for there in sides.pairs.by_other[: until + 1] if there >= 0]
     last = max(before, default=len(sides.kept))
     only_one = [sides.kept[i] for i in sides.pairs.only_one if i <= last]
     only_other = [sides.calls[n] for n in range(min(until + 1, len(sides.calls))) if sides.pairs.by_other[n] < 0]
-    lines = [f"only the first side calls {_named(call)}" for call in only_one]
-    lines += [f"only the second side calls {_named(call)}" for call in only_other]
+    lines = [f"only the first side calls {_named(call)}" for call in only_one if not _copies(call)]
+    lines += [f"only the second side calls {_named(call)}" for call in only_other if not _copies(call)]
     return tuple(dict.fromkeys(lines))
+
+
+def _copies(call: Kept | Called) -> bool:
+    """Whether the call changes no bits: a batch of one row is contiguous where a larger one has to be copied."""
+    return call.key.overload == "aten::clone"
 
 
 def _named(call: Kept | Called) -> str:

@@ -43,6 +43,12 @@ class AroundTests:
     def __init__(self) -> None:
         self.item: pytest.Item | None = None
 
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """torch.compile logs thousands of lines for the handler of TORCH_TRACE; pytest would print them with every failure."""
+        logs = session.config.pluginmanager.getplugin("logging-plugin")
+        if logs is not None:  # nobody has said -p no:logging
+            logs.report_handler.addFilter(lambda record: record.name != "torch.__trace")
+
     @pytest.fixture(autouse=True)
     def _batchinv_mode(self, request: pytest.FixtureRequest) -> Iterator[None]:
         if not lifecycle.in_mode(request.node):

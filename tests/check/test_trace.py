@@ -112,6 +112,18 @@ def test_a_crash_in_the_trace_leaves_verdict_and_finding_as_they_are(emitted, mo
     assert emitted[0].finding.trace is None
 
 
+def test_a_copy_that_one_side_alone_needs_is_no_other_path():
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+    def fn(x):
+        columns = (x * 0.5).t().contiguous()  # those of one row are contiguous as they are
+        return gemv(columns.t(), w)
+
+    found = finding_of(fn, torch.rand(40, 64), relations=("I",)).finding.trace
+    assert any(op.overload == "aten::clone" and op.badge == "one side" for op in found.ops)
+    assert found.culprits and found.control_flow == ()
+
+
 def test_tensors_of_the_second_side_are_let_go_when_the_subject_lets_them_go():
     kept = set()
     w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))

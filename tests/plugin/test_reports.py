@@ -267,3 +267,23 @@ def test_a_record_that_cannot_be_written_is_no_success(pytester):
 def test_while_off_there_is_no_section(pytester, run):
     pytester.makepyfile("def test_it(): pass")
     run().stdout.no_fnmatch_line("*batch invariance*")
+
+
+def test_what_torch_logs_for_its_own_trace_is_not_printed_with_a_failure(pytester, run):
+    pytester.makepyfile(
+        a_compiler="""
+        import logging
+
+        def compile():
+            logger = logging.getLogger("torch.__trace")
+            logger.setLevel(logging.DEBUG)
+            logger.debug("of the trace")
+            logging.getLogger("mine").warning("of mine")
+        """
+    )
+    pytester.makepyfile("import a_compiler\n\ndef test_it():\n    a_compiler.compile()\n    assert False\n")
+    pytester.syspathinsert()
+    result = run("--batch-invariant", "--batchinv-device=cpu")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*of mine*"])
+    result.stdout.no_fnmatch_line("*of the trace*")
