@@ -6,21 +6,23 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from pytest_batchinv import mode
 from pytest_batchinv.compare import first_difference
 from pytest_batchinv.diagnose import kernels, sizes
-from pytest_batchinv.diagnose.recorder import Recorder
+from pytest_batchinv.diagnose.calls import Operator, writes_to_inputs
+from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode
 from pytest_batchinv.diagnose.rows import Match
 from pytest_batchinv.diagnose.trace import CUT, Called, Kept, TwoSides, Walk, described, traced_ops
 from pytest_batchinv.kernels import table
-from pytest_batchinv.relations.base import Relation
+from pytest_batchinv.relations.base import Relation, Side
 from pytest_batchinv.report.record import Breakpoints, Culprit, Trace
 from pytest_batchinv.search.runs import SubjectRuns
 from pytest_batchinv.shapes import BatchShape
+from pytest_batchinv.subjects.base import Subject
 
 MOST = 8
 """Culprits that are asked what they cause: each costs a run of the subject."""
@@ -39,20 +41,42 @@ class Group(NamedTuple):
 
 
 def trace(relation: Relation, runs: SubjectRuns, case: BatchShape, position: int) -> Trace | None:
-    """The trace of the row at this position of the case; None for a relation whose sides are no two runs of eager code."""
-    subject, found = runs.subject.in_eager_mode(), None
-    for one, other in relation.two_runs(runs, case, position):
-        found = TwoSides(subject, one, other)
-        for _ in range(_RUNS):
-            plain = found.walk(lambda number: False)
-            if not found.is_equal(plain.outputs):
-                return _told(found, plain)
+    """The trace of the row at this position of the case; None for a relation whose sides are no two runs.
+
+    Of eager code, which knows modules and operators; of compiled code where eager code gives the row equal bits.
+    """
+    eager, found, pairs = runs.subject.in_eager_mode(), None, list(relation.two_runs(runs, case, position))
+    for one, other in pairs:
+        found = TwoSides(eager, one, other)
+        if (plain := _diverging(found)) is not None:
+            return _told(found, plain)
     if found is None:
         return None
-    notes = ["under the trace the row has equal bits on both sides"]
-    if subject is not runs.subject:
-        notes = ["eager code gives the row equal bits on both sides: what Inductor made of it does not"]
-    return Trace(ops=(), notes=tuple(notes))
+    if eager is runs.subject:
+        return Trace(ops=(), notes=("under the trace the row has equal bits on both sides",))
+    return _of_compiled_code(runs.subject, pairs)
+
+
+def _diverging(sides: TwoSides) -> Walk | None:
+    for _ in range(_RUNS):
+        plain = sides.walk(lambda number: False)
+        if not sides.is_equal(plain.outputs):
+            return plain
+    return None
+
+
+_EAGER_IS_EQUAL = "eager code gives the row equal bits on both sides: what Inductor made of it does not"
+
+
+def _of_compiled_code(subject: Subject, pairs: list[tuple[Side, Side]]) -> Trace:
+    for one, other in pairs:
+        found = TwoSides(subject, one, other, CompiledCode.of(subject, (one.case, other.case)))
+        if not found.calls:
+            return Trace(ops=(), notes=(_EAGER_IS_EQUAL, UNSEEN))
+        if (plain := _diverging(found)) is not None:
+            told = _told(found, plain)
+            return msgspec.structs.replace(told, notes=(_EAGER_IS_EQUAL, *told.notes))
+    return Trace(ops=(), notes=(_EAGER_IS_EQUAL, "under the trace of compiled code it does, too"))
 
 
 def _told(sides: TwoSides, plain: Walk) -> Trace:
@@ -94,7 +118,7 @@ def _groups(sides: TwoSides, healed: Walk) -> list[Group]:
     for number, seen in healed.seen.items():
         if seen.blamed is not None:
             call = sides.calls[seen.blamed]
-            name = (call.key.overload, call.source)
+            name = (call.key.overload, call.where.source)
             found.setdefault(name, []).append(number)
             blamed.setdefault(name, seen.blamed)
     groups = [Group(blamed[name], tuple(numbers)) for name, numbers in found.items()]
@@ -107,23 +131,23 @@ def _effect(sides: TwoSides, group: Group) -> str:
     return "does not reach the output" if sides.is_equal(outputs) else "causes"
 
 
-def _cure(sides: TwoSides, overloads: set[OpOverload]) -> str:
+def _cure(sides: TwoSides, overloads: set[Operator]) -> str:
     """The mode's kernels for these operators in their place on both sides, the rest stock. Empty with the mode on."""
     if mode.is_on():
         return ""
-    in_place: dict[OpOverload, Callable[..., Any]] = {}
+    in_place: dict[Operator, Callable[..., Any]] = {}
     for overload in overloads:
         kernel = _kernel(overload)
         if kernel is None:
             return f"the mode has no kernel of its own for {overload.name()}"
         in_place[overload] = kernel
 
-    def around(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def around(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return in_place.get(func, func)(*args, **kwargs)
 
     try:
-        one = sides.subject.run(sides.one.case, Recorder(around=around))[sides.one.position]
-        other = sides.subject.run(sides.other.case, Recorder(around=around))[sides.other.position]
+        one = sides.subject.run(sides.one.case, sides.code.observer(around))[sides.one.position]
+        other = sides.subject.run(sides.other.case, sides.code.observer(around))[sides.other.position]
     except Exception as error:
         return f"could not be tried: {type(error).__name__}: {error}"
     named = ", ".join(sorted(overload.name() for overload in overloads))
@@ -131,7 +155,7 @@ def _cure(sides: TwoSides, overloads: set[OpOverload]) -> str:
     return f"with the mode's kernel for {named} and nothing else of it the bits are {'equal' if equal else 'still others'}"
 
 
-def _kernel(overload: OpOverload) -> Callable[..., Any] | None:
+def _kernel(overload: Operator) -> Callable[..., Any] | None:
     name = overload.name().removeprefix("aten::")
     return table.BACKEND_KERNELS.get(name) or table.POINTWISE.get(name)
 
@@ -149,7 +173,7 @@ class OwnRows:
         if seen is None or seen.blamed != group.blamed:
             return None
         kept = sides.kept[seen.other]
-        if kept.overload._schema.is_mutable or len(seen.outputs) != len(kept.outputs):
+        if writes_to_inputs(kept.overload) or len(seen.outputs) != len(kept.outputs):
             return None
         if any(not x.is_floating_point() and not x.is_complex() for x in kept.inputs):
             return None  # places in a batch mean nothing in another one
@@ -247,7 +271,7 @@ def _copies(call: Kept | Called) -> bool:
 
 
 def _named(call: Kept | Called) -> str:
-    where = [f"in {call.key.module}" * bool(call.key.module), f"({call.source})" * bool(call.source)]
+    where = [f"in {call.key.module}" * bool(call.key.module), f"({call.where.source})" * bool(call.where.source)]
     return " ".join([call.key.overload, *filter(None, where)])
 
 

@@ -11,20 +11,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from pytest_batchinv.compare import first_row_that_differs
 from pytest_batchinv.diagnose.align import Key, Pairs, align
-from pytest_batchinv.diagnose.recorder import Recorder, tensors_of
+from pytest_batchinv.diagnose.calls import Operator, base_name, gives_empty_memory, is_view, read, writes_to_inputs, written
+from pytest_batchinv.diagnose.recorder import Around, Recorder, tensors_of
 from pytest_batchinv.diagnose.rows import Finder, Match, Selection, geometries, put_in_place, through_indices
-from pytest_batchinv.diagnose.where import Places, storage_of
+from pytest_batchinv.diagnose.where import Places, Where, storage_of
 from pytest_batchinv.relations.base import Side
 from pytest_batchinv.report.record import Badge, TracedOp
-from pytest_batchinv.subjects.base import RowOutputs, Subject
+from pytest_batchinv.subjects.base import Observer, RowOutputs, Subject
 
 KEPT_BYTES = 8 << 30
 _INDEXING = {"index", "index_select", "gather", "embedding", "take", "index_add", "index_put", "scatter", "scatter_add"}
@@ -35,10 +35,9 @@ CUT = f"operators after the first {KEPT_BYTES >> 30} GiB of the first side's ten
 class Kept:
     """One call of the first side, of those that compute: what it took and gave."""
 
-    overload: OpOverload
+    overload: Operator
     key: Key
-    source: str
-    line: str
+    where: Where
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: list[Tensor] = field(default_factory=list)
@@ -69,14 +68,32 @@ class Walk:
         return any(seen.blamed is not None for seen in self.seen.values())
 
 
+class Code(Protocol):
+    """How the calls of a run are watched, and where each is in the user's program."""
+
+    def places(self) -> Places: ...
+
+    def observer(self, around: Around) -> Observer: ...
+
+
+class EagerCode:
+    """Operators, as they are dispatched."""
+
+    def places(self) -> Places:
+        return Places()
+
+    def observer(self, around: Around) -> Observer:
+        return Recorder(around=around)
+
+
 class TwoSides:
     """A subject's two runs. Raises what the subject raises."""
 
-    def __init__(self, subject: Subject, one: Side, other: Side) -> None:
-        self.subject, self.one, self.other = subject, one, other
+    def __init__(self, subject: Subject, one: Side, other: Side, code: Code | None = None) -> None:
+        self.subject, self.one, self.other, self.code = subject, one, other, code or EagerCode()
         self.finder = Finder(geometries(subject, one), geometries(subject, other))
-        self.kept, self.expected = _kept(subject, one)
-        self.calls = _keys(subject, other)
+        self.kept, self.expected = self._kept()
+        self.calls = self._calls()
         self.pairs: Pairs = align([call.key for call in self.kept], [call.key for call in self.calls])
         self.is_cut = any(not call.outputs for call in self.kept)
 
@@ -87,7 +104,7 @@ class TwoSides:
         """
         watch = _Watch(self, heals, permutations)
         with watch.places:
-            outputs = self.subject.run(self.other.case, Recorder(around=watch))
+            outputs = self.subject.run(self.other.case, self.code.observer(watch))
         return Walk(watch.seen, outputs)
 
     def is_equal(self, outputs: RowOutputs) -> bool:
@@ -100,6 +117,53 @@ class TwoSides:
 
     def badge(self, seen: Seen) -> Badge:
         return "content" if seen.by_content else self.pairs.badge
+
+
+    def _calls(self) -> list[Called]:
+        """Of the second side, in order."""
+        calls: list[Called] = []
+        places = self.code.places()
+
+        def around(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            where, given = places.here(), read(func, args, kwargs)
+            shapes = tuple(x.shape for x in given)
+            out = func(*args, **kwargs)
+            outs = written(func, args, kwargs, out)
+            if not is_view(func, given, outs):
+                key = _key(func, places, where, given, outs)
+                calls.append(Called(func, key, where, tuple(map(described, given)), shapes))
+            return out
+
+        with places:
+            self.subject.run(self.other.case, self.code.observer(around))
+        return calls
+
+    def _kept(self) -> tuple[list[Kept], RowOutputs]:
+        """The calls of the first side with what they took and gave, and the row's outputs."""
+        calls: list[Kept] = []
+        places, keeper, owners = self.code.places(), _Keeper(), _Owners()
+
+        def around(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            where, given = places.here(), owners.of(func, read(func, args, kwargs))
+            call = Kept(func, Key("", "", "", ()), where, args, kwargs)
+            if writes_to_inputs(func):
+                keeper.keep(given, call.inputs)
+                keeper.about_to_change([*given, *written(func, args, kwargs, None)])
+            out = func(*args, **kwargs)
+            outs = written(func, args, kwargs, out)
+            if is_view(func, given, outs):
+                return out
+            if not writes_to_inputs(func):
+                keeper.keep(given, call.inputs)
+                owners.add(outs)
+            keeper.keep(owners.of(func, outs), call.outputs)
+            call.key = _key(func, places, where, given, outs)
+            calls.append(call)
+            return out
+
+        with places:
+            outputs = self.subject.run(self.one.case, self.code.observer(around))
+        return calls, _row(outputs, self.one.position)
 
 
 class _Owners:
@@ -115,9 +179,9 @@ class _Owners:
         for x in outs:
             self._owners[storage_of(x)] = weakref.ref(x)
 
-    def of(self, func: OpOverload, tensors: list[Tensor]) -> list[Tensor]:
+    def of(self, func: Operator, tensors: list[Tensor]) -> list[Tensor]:
         """For an operator that writes to its inputs; of others the tensors themselves."""
-        if not func._schema.is_mutable:
+        if not writes_to_inputs(func):
             return tensors
         return [self._owner(x) for x in tensors]
 
@@ -132,7 +196,7 @@ class _Watch:
 
     def __init__(self, sides: TwoSides, heals: Callable[[int], bool], permutations: bool) -> None:
         self.sides, self.heals, self.permutations = sides, heals, permutations
-        self.places = Places()
+        self.places = sides.code.places()
         self.seen: dict[int, Seen] = {}
         self._number = -1
         self._made_by: dict[int, int] = {}  # which call wrote last to this memory
@@ -141,44 +205,44 @@ class _Watch:
         self._permuted: dict[int, tuple[Selection]] = {}  # where the row was found that stands in places of no order
         self._owners = _Owners()
 
-    def __call__(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given, number = self._owners.of(func, tensors_of((args, kwargs))), self._number + 1
-        before = self._before(func, given, number) if func._schema.is_mutable else None
+    def __call__(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given, number = self._owners.of(func, read(func, args, kwargs)), self._number + 1
+        before = self._before(func, given, number) if writes_to_inputs(func) else None
         out = func(*args, **kwargs)
-        outs = tensors_of(out)
-        if _is_view(func, given, outs):
+        outs = written(func, args, kwargs, out)
+        if is_view(func, given, outs):
             return out
         self._number = number
-        if not func._schema.is_mutable:
+        if not writes_to_inputs(func):
             before = self._before(func, given, number)
-            self._forget(outs)
+        self._forget(func, given, outs)
         if before is not None:
             self.seen[number] = self._seen(before, given, self._owners.of(func, outs))
-        self._note(func, given, outs)
+        self._note(func, outs)
         return out
 
-    def _before(self, func: OpOverload, given: list[Tensor], number: int) -> list[Match] | None:
+    def _before(self, func: Operator, given: list[Tensor], number: int) -> list[Match] | None:
         """The inputs of the call; None where it has no partner that can be compared."""
         kept = self.sides.partner(number)
-        if kept is None or kept.overload is not func or not kept.outputs or _is_empty(func):
+        if kept is None or kept.overload is not func or not kept.outputs or gives_empty_memory(func):
             return None
         return [self._compared(x, y, self._permuted.get(storage_of(y), ())) for x, y in zip(kept.inputs, given, strict=False)]
 
-    def _forget(self, outs: list[Tensor]) -> None:
-        """What is known of this memory is of a tensor that had it before."""
-        for memory in map(storage_of, outs):
+    def _forget(self, func: Operator, given: list[Tensor], outs: list[Tensor]) -> None:
+        """What is known of memory that was not read is of a tensor that had it before."""
+        given_memory = set(map(storage_of, given)) if writes_to_inputs(func) else set()
+        for memory in set(map(storage_of, outs)) - given_memory:
             self._made_by.pop(memory, None)
             self._suspects.pop(memory, None)
             self._permuted.pop(memory, None)
             self._undefined.discard(memory)
 
-    def _note(self, func: OpOverload, given: list[Tensor], outs: list[Tensor]) -> None:
+    def _note(self, func: Operator, outs: list[Tensor]) -> None:
         self._made_by |= dict.fromkeys(map(storage_of, outs), self._number)
-        if func._schema.is_mutable:
-            self._undefined.difference_update(map(storage_of, given))
-        else:
+        self._undefined.difference_update(map(storage_of, outs))
+        if not writes_to_inputs(func):
             self._owners.add(outs)
-        if _is_empty(func):
+        if gives_empty_memory(func):
             self._undefined.update(map(storage_of, outs))
 
     def _compared(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection], permuted: bool = False) -> Match:
@@ -191,7 +255,7 @@ class _Watch:
         assert kept is not None
         made_by = tuple(dict.fromkeys(self._made_by[m] for x in given if (m := storage_of(x)) in self._made_by))
         carried = [match.selection for match in before if match.selection is not None]
-        permuted = self.permutations and (_name(kept.overload) in _INDEXING or any(c.by_content for c in carried))
+        permuted = self.permutations and (base_name(kept.overload) in _INDEXING or any(c.by_content for c in carried))
         carried = [*_through_indices(kept, before, given), *carried] if self.permutations else []
         outputs = tuple(self._compared(x, y, carried, permuted) for x, y in zip(kept.outputs, outs, strict=False))
         for x, match in zip(outs, outputs, strict=False):
@@ -233,7 +297,7 @@ class _Watch:
             return None, True
         indices_alone = all(_is_index(x) for x, _ in wrong)
         computes = any(_is_value(x) for x, match in zip(given, before, strict=False) if match.agrees)
-        if indices_alone and computes and _name(self.sides.calls[number].overload) not in _INDEXING:
+        if indices_alone and computes and base_name(self.sides.calls[number].overload) not in _INDEXING:
             return number, False
         return suspects[0], False
 
@@ -241,61 +305,11 @@ class _Watch:
 class Called(NamedTuple):
     """One call of the second side. inputs: the tensors that it took, in words; shapes: theirs."""
 
-    overload: OpOverload
+    overload: Operator
     key: Key
-    source: str
-    line: str
+    where: Where
     inputs: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
-
-
-def _keys(subject: Subject, side: Side) -> list[Called]:
-    """The operators of a side, in order."""
-    calls: list[Called] = []
-    places = Places()
-
-    def around(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        where = places.here()
-        given = tensors_of((args, kwargs))
-        out = func(*args, **kwargs)
-        if not _is_view(func, given, tensors_of(out)):
-            key = _key(func, places, where.module, where.source, args, kwargs, out)
-            shapes = tuple(x.shape for x in given)
-            calls.append(Called(func, key, where.source, where.line, tuple(map(described, given)), shapes))
-        return out
-
-    with places:
-        subject.run(side.case, Recorder(around=around))
-    return calls
-
-
-def _kept(subject: Subject, side: Side) -> tuple[list[Kept], RowOutputs]:
-    """The operators of a side with what they took and gave, and the row's outputs."""
-    calls: list[Kept] = []
-    places, keeper, owners = Places(), _Keeper(), _Owners()
-
-    def around(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        where = places.here()
-        given = owners.of(func, tensors_of((args, kwargs)))
-        call = Kept(func, Key("", "", "", ()), where.source, where.line, args, kwargs)
-        if func._schema.is_mutable:
-            keeper.keep(given, call.inputs)
-            keeper.about_to_change(given)
-        out = func(*args, **kwargs)
-        outs = tensors_of(out)
-        if _is_view(func, given, outs):
-            return out
-        if not func._schema.is_mutable:
-            keeper.keep(given, call.inputs)
-            owners.add(outs)
-        keeper.keep(owners.of(func, outs), call.outputs)
-        call.key = _key(func, places, where.module, where.source, args, kwargs, out)
-        calls.append(call)
-        return out
-
-    with places:
-        outputs = subject.run(side.case, Recorder(around=around))
-    return calls, _row(outputs, side.position)
 
 
 class _Keeper:
@@ -320,38 +334,22 @@ class _Keeper:
                 kept[i] = kept[i].clone()
 
 
-def _key(func: OpOverload, places: Places, module: str, source: str, args: Any, kwargs: Any, out: Any) -> Key:
-    parameters = [name for x in tensors_of((args, kwargs, out)) if (name := places.parameter(x))]
-    return Key(module, func.name(), source, tuple(parameters))
+def _key(func: Operator, places: Places, where: Where, given: list[Tensor], outs: list[Tensor]) -> Key:
+    parameters = [name for x in (*given, *outs) if (name := places.parameter(x))]
+    return Key(where.module, func.name(), where.source, tuple(parameters))
 
 
 def _through_indices(kept: Kept, before: list[Match], given: list[Tensor]) -> Iterator[Selection]:
     """Where the row stands in what was taken along one dimension by indices."""
-    if _name(kept.overload) not in ("index", "index_select") or len(kept.inputs) != 2 or len(before) != 2:
+    if base_name(kept.overload) not in ("index", "index_select") or len(kept.inputs) != 2 or len(before) != 2:
         return
     of, (x, one), other = before[0].selection, kept.inputs, given[1]
-    dim = kept.args[1] if _name(kept.overload) == "index_select" else 0
+    dim = kept.args[1] if base_name(kept.overload) == "index_select" else 0
     along_one = isinstance(kept.args[1], int) or len(kept.args[1]) == 1
     if of is not None and along_one and one.dim() == other.dim() == 1 and one.dtype == other.dtype == torch.int64:
         found = through_indices(of, dim, one, other, (x.shape[dim], given[0].shape[dim]))
         if found is not None:
             yield found
-
-
-def _name(func: OpOverload) -> str:
-    """ "index_add" of aten::index_add_.out and all its kin."""
-    return func._schema.name.partition("::")[2].rstrip("_")
-
-
-def _is_empty(func: OpOverload) -> bool:
-    """Whether it gives memory in which anything may stand."""
-    return _name(func).startswith(("empty", "new_empty"))
-
-
-def _is_view(func: OpOverload, given: list[Tensor], outs: list[Tensor]) -> bool:
-    """Whether the call computed nothing: it gave the memory that it was given."""
-    memory = {storage_of(x) for x in given}
-    return not func._schema.is_mutable and bool(outs) and all(storage_of(x) in memory for x in outs)
 
 
 def _row(outputs: RowOutputs, position: int) -> RowOutputs:
@@ -384,14 +382,14 @@ def traced_ops(sides: TwoSides, plain: Walk, healed: Walk) -> tuple[TracedOp, ..
     ops = [_traced(sides, number, plain.seen.get(number), number in culprits, place) for number in shown]
     for i in sides.pairs.only_one:
         call = sides.kept[i]
-        ops.append(_one_sided(call.key, call.source, call.line, (i, -1), (_shapes(call.outputs), "")))
+        ops.append(_one_sided(call, (i, -1), (_shapes(call.outputs), "")))
     return tuple(ops)
 
 
 def _traced(sides: TwoSides, number: int, seen: Seen | None, is_culprit: bool, place: dict[int, int]) -> TracedOp:
     call = sides.calls[number]
     if seen is None:
-        return _one_sided(call.key, call.source, call.line, (-1, number), ("", ""))
+        return _one_sided(call, (-1, number), ("", ""))
     first = next((match.difference for match in seen.outputs if match.difference is not None), None)
     agreement = "equal"
     if is_culprit:
@@ -406,8 +404,9 @@ def _traced(sides: TwoSides, number: int, seen: Seen | None, is_culprit: bool, p
         agreement=agreement,  # type: ignore[arg-type]
         badge=sides.badge(seen),
         module=call.key.module,
-        source=call.source,
-        line=call.line,
+        source=call.where.source,
+        line=call.where.line,
+        made_of=call.where.made_of,
         shapes=seen.shapes,
         n_differ=first.n_differ if first else 0,
         n_total=first.n_total if first else 0,
@@ -416,14 +415,15 @@ def _traced(sides: TwoSides, number: int, seen: Seen | None, is_culprit: bool, p
     )
 
 
-def _one_sided(key: Key, source: str, line: str, index: tuple[int, int], shapes: tuple[str, str]) -> TracedOp:
+def _one_sided(call: Kept | Called, index: tuple[int, int], shapes: tuple[str, str]) -> TracedOp:
     return TracedOp(
-        overload=key.overload,
+        overload=call.key.overload,
         index=index,
         agreement="not compared",
         badge="one side",
-        module=key.module,
-        source=source,
-        line=line,
+        module=call.key.module,
+        source=call.where.source,
+        line=call.where.line,
+        made_of=call.where.made_of,
         shapes=shapes,
     )

@@ -23,11 +23,15 @@ _SUBJECTS = f"{Path(subjects.__file__).parent}/"
 
 
 class Where(NamedTuple):
-    """module: its path from the outermost module on; "" outside of any. source: "file:line"; line: its text."""
+    """module: its path from the outermost module on; "" outside of any. source: "file:line"; line: its text.
+
+    made_of: of a fused kernel, the operators in it and the lines that they come from.
+    """
 
     module: str
     source: str
     line: str
+    made_of: tuple[str, ...] = ()
 
 
 class Places:
@@ -36,7 +40,7 @@ class Places:
     def __init__(self) -> None:
         self._stack: list[nn.Module] = []
         self._names: dict[nn.Module, str] = {}
-        self._parameters: dict[int, str] = {}
+        self.parameters: dict[int, str] = {}
 
     def __enter__(self) -> Places:
         self._handles = [
@@ -56,14 +60,14 @@ class Places:
 
     def parameter(self, x: Tensor) -> str:
         """The name of the parameter or buffer in whose memory this tensor lies, with where in it; "" for others."""
-        name = self._parameters.get(storage_of(x), "")
+        name = self.parameters.get(storage_of(x), "")
         return f"{name}@{x.storage_offset()}" if name else ""
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module not in self._names and not type(module).__module__.startswith("pytest_batchinv.subjects."):
             self._names |= {child: name for name, child in module.named_modules()}
             held = [*module.named_parameters(), *module.named_buffers()]
-            self._parameters |= {storage_of(x): name for name, x in held}
+            self.parameters |= {storage_of(x): name for name, x in held}
         self._stack.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -87,13 +91,13 @@ def _users_line() -> tuple[str, str]:
         if file.startswith(_SUBJECTS):
             break
         if not file.startswith((*_NOT_THE_USERS, "<")):
-            return f"{_from_a_root(file)}:{frame.f_lineno}", linecache.getline(file, frame.f_lineno).strip()
+            return f"{from_a_root(file)}:{frame.f_lineno}", linecache.getline(file, frame.f_lineno).strip()
         frame = frame.f_back  # type: ignore[assignment]
     return "", ""
 
 
 @cache
-def _from_a_root(file: str) -> str:
+def from_a_root(file: str) -> str:
     """The path from where Python imports it, or from the working directory: records travel, and folders of a machine do not."""
     roots = sorted({os.getcwd(), *filter(None, sys.path)}, key=len, reverse=True)
     return next((os.path.relpath(file, root) for root in roots if file.startswith(f"{root}/")), file)

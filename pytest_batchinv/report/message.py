@@ -70,8 +70,7 @@ def trace_parts(trace: Trace, sides: tuple[str, str]) -> Iterator[tuple[str, str
     if (cause := trace.cause) is not None:
         op = trace.ops[cause.op]
         yield "operator", f"{_called(op)} gave other bits for equal inputs"
-        if op.source:
-            yield "", f"{op.source.rpartition('/')[2]}: {op.line}"
+        yield from (("", line) for line in _lines(op))
         distance = "" if op.ulp is None else f", {op.ulp:,} ulp"
         yield "", f"{op.n_differ:,} of {op.n_total:,} values{distance}: {op.shapes[0]} {sides[0]}, {op.shapes[1]} {sides[1]}"
         if cause.effect == "does not reach the output":
@@ -87,6 +86,15 @@ def trace_parts(trace: Trace, sides: tuple[str, str]) -> Iterator[tuple[str, str
         yield "path", line
     for note in trace.notes:
         yield "trace", note
+
+
+def _lines(op: TracedOp) -> list[str]:
+    """Of the user's program; for a fused kernel first the operators in it."""
+    if not op.made_of:
+        return [f"{op.source.rpartition('/')[2]}: {op.line}"] if op.source else []
+    operators, *lines = op.made_of
+    more = [f"and {len(lines) - _MOST_LINES} more lines"] if len(lines) > _MOST_LINES else []
+    return [f"made of {operators}", *(line.rpartition("/")[2] for line in lines[:_MOST_LINES]), *more]
 
 
 def _others(trace: Trace, cause: Culprit) -> Iterator[tuple[str, str]]:

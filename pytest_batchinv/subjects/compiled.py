@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,9 +34,15 @@ def eager_of(fn: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(fn, "_torchdynamo_orig_callable", fn)
 
 
-def no_silent_eager() -> contextlib.AbstractContextManager[None]:
-    """One graph for each new combination of shapes is wanted; past the limit Dynamo would run eager without a word."""
-    return torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True)
+@contextlib.contextmanager
+def no_silent_eager() -> Iterator[None]:
+    """One graph for each new combination of shapes is wanted; past the limit Dynamo would run eager without a word.
+
+    Inductor notes which lines each kernel comes from, for a trace: at this level compilation takes no longer.
+    """
+    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 1024, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits), torch._inductor.config.patch({"trace.provenance_tracking_level": 2}):
+        yield
 
 
 def short_dtype(dtype: torch.dtype) -> str:

@@ -1,0 +1,229 @@
+"""Compiled code, kernel by kernel: the modules that Inductor generated, with a watcher around each call in them.
+
+A module of Inductor calls its kernels by names in its globals, and operators through the dispatcher. Both are watched while a
+trace runs, and are as they were afterwards. Nothing is compiled again for it: what failed is what is looked at.
+"""
+
+from __future__ import annotations
+
+import bisect
+import gc
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from types import FrameType, ModuleType, TracebackType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.output_code import CompiledFxGraph
+
+from pytest_batchinv.diagnose.recorder import Around, Recorder
+from pytest_batchinv.diagnose.where import Places, Where, from_a_root
+from pytest_batchinv.shapes import BatchShape
+from pytest_batchinv.subjects.base import Subject
+
+_KERNEL = re.compile(r"^(\w+) = async_compile\.(\w+)\(", re.MULTILINE)
+_PARAMETERS = re.compile(r"(?:\bkernel|^def \w+)\(([^)]*)\)", re.MULTILINE)
+_HANDLE = re.compile(r"^ +# \[Provenance debug handles\] (\S+)$")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
+_COUNT = re.compile(r"_\d+$")
+
+
+class Source(NamedTuple):
+    """Where a call of generated code comes from. operators: of the graph that was compiled; lines: "file:line: text"."""
+
+    operators: tuple[str, ...]
+    lines: tuple[tuple[str, str], ...]
+
+
+class Kernel:
+    """A kernel in a generated module: a C++ function, or what launches one of Triton."""
+
+    def __init__(self, name: str, function: Any, parameters: list[str]) -> None:
+        self._name, self._function, self._parameters = name, function, parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = getattr(self._function, "run", self._function)
+        return call(*args, **kwargs)
+
+    def name(self) -> str:
+        """Without the number that tells two kernels of one module apart: another graph counts in another way."""
+        return _COUNT.sub("", self._name)
+
+    def reads(self, args: tuple[Any, ...]) -> list[Tensor]:
+        return self._given(args, ("in_ptr", "in_out_ptr"))
+
+    def writes(self, args: tuple[Any, ...]) -> list[Tensor]:
+        return self._given(args, ("out_ptr", "in_out_ptr"))
+
+    def _given(self, args: tuple[Any, ...], kinds: tuple[str, ...]) -> list[Tensor]:
+        """A parameter whose name tells nothing, as in a user's own kernel, may be read and written."""
+        known = ("in_ptr", "out_ptr", "in_out_ptr", "ws_ptr")
+        return [
+            x
+            for x, name in zip(args, self._parameters, strict=False)
+            if isinstance(x, Tensor) and (name.startswith(kinds) or not name.startswith(known))
+        ]
+
+
+class Graph:
+    """One compiled graph and its module."""
+
+    def __init__(self, compiled: CompiledFxGraph, module: ModuleType) -> None:
+        self.compiled, self.module, self.file = compiled, module, module.__file__
+        assert self.file is not None
+        with open(self.file, encoding="utf-8") as text:
+            source = text.read()
+        self.kernels = dict(_kernels(source))
+        found = ((number, m[1]) for number, line in enumerate(source.splitlines(), 1) if (m := _HANDLE.match(line)))
+        self._lines, self._handles = [list(part) for part in zip(*found, strict=True)] or ([], [])
+        self._sources = _sources(compiled)
+
+    def source(self, line: int) -> Source:
+        """Of the call in this line of the module; empty where the graph was compiled without provenance."""
+        before = bisect.bisect_right(self._lines, line) - 1
+        return self._sources.get(self._handles[before], Source((), ())) if before >= 0 else Source((), ())
+
+
+def graphs() -> list[Graph]:
+    """All that Inductor has compiled in this process and that is still in use."""
+    modules = {getattr(module, "key", ""): module for module in PyCodeCache.modules}
+    # By type alone: proxies of other libraries answer isinstance, and may raise.
+    compiled = [x for x in gc.get_objects() if type(x) is CompiledFxGraph and x.current_callable is not None]
+    return [Graph(x, modules[x.cache_key]) for x in compiled if x.cache_key in modules]
+
+
+UNSEEN = "what Inductor made of it runs without Python (CUDA graphs, a C++ wrapper), so that no kernel of it could be watched"
+
+
+class CompiledCode:
+    """How a trace watches a run of compiled code. parameters: names of weights by memory."""
+
+    def __init__(self, graphs: list[Graph], parameters: dict[int, str]) -> None:
+        self._graphs, self._parameters = graphs, parameters
+
+    @classmethod
+    def of(cls, subject: Subject, cases: Iterable[BatchShape]) -> CompiledCode:
+        """Runs the subject on these cases, so that their graphs exist; once more in eager code, which names the weights."""
+        places = Places()
+        for case in cases:
+            subject.run(case)
+            with places:
+                subject.in_eager_mode().run(case)
+        return cls(graphs(), places.parameters)
+
+    def places(self) -> Places:
+        return _GeneratedPlaces(self._graphs, self._parameters)
+
+    def observer(self, around: Around) -> _Watched:
+        return _Watched(self._graphs, around)
+
+
+class _GeneratedPlaces(Places):
+    """Of calls in generated modules. Modules of the user are not entered there: their weights name them."""
+
+    def __init__(self, graphs: list[Graph], parameters: dict[int, str]) -> None:
+        super().__init__()
+        self._by_file = {graph.file: graph for graph in graphs}
+        self.parameters = parameters
+
+    def __enter__(self) -> Places:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def here(self) -> Where:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename not in self._by_file:
+            frame = frame.f_back
+        if frame is None:
+            return Where("", "", "")
+        found = self._by_file[frame.f_code.co_filename].source(frame.f_lineno)
+        source, line = (*found.lines, ("", ""))[0]
+        lines = tuple(f"{source}: {line}" for source, line in found.lines)
+        return Where("", source, line, (", ".join(found.operators), *lines) if found.operators else lines)
+
+
+class _Watched:
+    """Entered around a run: ``around`` gets the calls of all generated modules."""
+
+    def __init__(self, graphs: list[Graph], around: Around) -> None:
+        self._graphs, self._around = graphs, around
+
+    def __enter__(self) -> None:
+        self._stack = ExitStack()
+        for graph in self._graphs:
+            wrapped = {
+                name: _Wrapped(Kernel(name, function, parameters), self._around)
+                for name, parameters in graph.kernels.items()
+                if (function := vars(graph.module).get(name)) is not None
+            }
+            self._stack.enter_context(mock.patch.dict(vars(graph.module), wrapped))
+            inside = _Inside(graph.compiled.current_callable, self._around)
+            self._stack.enter_context(mock.patch.object(graph.compiled, "current_callable", inside))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+
+class _Wrapped:
+    """In the place of a kernel in its module: C++ is called, Triton is ``run``."""
+
+    def __init__(self, kernel: Kernel, around: Around) -> None:
+        self._kernel, self._around = kernel, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.utils._python_dispatch._disable_current_modes():
+            return self._around(self._kernel, args, kwargs)
+
+    run = __call__
+
+
+class _Inside:
+    """A graph's code with a dispatch mode in it: around it the mode would keep Dynamo from taking the graph at all."""
+
+    def __init__(self, run: Any, around: Around) -> None:
+        self._run, self._around = run, around
+
+    def __call__(self, inputs: Any) -> Any:
+        with Recorder(around=self._around):
+            return self._run(inputs)
+
+
+def _kernels(source: str) -> Iterator[tuple[str, list[str]]]:
+    """The kernels of a generated module with the names of their parameters."""
+    starts = [(match[1], match.end()) for match in _KERNEL.finditer(source)]
+    for name, start in starts:
+        parameters = _PARAMETERS.search(source, start)
+        names = parameters[1].split(",") if parameters else []
+        yield name, [re.split(r"[\s*&]+", text.partition(":")[0].strip())[-1] for text in names]
+
+
+def _sources(compiled: CompiledFxGraph) -> dict[str, Source]:
+    """By handle: Inductor keeps them where it compiles with provenance tracking."""
+    nodes = json.loads(compiled.inductor_provenance_mapping_str or "{}").get("cppCodeToPost", {})
+    traces = json.loads(compiled.inductor_provenance_stack_traces_str or "{}")
+    return {
+        handle: Source(
+            tuple(dict.fromkeys(_COUNT.sub("", node) for node in reversed(nodes.get(handle, [])))),
+            tuple(dict.fromkeys(filter(None, map(_users_line, traces.get(handle, []))))),
+        )
+        for handle in {*nodes, *traces}
+    }
+
+
+def _users_line(trace: str) -> tuple[str, str] | None:
+    """The innermost frame of a stack trace in which Dynamo was: file and line, and the text."""
+    frames = _FRAME.findall(trace)
+    if not frames:
+        return None
+    file, line, text = frames[-1]
+    return f"{from_a_root(file)}:{line}", text
+
+
