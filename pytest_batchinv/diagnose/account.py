@@ -12,7 +12,7 @@ from pytest_batchinv import context
 from pytest_batchinv.compare import first_row_that_differs
 from pytest_batchinv.diagnose import culprits, diverging, sizes
 from pytest_batchinv.relations.base import Relation
-from pytest_batchinv.report.record import Breakpoints, Finding, Section
+from pytest_batchinv.report.record import Breakpoints, Finding, Section, Trace
 from pytest_batchinv.search.runs import SubjectRuns
 from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import NotRun, RowOutputs
@@ -49,7 +49,7 @@ def explained(finding: Finding, broken: Broken, relation: Relation, runs: Subjec
         if ops is not None:
             named = ", ".join(ops) or "none"
             sections.append(Section("operators", (f"compiled alone, other bits than in eager code: {named}",)))
-    traced = _guarded("trace", sections, lambda: culprits.trace(relation, runs, broken.case, broken.found.position))
+    traced = _guarded("trace", sections, lambda: _trace(broken, relation, runs))
     return msgspec.structs.replace(finding, breakpoints=found, trace=traced, sections=tuple(sections))
 
 
@@ -61,6 +61,15 @@ def _guarded(title: str, sections: list[Section], diagnose: Callable[[], T]) -> 
     except Exception as error:
         sections.append(Section(title, (f"could not be told: {type(error).__name__}: {error}",)))
         return None
+
+
+def _trace(broken: Broken, relation: Relation, runs: SubjectRuns) -> Trace | None:
+    case, position = broken.case, broken.found.position
+    if "code" in relation.diagnoses:
+        from pytest_batchinv.diagnose import crossed  # loads Inductor, which eager code has no need of
+
+        return crossed.trace(runs, case, position)
+    return culprits.trace(relation, runs, case, position)
 
 
 def _breakpoints(broken: Broken, runs: SubjectRuns) -> Breakpoints:

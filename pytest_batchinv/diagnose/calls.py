@@ -13,7 +13,10 @@ from pytest_batchinv.diagnose.where import storage_of
 
 
 class Generated(Protocol):
-    """A kernel that a compiler generated. It has no schema: its parameters say what it reads and writes."""
+    """What generated code calls that is no operator. It has no schema: it says by itself what it reads and writes."""
+
+    @property
+    def is_mutable(self) -> bool: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -21,7 +24,7 @@ class Generated(Protocol):
 
     def reads(self, args: tuple[Any, ...]) -> list[Tensor]: ...
 
-    def writes(self, args: tuple[Any, ...]) -> list[Tensor]: ...
+    def writes(self, args: tuple[Any, ...], out: Any) -> list[Tensor]: ...
 
 
 Operator = OpOverload | Generated
@@ -38,7 +41,7 @@ def read(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
 def written(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
     """The tensors that hold what the call computed: what it gave, and what else it wrote to."""
     if not isinstance(func, OpOverload):
-        return func.writes(args)
+        return func.writes(args, out)
     given = tensors_of(out)
     if not func._schema.is_mutable:
         return given
@@ -49,7 +52,7 @@ def written(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
 
 
 def writes_to_inputs(func: Operator) -> bool:
-    return not isinstance(func, OpOverload) or func._schema.is_mutable
+    return func._schema.is_mutable if isinstance(func, OpOverload) else func.is_mutable
 
 
 def base_name(func: Operator) -> str:

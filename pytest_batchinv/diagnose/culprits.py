@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from pytest_batchinv import mode
 from pytest_batchinv.compare import first_difference
 from pytest_batchinv.diagnose import kernels, sizes
 from pytest_batchinv.diagnose.calls import Operator, writes_to_inputs
-from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode
 from pytest_batchinv.diagnose.rows import Match
 from pytest_batchinv.diagnose.trace import CUT, Called, Kept, TwoSides, Walk, described, traced_ops
 from pytest_batchinv.kernels import table
@@ -69,6 +69,8 @@ _EAGER_IS_EQUAL = "eager code gives the row equal bits on both sides: what Induc
 
 
 def _of_compiled_code(subject: Subject, pairs: list[tuple[Side, Side]]) -> Trace:
+    from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode  # loads Inductor, which eager code has no need of
+
     for one, other in pairs:
         found = TwoSides(subject, one, other, CompiledCode.of(subject, (one.case, other.case)))
         if not found.calls:
@@ -133,8 +135,8 @@ def _effect(sides: TwoSides, group: Group) -> str:
 
 def _cure(sides: TwoSides, overloads: set[Operator]) -> str:
     """The mode's kernels for these operators in their place on both sides, the rest stock. Empty with the mode on."""
-    if mode.is_on():
-        return ""
+    if mode.is_on() or not all(isinstance(overload, OpOverload) for overload in overloads):
+        return ""  # what Inductor generates has no counterpart in the mode
     in_place: dict[Operator, Callable[..., Any]] = {}
     for overload in overloads:
         kernel = _kernel(overload)

@@ -1,4 +1,4 @@
-"""Diverging ops: where compiled code leaves eager code, each pointwise operator alone, fed what the eager run gave it."""
+"""Diverging ops: where compiled code leaves eager code, each operator alone, fed what the eager run gave it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch._ops import OpOverload
 
 from pytest_batchinv.compare import first_difference
-from pytest_batchinv.diagnose.recorder import Recorder
+from pytest_batchinv.diagnose.recorder import Recorder, tensors_of
 from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import Subject
 
 
 def diverging_ops(subject: Subject, case: BatchShape) -> list[str]:
-    """Names of the pointwise overloads, in place ones too, whose compiled bits differ from their eager ones.
+    """Names of torch's overloads, in place ones too, whose compiled bits differ from their eager ones.
 
     The first call of each is taken. All are compiled in one graph, each with inputs of its own, so that no difference is
     handed on to the next.
     """
-    recorder = Recorder(_is_pointwise_on_floats)
+    recorder = Recorder(_computes)
     subject.in_eager_mode().run(case, recorder)
     first_calls = {}
     for call in recorder.calls:
@@ -43,6 +43,8 @@ def diverging_ops(subject: Subject, case: BatchShape) -> list[str]:
     )
 
 
-def _is_pointwise_on_floats(overload: OpOverload, args: tuple[Any, ...]) -> bool:
-    floats = [a for a in args if isinstance(a, torch.Tensor) and (a.is_floating_point() or a.is_complex())]
-    return torch.Tag.pointwise in overload.tags and bool(floats)
+def _computes(overload: OpOverload, args: tuple[Any, ...]) -> bool:
+    """Of floats, and not at random: such an operator has other bits in any case."""
+    floats = [x for x in tensors_of(args) if x.is_floating_point() or x.is_complex()]
+    is_torchs = overload.namespace in ("aten", "prims") and torch.Tag.nondeterministic_seeded not in overload.tags
+    return is_torchs and bool(floats) and not overload.is_view

@@ -9,8 +9,10 @@ from __future__ import annotations
 import bisect
 import gc
 import json
+import linecache
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from types import FrameType, ModuleType, TracebackType
@@ -22,7 +24,8 @@ from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.output_code import CompiledFxGraph
 
-from pytest_batchinv.diagnose.recorder import Around, Recorder
+from pytest_batchinv.diagnose.calls import Generated
+from pytest_batchinv.diagnose.recorder import Around, Recorder, tensors_of
 from pytest_batchinv.diagnose.where import Places, Where, from_a_root
 from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import Subject
@@ -44,6 +47,8 @@ class Source(NamedTuple):
 class Kernel:
     """A kernel in a generated module: a C++ function, or what launches one of Triton."""
 
+    is_mutable = True
+
     def __init__(self, name: str, function: Any, parameters: list[str]) -> None:
         self._name, self._function, self._parameters = name, function, parameters
 
@@ -58,7 +63,7 @@ class Kernel:
     def reads(self, args: tuple[Any, ...]) -> list[Tensor]:
         return self._given(args, ("in_ptr", "in_out_ptr"))
 
-    def writes(self, args: tuple[Any, ...]) -> list[Tensor]:
+    def writes(self, args: tuple[Any, ...], out: Any) -> list[Tensor]:
         return self._given(args, ("out_ptr", "in_out_ptr"))
 
     def _given(self, args: tuple[Any, ...], kinds: tuple[str, ...]) -> list[Tensor]:
@@ -71,18 +76,45 @@ class Kernel:
         ]
 
 
-class Graph:
-    """One compiled graph and its module."""
+class Empty:
+    """What gives a generated module memory in which anything may stand."""
 
-    def __init__(self, compiled: CompiledFxGraph, module: ModuleType) -> None:
-        self.compiled, self.module, self.file = compiled, module, module.__file__
+    is_mutable = False
+
+    def __init__(self, name: str, function: Any) -> None:
+        self._name, self._function = name, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def name(self) -> str:
+        return f"inductor::{self._name}"
+
+    def reads(self, args: tuple[Any, ...]) -> list[Tensor]:
+        return []
+
+    def writes(self, args: tuple[Any, ...], out: Any) -> list[Tensor]:
+        return tensors_of(out)
+
+
+class Graph:
+    """A generated module and what runs it: several objects, where Inductor took it from its cache again."""
+
+    def __init__(self, module: ModuleType, compiled: list[CompiledFxGraph]) -> None:
+        self.module, self.compiled, self.file = module, compiled, module.__file__
         assert self.file is not None
         with open(self.file, encoding="utf-8") as text:
             source = text.read()
-        self.kernels = dict(_kernels(source))
-        found = ((number, m[1]) for number, line in enumerate(source.splitlines(), 1) if (m := _HANDLE.match(line)))
-        self._lines, self._handles = [list(part) for part in zip(*found, strict=True)] or ([], [])
-        self._sources = _sources(compiled)
+        self._kernels = dict(_kernels(source))
+        handles = [(number, m[1]) for number, line in enumerate(source.splitlines(), 1) if (m := _HANDLE.match(line))]
+        self._lines, self._handles = [line for line, _ in handles], [handle for _, handle in handles]
+        self._sources = _sources(compiled[0])
+
+    def callees(self) -> dict[str, Generated]:
+        """What the module calls by names in its globals: its kernels, and what allocates their results."""
+        named = vars(self.module)
+        kernels = {name: Kernel(name, named[name], given) for name, given in self._kernels.items() if name in named}
+        return kernels | {name: Empty(name, named[name]) for name in named if name.startswith("empty_strided_")}
 
     def source(self, line: int) -> Source:
         """Of the call in this line of the module; empty where the graph was compiled without provenance."""
@@ -92,13 +124,16 @@ class Graph:
 
 def graphs() -> list[Graph]:
     """All that Inductor has compiled in this process and that is still in use."""
+    compiled: dict[str, list[CompiledFxGraph]] = defaultdict(list)
+    for x in gc.get_objects():
+        # By type alone: proxies of other libraries answer isinstance, and may raise.
+        if type(x) is CompiledFxGraph and x.current_callable is not None:
+            compiled[x.cache_key].append(x)
     modules = {getattr(module, "key", ""): module for module in PyCodeCache.modules}
-    # By type alone: proxies of other libraries answer isinstance, and may raise.
-    compiled = [x for x in gc.get_objects() if type(x) is CompiledFxGraph and x.current_callable is not None]
-    return [Graph(x, modules[x.cache_key]) for x in compiled if x.cache_key in modules]
+    return [Graph(module, compiled[key]) for key, module in modules.items() if key in compiled]
 
 
-UNSEEN = "what Inductor made of it runs without Python (CUDA graphs, a C++ wrapper), so that no kernel of it could be watched"
+UNSEEN = "what was compiled runs without Python (a C++ wrapper, another backend), so that no kernel of it could be watched"
 
 
 class CompiledCode:
@@ -159,28 +194,31 @@ class _Watched:
     def __enter__(self) -> None:
         self._stack = ExitStack()
         for graph in self._graphs:
-            wrapped = {
-                name: _Wrapped(Kernel(name, function, parameters), self._around)
-                for name, parameters in graph.kernels.items()
-                if (function := vars(graph.module).get(name)) is not None
-            }
+            wrapped = {name: _Wrapped(callee, self._around) for name, callee in graph.callees().items()}
             self._stack.enter_context(mock.patch.dict(vars(graph.module), wrapped))
-            inside = _Inside(graph.compiled.current_callable, self._around)
-            self._stack.enter_context(mock.patch.object(graph.compiled, "current_callable", inside))
+            runner = getattr(graph.module, "runner", None)
+            if runner is not None and runner.partitions:
+                plain = [vars(graph.module)[f"partition_{i}"] for i in range(len(runner.partitions))]
+                self._stack.enter_context(mock.patch.object(runner, "partitions", plain))
+            for compiled in graph.compiled:
+                # A CUDA graph calls no kernel when it is replayed: the module's own code does.
+                run = graph.module.call if compiled.fx_kwargs.get("cudagraphs") else compiled.current_callable
+                inside = _Inside(run, self._around)
+                self._stack.enter_context(mock.patch.object(compiled, "current_callable", inside))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
 
 class _Wrapped:
-    """In the place of a kernel in its module: C++ is called, Triton is ``run``."""
+    """In the place of what a module calls: C++ is called, Triton is ``run``."""
 
-    def __init__(self, kernel: Kernel, around: Around) -> None:
-        self._kernel, self._around = kernel, around
+    def __init__(self, callee: Generated, around: Around) -> None:
+        self._callee, self._around = callee, around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.utils._python_dispatch._disable_current_modes():
-            return self._around(self._kernel, args, kwargs)
+            return self._around(self._callee, args, kwargs)
 
     run = __call__
 
@@ -224,6 +262,6 @@ def _users_line(trace: str) -> tuple[str, str] | None:
     if not frames:
         return None
     file, line, text = frames[-1]
+    if linecache.getline(file, int(line)).strip() != text.strip():
+        return None  # of a cache, and the file is another one since
     return f"{from_a_root(file)}:{line}", text
-
-

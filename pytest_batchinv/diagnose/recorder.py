@@ -22,7 +22,7 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-Around = Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]
+Around = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Runs the operator with these arguments, or another one in its place, and gives the result."""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pytest_batchinv.compare import first_row_that_differs
 from pytest_batchinv.diagnose.align import Key, Pairs, align
 from pytest_batchinv.diagnose.calls import Operator, base_name, gives_empty_memory, is_view, read, writes_to_inputs, written
-from pytest_batchinv.diagnose.recorder import Around, Recorder, tensors_of
+from pytest_batchinv.diagnose.recorder import Around, Recorder
 from pytest_batchinv.diagnose.rows import Finder, Match, Selection, geometries, put_in_place, through_indices
 from pytest_batchinv.diagnose.where import Places, Where, storage_of
 from pytest_batchinv.relations.base import Side
@@ -92,7 +92,7 @@ class TwoSides:
     def __init__(self, subject: Subject, one: Side, other: Side, code: Code | None = None) -> None:
         self.subject, self.one, self.other, self.code = subject, one, other, code or EagerCode()
         self.finder = Finder(geometries(subject, one), geometries(subject, other))
-        self.kept, self.expected = self._kept()
+        self.kept, self.expected = kept_calls(subject, one, self.code)
         self.calls = self._calls()
         self.pairs: Pairs = align([call.key for call in self.kept], [call.key for call in self.calls])
         self.is_cut = any(not call.outputs for call in self.kept)
@@ -109,7 +109,7 @@ class TwoSides:
 
     def is_equal(self, outputs: RowOutputs) -> bool:
         """Whether the row has the bits of the first side."""
-        return first_row_that_differs(self.expected, _row(outputs, self.other.position)) is None
+        return first_row_that_differs(self.expected, row_of(outputs, self.other.position)) is None
 
     def partner(self, number: int) -> Kept | None:
         there = self.pairs.by_other[number] if number < len(self.pairs.by_other) else -1
@@ -117,7 +117,6 @@ class TwoSides:
 
     def badge(self, seen: Seen) -> Badge:
         return "content" if seen.by_content else self.pairs.badge
-
 
     def _calls(self) -> list[Called]:
         """Of the second side, in order."""
@@ -138,32 +137,33 @@ class TwoSides:
             self.subject.run(self.other.case, self.code.observer(around))
         return calls
 
-    def _kept(self) -> tuple[list[Kept], RowOutputs]:
-        """The calls of the first side with what they took and gave, and the row's outputs."""
-        calls: list[Kept] = []
-        places, keeper, owners = self.code.places(), _Keeper(), _Owners()
 
-        def around(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            where, given = places.here(), owners.of(func, read(func, args, kwargs))
-            call = Kept(func, Key("", "", "", ()), where, args, kwargs)
-            if writes_to_inputs(func):
-                keeper.keep(given, call.inputs)
-                keeper.about_to_change([*given, *written(func, args, kwargs, None)])
-            out = func(*args, **kwargs)
-            outs = written(func, args, kwargs, out)
-            if is_view(func, given, outs):
-                return out
-            if not writes_to_inputs(func):
-                keeper.keep(given, call.inputs)
-                owners.add(outs)
-            keeper.keep(owners.of(func, outs), call.outputs)
-            call.key = _key(func, places, where, given, outs)
-            calls.append(call)
+def kept_calls(subject: Subject, side: Side, code: Code) -> tuple[list[Kept], RowOutputs]:
+    """The calls of a side with what they took and gave, and the row's outputs."""
+    calls: list[Kept] = []
+    places, keeper, owners = code.places(), _Keeper(), _Owners()
+
+    def around(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        where, given = places.here(), owners.of(func, read(func, args, kwargs))
+        call = Kept(func, Key("", "", "", ()), where, args, kwargs)
+        if writes_to_inputs(func):
+            keeper.keep(given, call.inputs)
+            keeper.about_to_change([*given, *written(func, args, kwargs, None)])
+        out = func(*args, **kwargs)
+        outs = written(func, args, kwargs, out)
+        if is_view(func, given, outs):
             return out
+        if not writes_to_inputs(func):
+            keeper.keep(given, call.inputs)
+            owners.add(outs)
+        keeper.keep(owners.of(func, outs), call.outputs)
+        call.key = _key(func, places, where, given, outs)
+        calls.append(call)
+        return out
 
-        with places:
-            outputs = self.subject.run(self.one.case, self.code.observer(around))
-        return calls, _row(outputs, self.one.position)
+    with places:
+        outputs = subject.run(side.case, code.observer(around))
+    return calls, row_of(outputs, side.position)
 
 
 class _Owners:
@@ -224,7 +224,7 @@ class _Watch:
     def _before(self, func: Operator, given: list[Tensor], number: int) -> list[Match] | None:
         """The inputs of the call; None where it has no partner that can be compared."""
         kept = self.sides.partner(number)
-        if kept is None or kept.overload is not func or not kept.outputs or gives_empty_memory(func):
+        if kept is None or kept.overload.name() != func.name() or not kept.outputs or gives_empty_memory(func):
             return None
         return [self._compared(x, y, self._permuted.get(storage_of(y), ())) for x, y in zip(kept.inputs, given, strict=False)]
 
@@ -280,7 +280,7 @@ class _Watch:
         if not values:
             blamed = None
         by_content = any(m.selection is not None and m.selection.by_content for m in (*before, *outputs))
-        shapes = (_shapes(kept.outputs), _shapes(outs))
+        shapes = (shapes_of(kept.outputs), shapes_of(outs))
         return Seen(self.sides.pairs.by_other[number], tuple(before), outputs, shapes, blamed, by_content, made_by)
 
     def _blame(self, number: int, before: list[Match], given: list[Tensor]) -> tuple[int | None, bool]:
@@ -352,7 +352,7 @@ def _through_indices(kept: Kept, before: list[Match], given: list[Tensor]) -> It
             yield found
 
 
-def _row(outputs: RowOutputs, position: int) -> RowOutputs:
+def row_of(outputs: RowOutputs, position: int) -> RowOutputs:
     return RowOutputs(rows=[{name: x.clone() for name, x in outputs[position].items()}])
 
 
@@ -369,7 +369,7 @@ def described(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} strides {list(x.stride())}"
 
 
-def _shapes(tensors: Iterable[Tensor]) -> str:
+def shapes_of(tensors: Iterable[Tensor]) -> str:
     return ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tensors)
 
 
@@ -382,7 +382,7 @@ def traced_ops(sides: TwoSides, plain: Walk, healed: Walk) -> tuple[TracedOp, ..
     ops = [_traced(sides, number, plain.seen.get(number), number in culprits, place) for number in shown]
     for i in sides.pairs.only_one:
         call = sides.kept[i]
-        ops.append(_one_sided(call, (i, -1), (_shapes(call.outputs), "")))
+        ops.append(_one_sided(call, (i, -1), (shapes_of(call.outputs), "")))
     return tuple(ops)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from pytest_batchinv import BatchVarianceError, check_batch_invariant
 from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.mutants.compiled import COMPILED
 from pytest_batchinv.mutants.detection import SEED, power
 from pytest_batchinv.mutants.faults import FAULTS
 from pytest_batchinv.subjects.rows import RowsSubject
@@ -15,8 +16,8 @@ from pytest_batchinv.subjects.rows import RowsSubject
 
 def main() -> int:
     torch.set_num_threads(1)
-    powers = []
-    for fault in FAULTS:
+    powers, faults = [], [*FAULTS, *COMPILED]
+    for fault in faults:
         found = power(fault)
         powers.append(found)
         caught = f"{found.caught_by or '-'} of {fault.relation}"
@@ -32,11 +33,11 @@ def main() -> int:
         except BatchVarianceError:
             alarms += 1
             print(f"false alarm: {name}")
-    right = sum(found.caught_by == fault.relation for fault, found in zip(FAULTS, powers, strict=True))
+    right = sum(found.caught_by == fault.relation for fault, found in zip(faults, powers, strict=True))
     located, convicted = sum(found.located for found in powers), sum(found.convicted for found in powers)
-    print(f"{right} of {len(FAULTS)} caught by their relation, {located} located, {convicted} convicted,", end=" ")
+    print(f"{right} of {len(faults)} caught by their relation, {located} located, {convicted} convicted,", end=" ")
     print(f"{alarms} false alarms in {len(planted.INVARIANT)} controls, {sum(found.seconds for found in powers):.0f} s")
-    return int(right < len(FAULTS) or alarms > 0 or located < 0.95 * len(FAULTS))
+    return int(right < len(faults) or alarms > 0 or located < 0.95 * len(faults))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def power(fault: Fault, seed: int = SEED) -> Power:
     fn, pool = fault.make()
     started = time.perf_counter()
     try:
-        check_batch_invariant(RowsSubject(fn, [pool]), ("R", "S", "I"), seed=seed)
+        check_batch_invariant(RowsSubject(fn, [pool], compile_mode=fault.compile_mode), fault.relations, seed=seed)
     except BatchVarianceError as error:
         record = error.record
         convicted = _cause_effect(record) == "causes"
@@ -43,8 +43,13 @@ def is_located(fault: Fault, record: Record) -> bool:
     if fault.control_flow:
         named = [op for op in trace.ops if op.badge == "one side"]
         return bool(trace.control_flow) and any(op.line.endswith("# planted") for op in named)
-    cause = trace.cause
-    return cause is not None and trace.ops[cause.op].overload == fault.op and trace.ops[cause.op].line.endswith("# planted")
+    if trace.cause is None:
+        return False
+    op = trace.ops[trace.cause.op]
+    if op.made_of:
+        operators, *lines = op.made_of
+        return fault.op in operators.split(", ") and any(line.endswith("# planted") for line in lines)
+    return op.overload == fault.op and op.line.endswith("# planted")
 
 
 def _cause_effect(record: Record) -> str:

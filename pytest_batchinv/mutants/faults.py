@@ -21,7 +21,8 @@ LENGTH = 12
 
 
 class Fault(NamedTuple):
-    """make: a fresh function and its pool. relation: the first one that must catch it, of R, S, I. op: what must be named.
+    """make: a fresh function and its pool. relation: the first one that must catch it. op: what must be named, of compiled code
+    as the kernel's own operator or as one in it.
 
     control_flow: the two sides call other operators, so that a line is named and no operator diverges by itself. is_located:
     False for what follows from what ran before the check, which a trace runs in another order.
@@ -33,6 +34,12 @@ class Fault(NamedTuple):
     make: Callable[[], tuple[Function, Tensor]]
     control_flow: bool = False
     is_located: bool = True
+    compile_mode: str = "eager"
+
+    @property
+    def relations(self) -> tuple[str, ...]:
+        """Those that are asked, in this order."""
+        return ("R", "S", "I") if self.compile_mode == "eager" else ("I", "X")
 
 
 FAULTS: list[Fault] = []

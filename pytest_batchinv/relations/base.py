@@ -67,7 +67,8 @@ class Relation:
     side_names: ClassVar[tuple[str, str]]
     share: ClassVar[int] = 1
     diagnoses: ClassVar[tuple[str, ...]] = ()
-    """What explains a finding: "sizes" (at which batch sizes the bits change), "operators" (which diverge once compiled)."""
+    """What explains a finding: "sizes" (at which batch sizes the bits change), "operators" (which diverge once compiled),
+    "code" (a trace of compiled code beside eager code, not of two runs)."""
 
     def applies(self, subject: Subject) -> bool:
         """False where there is nothing to compare: the relation is left out without a record."""

@@ -15,7 +15,7 @@ class Compiled(Relation):
     meaning = "compiled code gives other bits than eager code (relation X)"
     side_names = ("eager code", "compiled code")
     share = 10
-    diagnoses = ("operators",)
+    diagnoses = ("operators", "code")
 
     def applies(self, subject: Subject) -> bool:
         return subject.info.compile_mode != "eager"

@@ -61,8 +61,8 @@ class TracedOp(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     index: of the call on either side, -1 where that side has none. module: the path of the module that called it. source:
     "file:line"; line: that line. shapes: of the output on either side, with dtype. produced_by: positions in the trace of the
-    operators that gave its inputs. ulp: of the first two values that differ, None for what has no ulp. made_of: of a kernel that
-    a compiler generated, the operators in it, and then the lines that they come from.
+    operators that gave its inputs. ulp: of the first two values that differ, None for what has no ulp. made_of: of a kernel
+    that a compiler generated, the operators in it, and then the lines that they come from.
     """
 
     overload: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,14 +36,32 @@ def eager_of(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def no_silent_eager() -> Iterator[None]:
-    """One graph for each new combination of shapes is wanted; past the limit Dynamo would run eager without a word.
+def compiling(compile_mode: str, origin: str) -> Iterator[None]:
+    """Entered around a run of a subject: how what it compiles there is compiled. Nothing for a subject in eager mode.
 
-    Inductor notes which lines each kernel comes from, for a trace: at this level compilation takes no longer.
+    One graph for each new combination of shapes is wanted; past the limit Dynamo would run eager without a word. Inductor notes
+    which lines each kernel comes from, for a trace: at this level compilation takes no longer. origin: the file and line that
+    is compiled; torch's caches would else give the lines of another program with the same graph.
     """
-    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 1024, "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(limits), torch._inductor.config.patch({"trace.provenance_tracking_level": 2}):
+    if compile_mode == "eager":
         yield
+        return
+    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 1024, "fail_on_recompile_limit_hit": True}
+    with (
+        torch._dynamo.config.patch(limits if compile_mode in COMPILE_MODES else {}),
+        torch._inductor.config.patch({"trace.provenance_tracking_level": 2}),
+        torch.compiler.config.patch(cache_key_tag=origin),
+    ):
+        yield
+
+
+def origin_of(fn: Callable[..., Any]) -> str:
+    """ "file:line" of a function, or of a module's class; its name where it has no source."""
+    try:
+        code = inspect.unwrap(fn) if not isinstance(fn, torch.nn.Module) else type(fn)
+        return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
+    except (TypeError, OSError):
+        return getattr(fn, "__qualname__", type(fn).__qualname__)
 
 
 def short_dtype(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pytest_batchinv.compare import as_bits, refuse_uncomparable
 from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects.base import Observer, RowOutputs, Space, Span, SubjectInfo, observed
-from pytest_batchinv.subjects.compiled import COMPILE_MODES, compiled, eager_of, no_silent_eager, short_dtype
+from pytest_batchinv.subjects.compiled import compiled, compiling, eager_of, origin_of, short_dtype
 
 POOL_DIGITS = 12
 
@@ -39,6 +39,7 @@ class RowsSubject:
         self.fn, self.inputs, self.batch_dim, self.collate = fn, tuple(inputs), batch_dim, collate
         plain = eager_of(fn)
         self._eager = plain
+        self._origin = origin_of(plain)
         mode = compile_mode or ("compiled" if plain is not fn else "eager")
         self._run = fn if compile_mode is None else compiled(plain, compile_mode)
         lengths = _pool_of_lists(self.inputs) if collate else _pool_of_tensors(self.inputs, batch_dim)
@@ -55,8 +56,7 @@ class RowsSubject:
     def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
         """fn on these rows of the pool, in this order (repeats allowed): what belongs to each row, copied."""
         batch = self._batch([row.id for row in case.rows])
-        guard = no_silent_eager() if self.info.compile_mode in COMPILE_MODES else observed(None)
-        with guard, observed(observer):
+        with compiling(self.info.compile_mode, self._origin), observed(observer):
             result = self._run(*batch)
         return self._rows(result, len(case))
 

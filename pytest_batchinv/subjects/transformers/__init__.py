@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from pytest_batchinv import gpu
 from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects.base import NotRun, Observer, RowOutputs, Space, Span, SubjectInfo, observed
-from pytest_batchinv.subjects.compiled import COMPILE_MODES, CUDA_GRAPHS, compiled, no_silent_eager
+from pytest_batchinv.subjects.compiled import CUDA_GRAPHS, compiled, compiling, origin_of
 from pytest_batchinv.subjects.presets import UnknownModel, is_preset
 from pytest_batchinv.subjects.transformers import attention, masks
 from pytest_batchinv.subjects.transformers.layout import BatchLayout, lay_out, padded, row_slots
@@ -58,6 +58,7 @@ class TransformersSubject:
         self.vocabulary: int = config.vocab_size
         self.outlier = self.vocabulary - 1 if is_preset(model) else _outlier_token(self.model)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self._origin = origin_of(self.model)
         self._forward = _Logprobs(self.model)
         self._run: Callable[..., Tensor] = self._forward
         length, tokens = _bounds(config, device, graphs=False)
@@ -116,7 +117,7 @@ class TransformersSubject:
             raise NotRun(why)
         layout = lay_out(case, self.vocabulary, self.outlier)
         try:
-            with no_silent_eager() if self.info.compile_mode in COMPILE_MODES else observed(None):
+            with compiling(self.info.compile_mode, self._origin):
                 rows = self._rows(self._run, layout, self._windows, observer)
                 return RowOutputs(rows=[{"logprobs": row} for row in rows])
         except (RuntimeError, MemoryError) as error:
