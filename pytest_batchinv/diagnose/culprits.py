@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,7 +15,7 @@ from torch._ops import OpOverload
 
 from pytest_batchinv import mode
 from pytest_batchinv.compare import first_difference
-from pytest_batchinv.diagnose import kernels, sizes
+from pytest_batchinv.diagnose import kernels, reproducer, sizes
 from pytest_batchinv.diagnose.calls import Operator, writes_to_inputs
 from pytest_batchinv.diagnose.rows import Match
 from pytest_batchinv.diagnose.trace import CUT, Called, Kept, TwoSides, Walk, described, traced_ops
@@ -23,13 +25,14 @@ from pytest_batchinv.report.record import Breakpoints, Culprit, Trace
 from pytest_batchinv.search.runs import SubjectRuns
 from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import Subject
+from pytest_batchinv.subjects.compiled import short_dtype
 
 MOST = 8
 """Culprits that are asked what they cause: each costs a run of the subject."""
 _RUNS = 4
 """Of the second side, for noise that is not there every time."""
 _MOST_ROWS = 512
-_SECONDS = 1.0
+_SECONDS = 0.5
 
 
 class Group(NamedTuple):
@@ -85,7 +88,8 @@ def _told(sides: TwoSides, plain: Walk) -> Trace:
     healed = sides.walk(lambda number: True)
     if not sides.is_equal(healed.outputs):  # then what indexing gave was another row's, and no permutation
         healed = sides.walk(lambda number: True, permutations=False)
-    groups = _groups(sides, healed) or _groups(sides, plain)
+    by_itself = healed if _groups(sides, healed) else plain  # noise may be in the first run and not in the second
+    groups = _groups(sides, by_itself)
     ops = traced_ops(sides, plain, healed)
     place = {op.index[1]: i for i, op in enumerate(ops)}
     asked = 0 if sides.one == sides.other else MOST  # noise may be there in one run and not in the next: it tells no cause
@@ -100,14 +104,19 @@ def _told(sides: TwoSides, plain: Walk) -> Trace:
             effect=effect,  # type: ignore[arg-type]
             cure=cures[sides.calls[group.blamed].overload],
             sizes=_sizes(rows) if rows is not None and i == _first_cause(effects) else None,
+            elsewhere=_elsewhere(rows) if rows is not None and i == _first_cause(effects) else (),
             kernels=_kernels(sides, group, rows) if rows is not None and i == _first_cause(effects) else ((), ()),
         )
         for i, (group, effect) in enumerate(zip(groups, effects, strict=True))
     )
     notes = _notes(sides, healed, groups)
+    script, why = _script(sides, by_itself, groups[_first_cause(effects)]) if groups else ("", "")
+    if why:
+        notes.append(f"no script of the operator alone: {why}")
     if len(cures) > 1 and not mode.is_on():
         notes.append(_cure(sides, set(cures)))
-    return Trace(ops=ops, culprits=culprits, control_flow=_control_flow(sides, groups), notes=tuple(notes))
+    control_flow = _control_flow(sides, groups)
+    return Trace(ops=ops, culprits=culprits, control_flow=control_flow, notes=tuple(notes), script=script)
 
 
 def _first_cause(effects: list[str]) -> int:
@@ -185,6 +194,19 @@ class OwnRows:
             return None
         return cls(kept, dims, out_dim)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(x.dtype for x in self._kept.inputs if x.is_floating_point() or x.is_complex())
+
+    def in_dtype(self, dtype: torch.dtype) -> OwnRows:
+        """The same operator with the same rows rounded to another dtype."""
+        inputs = [x.to(dtype) if x.is_floating_point() else x for x in self._kept.inputs]
+        return OwnRows(replace(self._kept, inputs=inputs), self._dims, self._out_dim)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        return self._kept.inputs[0].device.type == "cpu"
+
     def first(self, n_rows: int) -> Tensor:
         """What the first of so many rows is given."""
         out = called(self._kept, self.inputs(n_rows))
@@ -215,6 +237,23 @@ def _sizes(rows: OwnRows) -> Breakpoints:
     return Breakpoints(sizes.ranges(known), len(known), max(known))
 
 
+def _elsewhere(rows: OwnRows) -> tuple[tuple[str, Breakpoints], ...]:
+    """Its sizes in other dtypes, and with one thread; what the operator does not take is left out."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype != rows.dtype and rows.dtype.is_floating_point:
+            with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):
+                found.append((short_dtype(dtype), _sizes(rows.in_dtype(dtype))))
+    threads = torch.get_num_threads()
+    if rows.is_on_cpu and threads > 1:
+        try:
+            torch.set_num_threads(1)
+            found.append((f"{short_dtype(rows.dtype)} with one thread", _sizes(rows)))
+        finally:
+            torch.set_num_threads(threads)
+    return tuple(found)
+
+
 def _kernels(sides: TwoSides, group: Group, rows: OwnRows) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What the operator launches for its rows on either side; empty on a CPU."""
     there = sides.pairs.by_other[group.blamed]
@@ -224,14 +263,40 @@ def _kernels(sides: TwoSides, group: Group, rows: OwnRows) -> tuple[tuple[str, .
     return rows.launched(one), rows.launched(rows.count(sides.calls[group.blamed].shapes))
 
 
+def _script(sides: TwoSides, walk: Walk, group: Group) -> tuple[str, str]:
+    """A script that shows the group's first call alone, or why there is none."""
+    seen = walk.seen[group.calls[0]]
+    if seen.blamed != group.calls[0]:
+        return "", "its result holds no row of its own, and the difference shows in what was computed with it"
+    kept, words = sides.kept[seen.other], sides.kept[seen.other].overload.name()
+    try:
+        return reproducer.script(
+            reproducer.Sides(
+                operator=kept.overload,
+                first=_with_inputs(kept, kept.inputs),
+                second=sides.arguments(group.calls[0]),
+                inputs=seen.inputs,
+                outputs=seen.outputs,
+                title=f"{words} gives the same values other bits where the rest of the batch is another one.",
+                is_noise=sides.one == sides.other,
+            )
+        ), ""
+    except reproducer.Unwritable as why:
+        return "", str(why)
+
+
 def called(kept: Kept, inputs: list[Tensor]) -> Any:
     """The operator with these tensors in place of those that it was given."""
+    args, kwargs = _with_inputs(kept, inputs)
+    return kept.overload(*args, **kwargs)
+
+
+def _with_inputs(kept: Kept, inputs: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     leaves, form = torch.utils._pytree.tree_flatten((kept.args, kept.kwargs))
     tensors = iter(inputs)
-    args, kwargs = torch.utils._pytree.tree_unflatten(
-        [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
-    )
-    return kept.overload(*args, **kwargs)
+    leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args, kwargs = torch.utils._pytree.tree_unflatten(leaves, form)
+    return args, kwargs
 
 
 def _repeated(x: Tensor, dim: int, n_rows: int) -> Tensor:

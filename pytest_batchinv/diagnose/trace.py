@@ -27,6 +27,7 @@ from pytest_batchinv.report.record import Badge, TracedOp
 from pytest_batchinv.subjects.base import Observer, RowOutputs, Subject
 
 KEPT_BYTES = 8 << 30
+ALIGNMENT = 64
 _INDEXING = {"index", "index_select", "gather", "embedding", "take", "index_add", "index_put", "scatter", "scatter_add"}
 CUT = f"operators after the first {KEPT_BYTES >> 30} GiB of the first side's tensors were not compared"
 
@@ -106,6 +107,14 @@ class TwoSides:
         with watch.places:
             outputs = self.subject.run(self.other.case, self.code.observer(watch))
         return Walk(watch.seen, outputs)
+
+    def arguments(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of this call of the second side, where all before it was fed what the first side was. Its tensors are copies."""
+        watch = _Watch(self, lambda number: True, True)
+        watch.keeps_arguments_of = number
+        with watch.places:
+            self.subject.run(self.other.case, self.code.observer(watch))
+        return watch.arguments
 
     def is_equal(self, outputs: RowOutputs) -> bool:
         """Whether the row has the bits of the first side."""
@@ -198,6 +207,8 @@ class _Watch:
         self.sides, self.heals, self.permutations = sides, heals, permutations
         self.places = sides.code.places()
         self.seen: dict[int, Seen] = {}
+        self.keeps_arguments_of = -1
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._number = -1
         self._made_by: dict[int, int] = {}  # which call wrote last to this memory
         self._suspects: dict[int, int] = {}  # memory of what may differ by right, and the call that it comes from
@@ -212,6 +223,8 @@ class _Watch:
         outs = written(func, args, kwargs, out)
         if is_view(func, given, outs):
             return out
+        if number == self.keeps_arguments_of:
+            self.arguments = torch.utils._pytree.tree_map_only(Tensor, as_it_lies, (args, kwargs))
         self._number = number
         if not writes_to_inputs(func):
             before = self._before(func, given, number)
@@ -332,6 +345,19 @@ class _Keeper:
         for m in {storage_of(x) for x in tensors}:
             for kept, i in self._held.pop(m, ()):
                 kept[i] = kept[i].clone()
+
+
+def as_it_lies(x: Tensor) -> Tensor:
+    """A copy with the tensor's strides, overlapping ones too, and its alignment."""
+    offset, extent = x.data_ptr() % ALIGNMENT // x.itemsize, extent_of(x)
+    memory = torch.empty(offset + extent, dtype=x.dtype, device=x.device)
+    memory[offset:] = x.as_strided((extent,), (1,))
+    return memory.as_strided(x.shape, x.stride(), offset)
+
+
+def extent_of(x: Tensor) -> int:
+    """How many values lie between the tensor's first and last one, these included."""
+    return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
 
 
 def _key(func: Operator, places: Places, where: Where, given: list[Tensor], outs: list[Tensor]) -> Key:

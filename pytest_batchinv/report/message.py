@@ -77,6 +77,9 @@ def trace_parts(trace: Trace, sides: tuple[str, str]) -> Iterator[tuple[str, str
             yield "", "alone it does not change the output"
         if cause.sizes is not None and cause.sizes.ranges:
             yield "", f"its bits change at {as_ranges(cause.sizes.sizes)} rows of its own (1 to {cause.sizes.bound} were run)"
+            for words, found in cause.elsewhere:
+                sizes = f"at {as_ranges(found.sizes)}" if found.ranges else "at none"
+                yield "", f"in {words} {sizes} of 1 to {found.bound}"
         if any(cause.kernels):
             yield from zip(("kernels", ""), map(_launches, cause.kernels, sides), strict=True)
         if cause.cure:

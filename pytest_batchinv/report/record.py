@@ -86,7 +86,7 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     op: its position in the trace. calls: how many calls of it, from this line, diverged by themselves. inputs: shapes, strides
     and dtypes of its inputs on either side. effect: whether the output differs where nothing else diverges. cure: what the
     mode's kernel does in its place, the rest being stock. sizes: at how many of its own rows its bits are others than for one.
-    kernels: what ran on either side.
+    elsewhere: the same for its inputs in other dtypes and, on a CPU, with one thread. kernels: what ran on either side.
     """
 
     op: int
@@ -95,6 +95,7 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     effect: Literal["causes", "does not reach the output", "not told"] = "not told"
     cure: str = ""
     sizes: Breakpoints | None = None
+    elsewhere: tuple[tuple[str, Breakpoints], ...] = ()
     kernels: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
 
@@ -102,13 +103,15 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The failing row on the two sides of a relation, operator by operator, in the order in which the second side ran them.
 
     ops: without those that computed nothing (views). culprits: in the order in which they ran. control_flow: what one side
-    alone called before the first culprit, as sentences. notes: what the trace could not tell, as sentences.
+    alone called before the first culprit, as sentences. notes: what the trace could not tell, as sentences. script: Python that
+    shows the cause alone, without the subject and without this package; empty where there is none, and a note says why.
     """
 
     ops: tuple[TracedOp, ...]
     culprits: tuple[Culprit, ...] = ()
     control_flow: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    script: str = ""
 
     @property
     def cause(self) -> Culprit | None:

@@ -287,3 +287,23 @@ def test_what_torch_logs_for_its_own_trace_is_not_printed_with_a_failure(pyteste
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*of mine*"])
     result.stdout.no_fnmatch_line("*of the trace*")
+
+
+def test_a_script_of_the_operator_that_varies_is_written_beside_the_report(pytester, run):
+    pytester.makepyfile(
+        """
+        import pytest
+        from conftest import emit, finding
+        from pytest_batchinv.report.record import Trace
+
+        @pytest.mark.parametrize("way", ["a/b"])
+        def test_that_fails(way):
+            trace = Trace(ops=(), script="raise SystemExit(1)")
+            emit("I", "differs", finding=finding(trace=trace))
+            assert False
+        """
+    )
+    result = run("--batch-invariant", "--batchinv-report", "run.json")
+    result.stdout.fnmatch_lines(["record of this run: *run.json, and 1 script of the operators that vary, alone: *run-scripts"])
+    (script,) = pytester.path.joinpath("run-scripts").iterdir()
+    assert pytester.runpython(script).ret == 1

@@ -36,7 +36,8 @@ def missing() -> str:
 def write(results: Results, path: Path) -> str:
     """Writes the page whole or not at all. Returns a line that says so. Raises OSError."""
     write_saved(json.contents(results), path)
-    return f"page of this run: {path}"
+    scripts = json.write_scripts(results.records, path)
+    return f"page of this run: {path}" + f", and {scripts}" * bool(scripts)
 
 
 def write_saved(saved: Saved, path: Path) -> None:

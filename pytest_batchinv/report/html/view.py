@@ -83,6 +83,7 @@ class CulpritView(NamedTuple):
     culprit: Culprit
     op: TracedOp | None
     strip: Strip | None
+    elsewhere: list[tuple[str, Strip]]
 
 
 class Item(NamedTuple):
@@ -347,7 +348,8 @@ def _trace(trace: Trace, name: str, sides: tuple[str, str]) -> TraceView:
 
 def _culprit(culprit: Culprit, trace: Trace) -> CulpritView:
     op = trace.ops[culprit.op] if 0 <= culprit.op < len(trace.ops) else None
-    return CulpritView(culprit, op, _strip(culprit.sizes) if culprit.sizes is not None else None)
+    elsewhere = [(name, _strip(found)) for name, found in culprit.elsewhere]
+    return CulpritView(culprit, op, _strip(culprit.sizes) if culprit.sizes is not None else None, elsewhere)
 
 
 def _layers(rows: list[Row]) -> Iterator[Layer]:
