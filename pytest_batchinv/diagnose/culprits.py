@@ -268,7 +268,9 @@ def _script(sides: TwoSides, walk: Walk, group: Group) -> tuple[str, str]:
     seen = walk.seen[group.calls[0]]
     if seen.blamed != group.calls[0]:
         return "", "its result holds no row of its own, and the difference shows in what was computed with it"
-    kept, words = sides.kept[seen.other], sides.kept[seen.other].overload.name()
+    kept = sides.kept[seen.other]
+    if not isinstance(kept.overload, OpOverload):
+        return "", "it is a kernel that Inductor generated"
     try:
         return reproducer.script(
             reproducer.Sides(
@@ -277,7 +279,7 @@ def _script(sides: TwoSides, walk: Walk, group: Group) -> tuple[str, str]:
                 second=sides.arguments(group.calls[0]),
                 inputs=seen.inputs,
                 outputs=seen.outputs,
-                title=f"{words} gives the same values other bits where the rest of the batch is another one.",
+                title=f"{kept.overload.name()} gives the same values other bits where the rest of the batch is another one.",
                 is_noise=sides.one == sides.other,
             )
         ), ""

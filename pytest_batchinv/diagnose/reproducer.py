@@ -120,8 +120,8 @@ class Unwritable(Exception):
 
 def script(sides: Sides) -> str:
     """Raises Unwritable."""
-    if not isinstance(sides.operator, OpOverload) or sides.operator._schema.is_mutable:
-        raise Unwritable("the call writes to what it is given, or is no operator")
+    if sides.operator._schema.is_mutable:
+        raise Unwritable("the call writes to what it is given")
     for drawn in (True, False):
         text = _text(sides, drawn)
         if len(text) <= MOST_BYTES and _shows_the_fault(text):
