@@ -12,6 +12,8 @@ from pytest_batchinv.shapes import BatchShape, Row, as_ranges
 from pytest_batchinv.subjects.base import SubjectInfo
 
 _MOST_LINES = 4
+_LONGEST_NAME = 44
+"""Of a kernel: Inductor puts every operator in it."""
 
 
 def describe(record: Record) -> str:
@@ -52,7 +54,7 @@ def _parts(record: Record, found: Finding) -> Iterator[tuple[str, str]]:
 
 def _at_operator(found: Finding) -> str:
     cause = found.trace and found.trace.cause
-    return f", {found.trace.ops[cause.op].overload}" if cause and found.trace else ""
+    return f", {_short(found.trace.ops[cause.op].overload)}" if cause and found.trace else ""
 
 
 def operator_line(found: Finding) -> str:
@@ -102,12 +104,16 @@ def _lines(op: TracedOp) -> list[str]:
 
 def _others(trace: Trace, cause: Culprit) -> Iterator[tuple[str, str]]:
     others = [culprit for culprit in trace.culprits if culprit is not cause]
-    for effect, words in (("causes", "also"), ("not told", "also"), ("does not reach the output", "harmless")):
-        named = [_called(trace.ops[culprit.op]) for culprit in others if culprit.effect == effect]
-        if named:
-            more = f" and {len(named) - _MOST_LINES} more" if len(named) > _MOST_LINES else ""
-            why = ": other bits for equal inputs, which do not reach the output" if words == "harmless" else ""
-            yield words, f"{'; '.join(named[:_MOST_LINES])}{more}{why}"
+    harmless = [culprit for culprit in others if culprit.effect == "does not reach the output"]
+    for title, culprits, why in (
+        ("also", [culprit for culprit in others if culprit not in harmless], ""),
+        ("harmless", harmless, "other bits for equal inputs, which do not reach the output"),
+    ):
+        named = list(dict.fromkeys(_called(trace.ops[culprit.op]) for culprit in culprits))
+        lines = [*named[:_MOST_LINES], *[f"and {len(named) - _MOST_LINES} more"] * (len(named) > _MOST_LINES)]
+        yield from ((title if i == 0 else "", line) for i, line in enumerate(lines))
+        if named and why:
+            yield "", why
 
 
 def _launches(kernels: tuple[str, ...], side: str) -> str:
@@ -121,7 +127,11 @@ def _short_kernel(kernel: str) -> str:
 
 
 def _called(op: TracedOp) -> str:
-    return f"{op.overload} in {op.module}" if op.module else op.overload
+    return f"{_short(op.overload)} in {op.module}" if op.module else _short(op.overload)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 def row_words(info: SubjectInfo, found: Finding) -> str:
