@@ -50,7 +50,7 @@ def check_batch_invariant(
     seed: int | None = None,
     case: BatchShape | None = None,
 ) -> list[Record]:
-    """Checks the relations, in the order R, S, I, X, and then N, the negative control, if it is asked for.
+    """Checks the relations, in the order R, S, I, G, X, and then N, the negative control, if it is asked for.
 
     Each gives a record. ``case`` runs that one batch shape instead of a search, as ``--batchinv-shape`` does; ``seed`` fixes
     what is drawn (and turns the example database off). X is left out of a subject in eager mode.
@@ -147,6 +147,13 @@ class _Given:
         self.case = case or surrounding.case
         self.case_is_own = case is not None
 
+    def runs_of(self, relation: Relation, obstacle: str) -> SubjectRuns:
+        """Of what the relation runs. The rows alone are remembered for all relations that run the same subject."""
+        subject = self.runs.subject if obstacle else relation.subject_of(self.runs.subject)
+        runs = self.runs if subject is self.runs.subject else SubjectRuns(subject)
+        runs.stats, runs.last = Stats(), None
+        return runs
+
 
 def _all_checked(given: _Given) -> list[Record]:
     __tracebackhide__ = True
@@ -182,13 +189,12 @@ _OURS = str(Path(__file__).parent)
 
 def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Record, BaseException | None]:
     """One relation: search, diagnosis, record. What was found, or raised, comes back as an error, and is in the record."""
-    runs = given.runs
-    runs.stats, runs.last = Stats(), None
+    obstacle = relation.obstacle(given.runs.subject)
+    runs = given.runs_of(relation, obstacle)
     search = Search(relation, runs, given.max_examples, given.seed)
     before = counters.hits()
     case = None if control else given.case
     error: BaseException | None = None
-    obstacle = relation.obstacle(runs.subject)
     try:
         if obstacle:
             raise NotRun(obstacle)
@@ -210,7 +216,7 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
         if broken is not None:
             finding = account.bare(broken, relation, runs)
             finding = finding if error is not None else account.explained(finding, broken, relation, runs)
-        ops = _op_coverage(given, error)
+        ops = _op_coverage(runs.subject, error)
         if verdict == "equal" and ops is not None and ops.bypassed:
             error = mode.ModeError(
                 f"batch-invariant mode was on, but {', '.join(ops.bypassed)} ran past the table, so equal bits prove nothing "
@@ -273,13 +279,13 @@ def _mode(control: bool) -> Mode:
     return "stock" if control else "on" if mode.is_on() else "off"
 
 
-def _op_coverage(given: _Given, error: BaseException | None) -> OpCoverage | None:
+def _op_coverage(subject: Subject, error: BaseException | None) -> OpCoverage | None:
     """Which operators ran; None with the mode off, which vouches for none."""
     if not mode.is_on() or error is not None:
         return None
-    palette = given.runs.subject.space.palette
+    palette = subject.space.palette
     try:
-        return coverage.op_coverage(given.runs.subject, (BatchShape(palette[:1]), BatchShape(palette[:3])))
+        return coverage.op_coverage(subject, (BatchShape(palette[:1]), BatchShape(palette[:3])))
     except Exception as why:
         return OpCoverage(error=f"{type(why).__name__}: {why}")
 

@@ -4,5 +4,6 @@ WORDS = {
     "R": "run to run",
     "S": "other content beside it",
     "I": "alone == in a batch",
+    "G": "gradients alone == in a batch",
     "X": "eager == compiled",
 }

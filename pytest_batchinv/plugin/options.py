@@ -154,7 +154,7 @@ OPTIONS = (
         "max_examples",
         parse_count,
         100,
-        "Batch shapes to draw, after the sweep, for relation I; R, S and X draw one for ten of them.",
+        "Batch shapes to draw, after the sweep, for relation I; R, S, G and X draw one for ten of them.",
         "N",
     ),
     Option(

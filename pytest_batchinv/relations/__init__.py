@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
 from pytest_batchinv.relations.batch import Batch
 from pytest_batchinv.relations.compiled import Compiled
+from pytest_batchinv.relations.gradients import Gradients
 from pytest_batchinv.relations.isolation import Isolation
 from pytest_batchinv.relations.run_to_run import RunToRun
 
 __all__ = ["RELATIONS", "Cases", "Comparison", "Mutant", "Relation", "Runs", "chosen"]
 
-RELATIONS: dict[str, Relation] = {r.letter: r for r in (RunToRun(), Isolation(), Batch(), Compiled())}
+RELATIONS: dict[str, Relation] = {r.letter: r for r in (RunToRun(), Isolation(), Batch(), Gradients(), Compiled())}
 
 
 def chosen(letters: Iterable[str], who: str) -> list[Relation]:

@@ -78,6 +78,10 @@ class Relation:
         """Why the subject cannot be asked, as a sentence; empty where it can. The record says so."""
         return ""
 
+    def subject_of(self, subject: Subject) -> Subject:
+        """What is run: the subject itself, or another one of the same space. Asked for where there is no obstacle."""
+        return subject
+
     def cases(self, space: Space) -> Cases:
         return Cases(sweep.few_cases(space, 12), [], strategies.cases(space))
 

@@ -91,6 +91,7 @@ class SubjectRuns:
         return subject.run(case)
 
     def _remember(self, row: Row, outputs: RowOutputs) -> None:
+        outputs = RowOutputs(outputs.stacked, outputs.rows)  # what is shared is of no use to a batch
         self._alone[row] = _Alone(outputs, _kind(outputs))
         self._alone_bytes += outputs.nbytes
 

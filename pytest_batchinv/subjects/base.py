@@ -25,6 +25,10 @@ class NotRun(Exception):
     """This batch could not be run here (out of memory, say): it is reported as not run, and the check goes on."""
 
 
+class NoGradients(Exception):
+    """The subject has no gradients that belong to its rows: why, as a sentence."""
+
+
 class SubjectInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """Words that name a subject in records. kind: "function", "module" or "transformers"; attention: "" where it has none."""
 
@@ -85,11 +89,13 @@ class RowOutputs(Sequence[RowOutput]):
     """The outputs of a batch, row by row.
 
     stacked: where all rows have outputs of one shape, each output as one tensor [n_rows, ...]; else None, and ``rows`` holds
-    them one by one. What is read must not be written to by a later run of the subject.
+    them one by one. shared: what belongs to the batch as a whole, and may differ in another one: gradients of weights. What is
+    read must not be written to by a later run of the subject.
     """
 
     stacked: dict[str, Tensor] | None = None
     rows: list[dict[str, Tensor]] = field(default_factory=list)
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.stacked.values()))) if self.stacked is not None else len(self.rows)
@@ -124,6 +130,10 @@ class Subject(Protocol):
 
     def in_eager_mode(self) -> Subject:
         """The same subject with the same weights, run by eager code."""
+        ...
+
+    def with_gradients(self) -> Subject:
+        """A subject of the same space whose outputs are the gradients of each row. Raises NoGradients with the reason."""
         ...
 
     def digest(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pytest_batchinv.compare import as_bits, refuse_uncomparable
 from pytest_batchinv.shapes import BatchShape, Row
-from pytest_batchinv.subjects.base import Observer, RowOutputs, Space, Span, SubjectInfo, observed
+from pytest_batchinv.subjects.base import NoGradients, NotRun, Observer, RowOutputs, Space, Span, SubjectInfo, observed
 from pytest_batchinv.subjects.compiled import compiled, compiling, eager_of, origin_of, short_dtype
+from pytest_batchinv.subjects.gradients import GradientsOfRows, float_tensors, no_gradient
 
 POOL_DIGITS = 12
 
@@ -39,7 +40,7 @@ class RowsSubject:
         self.fn, self.inputs, self.batch_dim, self.collate = fn, tuple(inputs), batch_dim, collate
         plain = eager_of(fn)
         self._eager = plain
-        self._origin = origin_of(plain)
+        self.origin = origin_of(plain)
         mode = compile_mode or ("compiled" if plain is not fn else "eager")
         self._run = fn if compile_mode is None else compiled(plain, compile_mode)
         lengths = _pool_of_lists(self.inputs) if collate else _pool_of_tensors(self.inputs, batch_dim)
@@ -56,7 +57,7 @@ class RowsSubject:
     def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
         """fn on these rows of the pool, in this order (repeats allowed): what belongs to each row, copied."""
         batch = self._batch([row.id for row in case.rows])
-        with compiling(self.info.compile_mode, self._origin), observed(observer):
+        with compiling(self.info.compile_mode, self.origin), observed(observer):
             result = self._run(*batch)
         return self._rows(result, len(case))
 
@@ -71,6 +72,53 @@ class RowsSubject:
             return self
         return RowsSubject(self._eager, self.inputs, self.batch_dim, name=self.info.name, collate=self.collate)
 
+    def with_gradients(self) -> GradientsOfRows:
+        if why := no_gradient(self.inputs):
+            raise NoGradients(why)
+        return GradientsOfRows(self)
+
+    def batch_with_leaves(self, row_ids: list[int]) -> tuple[list[Any], dict[str, list[Tensor]]]:
+        """The arguments of fn, and by input the leaves they are made of: one for all rows, or with ``collate`` one a row."""
+        leaves: dict[str, list[Tensor]] = {}
+
+        def with_leaf(name: str, x: Any) -> Any:
+            if not float_tensors([x]):
+                return x
+            leaf = x.detach().clone().requires_grad_()
+            leaves.setdefault(name, []).append(leaf)
+            # Eager code may write to a copy. Dynamo warns of an input that is no leaf.
+            return leaf.clone() if self._run is self._eager else leaf
+
+        names = ["the gradient" if len(self.inputs) == 1 else f"the gradient of input {i}" for i in range(len(self.inputs))]
+        if self.collate is None:
+            batch = self._batch(row_ids)
+            return [with_leaf(name, x) for name, x in zip(names, batch, strict=True)], leaves
+        chosen = [[with_leaf(name, pool[i]) for i in row_ids] for name, pool in zip(names, self.inputs, strict=True)]
+        return _as_list(self.collate(*chosen)), leaves
+
+    def outputs(self, batch: list[Any], n_rows: int) -> list[tuple[Tensor, int | None]]:
+        """What fn returns for these arguments: tensors, and along which dim their rows lie; None for one of a single row."""
+        result = self._run(*batch)
+        if self.collate is not None and isinstance(result, list):
+            return [(tensor, None) for entry in result for _, tensor in _named_tensors(entry)]
+        named = _named_tensors(result)
+        for name, tensor in named:
+            if tensor.is_nested:
+                raise NotRun(f"{name} of {self.info.name} is a nested tensor, whose gradients are not asked for")
+            self._check_output(name, tensor, n_rows)
+        return [(tensor, self.batch_dim) for _, tensor in named]
+
+    def rows_of_gradients(
+        self, leaves: dict[str, list[Tensor]], grads: Iterator[Tensor], shared: dict[str, Tensor]
+    ) -> RowOutputs:
+        """The gradients of these leaves, which come in the order of the leaves, by row."""
+        by_input = {name: [next(grads) for _ in rows] for name, rows in leaves.items()}
+        if self.collate is None:
+            stacked = {name: g.movedim(self.batch_dim, 0).contiguous() for name, (g,) in by_input.items()}
+            return RowOutputs(stacked, shared=shared)
+        n_rows = len(next(iter(by_input.values())))
+        return RowOutputs(rows=[{name: g[i] for name, g in by_input.items()} for i in range(n_rows)], shared=shared)
+
     def digest(self) -> str:
         """Of the bytes of all tensors of the pool."""
         digest = hashlib.sha256()
@@ -81,8 +129,7 @@ class RowsSubject:
 
     def _batch(self, row_ids: list[int]) -> list[Any]:
         if self.collate is not None:
-            batch = self.collate(*([pool[i] for i in row_ids] for pool in self.inputs))
-            return list(batch) if isinstance(batch, tuple) else [batch]
+            return _as_list(self.collate(*([pool[i] for i in row_ids] for pool in self.inputs)))
         ids = torch.tensor(row_ids)
         return [x.index_select(self.batch_dim, ids.to(x.device)) for x in self.inputs]
 
@@ -127,6 +174,10 @@ class RowsSubject:
                 f"dimension {self.batch_dim} must hold a row for each row of the input; return per-row results only, "
                 f"or set batch_dim"
             )
+
+
+def _as_list(batch: Any) -> list[Any]:
+    return list(batch) if isinstance(batch, tuple) else [batch]
 
 
 def _pool_of_tensors(inputs: Sequence[Any], batch_dim: int) -> tuple[int, ...]:

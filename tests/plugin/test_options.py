@@ -113,7 +113,7 @@ def test_the_header_has_what_is_needed_to_repeat_the_run(pytester, monkeypatch):
     result.stdout.fnmatch_lines(
         [
             "batch invariance: on; auto (transformers), device cpu, dtype bf16, attention auto",
-            "batch invariance: relations R,S,I,X,N; 7 examples each, drawn at random; torch *, triton *",
+            "batch invariance: relations R,S,I,G,X,N; 7 examples each, drawn at random; torch *, triton *",
         ]
     )
     monkeypatch.setenv("CI", "1")

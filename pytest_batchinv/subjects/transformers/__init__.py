@@ -18,6 +18,7 @@ from pytest_batchinv import gpu
 from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects.base import NotRun, Observer, RowOutputs, Space, Span, SubjectInfo, observed
 from pytest_batchinv.subjects.compiled import CUDA_GRAPHS, compiled, compiling, origin_of
+from pytest_batchinv.subjects.gradients import GradientsOfModel, trained
 from pytest_batchinv.subjects.presets import UnknownModel, is_preset
 from pytest_batchinv.subjects.transformers import attention, masks
 from pytest_batchinv.subjects.transformers.layout import BatchLayout, lay_out, padded, row_slots
@@ -113,13 +114,30 @@ class TransformersSubject:
 
     def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
         """``logprobs`` of each row, fp64 for a model in fp64, else fp32. Raises NotRun where memory does not suffice."""
+
+        def rows(layout: BatchLayout) -> RowOutputs:
+            rows = self._rows(self._run, layout, self._windows, observer)
+            return RowOutputs(rows=[{"logprobs": row} for row in rows])
+
+        return self._where_memory_suffices(case, rows)
+
+    def with_gradients(self) -> GradientsOfModel:
+        return GradientsOfModel(self)
+
+    def run_with_gradients(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
+        """The gradient of each row's loss with respect to its embeddings, and those of the weights.
+
+        A row's loss is minus the sum of its logprobs of the token that follows, of the last one that of the first.
+        """
+        return self._where_memory_suffices(case, lambda layout: self._gradients(layout, observer))
+
+    def _where_memory_suffices(self, case: BatchShape, run: Callable[[BatchLayout], RowOutputs]) -> RowOutputs:
         if why := self.space.holds(case):
             raise NotRun(why)
         layout = lay_out(case, self.vocabulary, self.outlier)
         try:
             with compiling(self.info.compile_mode, self._origin):
-                rows = self._rows(self._run, layout, self._windows, observer)
-                return RowOutputs(rows=[{"logprobs": row} for row in rows])
+                return run(layout)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -142,6 +160,25 @@ class TransformersSubject:
             out = run(*inputs)
         rows = [out[span.sequence, span.start : span.stop] for span in layout.spans]
         return [row.clone() for row in rows] if graphs else rows  # a CUDA graph writes every result to the same memory
+
+    @torch.enable_grad()
+    def _gradients(self, layout: BatchLayout, observer: Observer | None) -> RowOutputs:
+        if self.info.compile_mode in CUDA_GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()
+        tokens, *others = self._inputs(layout, self._windows)
+        sequences, columns, targets = _next_tokens(layout, tokens)
+        weights = trained(self.model)
+        with observed(observer):
+            embeddings = self.model.get_input_embeddings()(tokens)
+            if self.info.compile_mode != "eager":  # Dynamo warns of an input that is no leaf
+                embeddings = embeddings.detach().requires_grad_()
+            logprobs = self._run(embeddings, *others)[sequences, columns, targets]
+            of_embeddings, *of_weights = torch.autograd.grad(
+                logprobs, [embeddings, *weights.values()], -torch.ones_like(logprobs), allow_unused=True
+            )
+        shared = {name: g.clone() for name, g in zip(weights, of_weights, strict=True) if g is not None}
+        rows = [of_embeddings[span.sequence, span.start : span.stop].clone() for span in layout.spans]
+        return RowOutputs(rows=[{"the gradient of its embeddings": row} for row in rows], shared=shared)
 
     def _inputs(self, layout: BatchLayout, windows: Windows | None) -> tuple[Tensor, Any, Tensor | None, Any]:
         tokens, rows, positions = (
@@ -195,7 +232,7 @@ class TransformersSubject:
 
 
 class _Logprobs(nn.Module):
-    """What is compiled: the model, and the logprobs of all its positions."""
+    """What is compiled: the model, and the logprobs of all its positions. tokens: their ids, or their embeddings."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -204,9 +241,24 @@ class _Logprobs(nn.Module):
     def forward(self, tokens: Tensor, mask: Any, positions: Tensor | None, packing: attention.Packing | None) -> Tensor:
         places = {} if positions is None else {"position_ids": positions}
         places |= {} if packing is None else {"packing": packing}
-        logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **places).logits
+        places |= {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
+        logits = self.model(attention_mask=mask, use_cache=False, **places).logits
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return torch.log_softmax(logits.to(wide), -1)
+
+
+def _next_tokens(layout: BatchLayout, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each row's tokens are, as sequences and columns, and the token after each; after the last one comes the first."""
+    sequences: list[int] = []
+    columns: list[int] = []
+    following: list[int] = []
+    for span in layout.spans:
+        places = range(span.start, span.stop)
+        sequences += [span.sequence] * len(places)
+        columns += places
+        following += [*places[1:], places[0]]
+    where = [torch.tensor(x, device=tokens.device) for x in (sequences, columns, following)]
+    return where[0], where[1], tokens[where[0], where[2]]
 
 
 def _of_any_size(*inputs: Any) -> None:
