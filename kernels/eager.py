@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels import stock, table
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
 from pytest_batchinv.kernels.operators import may_skip_dispatcher
@@ -53,7 +53,7 @@ def entries_of_others() -> list[Registration]:
 def _entries() -> Iterator[Entry]:
     for name, implementation in table.BACKEND_KERNELS.items():
         yield from _backend_entries(name, implementation, _devices())
-    for name, implementation in table.POINTWISE.items():
+    for name, implementation in (*table.POINTWISE.items(), *table.WHOLE_VECTORS.items()):
         yield from _backend_entries(name, implementation, ("CPU",))
     for name, reason in table.REFUSED.items():
         overload = overload_of(name)
@@ -79,7 +79,7 @@ def _backend_entries(name: str, implementation: Implementation, keys: tuple[str,
         yield overload, key, _functional(overload, key, implementation)
         for sibling in siblings(overload):
             if _has_backend_kernel(sibling.overload, key):
-                yield sibling.overload, key, _writing(sibling, key, implementation)
+                yield sibling.overload, key, _writing(sibling, key, implementation, is_own=name in table.WHOLE_VECTORS)
 
 
 def _has_backend_kernel(overload: OpOverload, key: str) -> bool:
@@ -91,12 +91,12 @@ def _has_backend_kernel(overload: OpOverload, key: str) -> bool:
 
 
 def _functional(overload: OpOverload, key: str, implementation: Implementation) -> Kernel:
-    name, stock = overload.name(), _stock(overload, key)
+    name, stock_kernel = overload.name(), _stock(overload, key)
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         try:
             if is_exact(overload, args, kwargs):
-                return stock(keyset, *args, **kwargs)
+                return stock_kernel(keyset, *args, **kwargs)
             count(name)
             return implementation(*args, **kwargs)
         except Refused as refused:
@@ -105,12 +105,15 @@ def _functional(overload: OpOverload, key: str, implementation: Implementation) 
     return run
 
 
-def _writing(sibling: Sibling, key: str, implementation: Implementation) -> Kernel:
-    """Computes the functional result, then writes it where the caller wants it, with torch's checks of dtype and size."""
+def _writing(sibling: Sibling, key: str, implementation: Implementation, is_own: bool) -> Kernel:
+    """Computes the functional result, then writes it where the caller wants it, with torch's checks of dtype and size.
+
+    is_own: the implementation calls torch's own kernel, and takes and gives whatever that does.
+    """
     overload, out_names = sibling.overload, sibling.out_names
-    name, stock = overload.name(), _stock(overload, key)
+    name, stock_kernel = overload.name(), _stock(overload, key)
     short_name = name.removeprefix("aten::")
-    gives_dtype, may_cast = short_name in table.OUT_GIVES_DTYPE, short_name in table.OUT_MAY_CAST
+    gives_dtype, may_cast = short_name in table.OUT_GIVES_DTYPE, is_own or short_name in table.OUT_MAY_CAST
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         outs = [kwargs[out_name] for out_name in out_names] or [args[0]]
@@ -119,8 +122,9 @@ def _writing(sibling: Sibling, key: str, implementation: Implementation) -> Kern
             arguments["dtype"] = outs[0].dtype
         try:
             # An out of integers: torch's own kernel sums integers into it, or refuses it.
-            if is_exact(overload, args, arguments) or not (outs[0].is_floating_point() or outs[0].is_complex()):
-                return stock(keyset, *args, **kwargs)
+            is_of_floats = is_own or outs[0].is_floating_point() or outs[0].is_complex()
+            if not is_of_floats or is_exact(overload, args, arguments):
+                return stock_kernel(keyset, *args, **kwargs)
             count(name)
             results = implementation(*args, **arguments)
         except Refused as refused:
@@ -163,8 +167,9 @@ def _composite(overload: OpOverload, implementation: Implementation) -> Kernel:
 
 def _stock(overload: OpOverload, key: str) -> Kernel:
     """torch's own kernel, looked up before ours takes its place."""
-    with contextlib.suppress(RuntimeError):
-        return torch.library.get_kernel(overload, key).call_boxed
+    kernel = stock.remember(overload, key)
+    if kernel is not None:
+        return kernel
 
     def refuse(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         raise Refused(f"torch has no kernel of its own for {overload.name()} on {key}, so integers have none here.")

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from pytest_batchinv.kernels import table
-from pytest_batchinv.kernels.aten import attention, norms, reductions
+from pytest_batchinv.kernels.aten import attention, norms, reductions, vectors
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
 from pytest_batchinv.kernels.overloads import Implementation, overload_of
@@ -61,6 +61,14 @@ def _define_all(library: torch.library.Library) -> dict[OpOverload, OpOverload]:
         overload = overload_of(name)
         if overload is not None:
             made[overload] = _define(library, overload, implementation, _like_the_input)
+    for name, implementation in table.WHOLE_VECTORS.items():
+        overload = overload_of(name)
+        if overload is not None:
+            made[overload] = _define(library, overload, implementation, vectors.fake(overload))
+    for name in table.AS_IN_EAGER_CODE:
+        overload = overload_of(name)
+        if overload is not None:
+            made[overload] = _define(library, overload, overload, overload)
     _differentiate(
         library,
         "_fused_rms_norm",

@@ -1,6 +1,6 @@
 """The overloads that the table names, their ``.out`` and in-place siblings, and which calls the table serves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from operator import methodcaller
@@ -72,14 +72,31 @@ def is_exact(overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     Raises Refused for complex numbers where the entry does not take them.
     """
+    if overload in _by_torchs_own_kernels():  # integers too, some of which become floats
+        return False
     dtype = kwargs.get("dtype") or _first_dtype(args)
     if dtype is None or dtype in _FLOATS:
         return False
-    if dtype in _COMPLEX and _name(overload) in table.COMPLEX:
+    if dtype in _COMPLEX and (_name(overload) in table.COMPLEX or overload in _pointwise()):
         return False
     if dtype.is_complex or dtype.is_floating_point:
         raise Refused(f"batch-invariant mode has no kernel for {overload.name()} in {dtype}.")
     return not _makes_floats(overload, args)
+
+
+@cache
+def _by_torchs_own_kernels() -> frozenset[OpOverload]:
+    return _with_siblings((*table.WHOLE_VECTORS, *table.AS_IN_EAGER_CODE))
+
+
+@cache
+def _pointwise() -> frozenset[OpOverload]:
+    return _with_siblings(table.POINTWISE)
+
+
+def _with_siblings(names: Iterable[str]) -> frozenset[OpOverload]:
+    overloads = [overload for name in names if (overload := overload_of(name)) is not None]
+    return frozenset((*overloads, *(sibling.overload for overload in overloads for sibling in siblings(overload))))
 
 
 def _makes_floats(overload: OpOverload, args: tuple[Any, ...]) -> bool:

@@ -23,16 +23,9 @@ ROW_LOCAL = {
 }  # fmt: skip
 """Base names of aten operators, without overload."""
 
-VARY_ON_THE_CPU = {"atanh", "cosh", "sinh", "exp2", "special_i0e", "atan2", "logaddexp"}
-"""Pointwise operators without an entry in the table whose stock CPU kernels treat the tail of a vector differently (torch
-2.13.0): a row's bits follow its place in memory. So do powers of a tensor exponent."""
 
-
-def is_row_local(overload: OpOverload, on_cpu: bool = False) -> bool:
+def is_row_local(overload: OpOverload) -> bool:
     """Pointwise operators and views by torch's own tags and schemas; the others by the lists above."""
-    tensor_exponent = overload.name() in ("aten::pow.Tensor_Tensor", "aten::pow.Scalar")
-    if on_cpu and (_base_name(overload) in VARY_ON_THE_CPU or tensor_exponent):
-        return False
     return torch.Tag.pointwise in overload.tags or overload.is_view or _base_name(overload) in ROW_LOCAL
 
 

@@ -1,15 +1,16 @@
 """The table: which implementation stands for which aten overload, and nothing else.
 
 ``BACKEND_KERNELS`` are installed below autograd. ``COMPOSITES`` are installed above it: they are made of backend kernels, so
-gradients flow. ``POINTWISE`` is installed on the CPU only, where torch's own kernels treat the tail of a vector in another
-way. ``REFUSED`` raise with the reason. ``OUT_GIVES_DTYPE`` and ``OUT_MAY_CAST`` say which dtypes an ``out=`` may have.
+gradients flow. ``POINTWISE`` and ``WHOLE_VECTORS`` are installed on the CPU only, where torch's own kernels treat the tail of
+a vector in another way. ``AS_IN_EAGER_CODE`` is for compiled code alone. ``REFUSED`` raise with the reason.
+``OUT_GIVES_DTYPE`` and ``OUT_MAY_CAST`` say which dtypes an ``out=`` may have.
 A functional overload stands for its ``.out`` and in-place siblings too: ``overloads.py`` finds them by their schemas.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from pytest_batchinv.kernels.aten import attention, norms, pointwise, products, reductions, scatter
+from pytest_batchinv.kernels.aten import attention, convolution, norms, pointwise, products, reductions, scatter, vectors
 
 BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "mm": products.mm,
@@ -27,7 +28,7 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "dot": products.dot,
     "vdot": products.vdot,
     "_grouped_mm": products.grouped_mm,
-    "convolution": products.convolution,
+    "convolution": convolution.convolution,
     "sum": reductions.sum_all,
     "sum.dim_IntList": reductions.sum_dim,
     "mean": reductions.mean_all,
@@ -80,6 +81,56 @@ POINTWISE: dict[str, Callable[..., Any]] = {
     "pow.Tensor_Scalar": pointwise.pow,
 }
 
+WHOLE_VECTORS: dict[str, Callable[..., Any]] = {
+    name: vectors.whole_vectors(name)
+    for name in (
+        *("exp2", "sinh", "cosh", "atanh", "special_i0e", "softshrink", "sgn", "digamma", "igamma", "igammac"),
+        *("atan2", "hypot", "logaddexp", "logaddexp2", "lerp.Scalar", "binary_cross_entropy"),
+    )
+} | {"pow.Tensor_Tensor": vectors.pow_of_tensors, "angle": vectors.angle}
+"""Pointwise operators whose values follow their place in memory: torch's kernels, on whole vectors (``aten/vectors.py``)."""
+
+_ON_THE_CPU = (
+    *("sqrt", "log2", "log10", "tan", "asin", "acos", "atan", "asinh", "acosh", "erfc", "erfinv", "sinc", "logit"),
+    *(
+        "pow.Scalar",
+        "lgamma",
+        "polygamma",
+        "mvlgamma",
+        "i0",
+        "xlogy.Tensor",
+        "special_xlog1py",
+        "special_zeta",
+        "special_erfcx",
+    ),
+    *("special_i1", "special_i1e", "special_ndtri", "special_log_ndtr", "special_entr", "special_airy_ai"),
+    *("special_bessel_j0", "special_bessel_j1", "special_bessel_y0", "special_bessel_y1", "special_spherical_bessel_j0"),
+    *("special_modified_bessel_i0", "special_modified_bessel_i1", "special_modified_bessel_k0", "special_modified_bessel_k1"),
+    *("special_scaled_modified_bessel_k0", "special_scaled_modified_bessel_k1"),
+    *(f"special_chebyshev_polynomial_{kind}" for kind in "tuvw"),
+    *("special_hermite_polynomial_h", "special_hermite_polynomial_he", "special_laguerre_polynomial_l"),
+    *("log_sigmoid_forward", "round.decimals", "remainder.Tensor", "remainder.Scalar", "addr"),
+)
+_IN_SEVERAL_STEPS = (
+    *("add.Tensor", "sub.Tensor", "div.Tensor_mode", "floor_divide", "lerp.Tensor", "addcmul", "addcdiv", "glu", "nextafter"),
+    *("ldexp.Tensor", "linspace", "logspace", "linalg_cross", "mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"),
+    *("binary_cross_entropy_with_logits", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "col2im"),
+    *("grid_sampler_2d", "grid_sampler_3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d"),
+    *("upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    *("upsample_linear1d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "upsample_trilinear3d.vec"),
+)
+AS_IN_EAGER_CODE = {
+    **dict.fromkeys(_ON_THE_CPU, ("cpu",)),
+    **dict.fromkeys(_IN_SEVERAL_STEPS, ("cpu", "cuda")),
+}
+"""Operators that Inductor computes by another formula or another function than eager code, and the devices where it does: there
+compiled code calls eager code's kernel, as an opaque operator."""
+
+ONLY_WITH_A_FACTOR = {"add.Tensor", "sub.Tensor"}
+"""Those of them that Inductor computes as eager code does unless ``alpha`` is given."""
+ONLY_OF_FLOATS = {"add.Tensor", "sub.Tensor", "div.Tensor_mode", "floor_divide", "remainder.Tensor", "remainder.Scalar"}
+"""Those whose integers are exact in any code."""
+
 FLOATS_OF_INTEGERS = {*_OF_ANY_DTYPE, "pow", "logsumexp"}
 """Entries that make floats of integers, and then compute as for those. ``pow`` does where its exponent is a float."""
 
@@ -87,7 +138,8 @@ COMPLEX = {
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "convolution", "index_add", "scatter_add"),
     *("sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "cumsum"),
 }
-"""Entries that take complex64 and complex128 too (``complex_parts.py``). The others are refused, as is complex32."""
+"""Entries that take complex64 and complex128 too (``complex_parts.py``), as pointwise ones do wherever torch does. The others
+are refused, as is complex32."""
 
 # torch's rules for ``out=``. Elsewhere it must have the result's dtype.
 OUT_GIVES_DTYPE = {"sum.IntList_out", "mean.out", "mean.dtype_out", "cumsum.out"}
@@ -97,7 +149,7 @@ OUT_MAY_CAST = {
     *(f"{kind}.out" for kind in _OF_ANY_DTYPE),
     "pow.Tensor_Scalar_out",
 }  # fmt: skip
-"""These write into any dtype that the result can be cast to."""
+"""These write into any dtype that the result can be cast to. So do those of ``WHOLE_VECTORS``."""
 
 _SDPA = "call torch.nn.functional.scaled_dot_product_attention, which the mode covers whatever backend is chosen"
 _FASTPATH = (

@@ -48,7 +48,7 @@ def sources(*folders: str | Path) -> str:
 
 
 def _table() -> Iterable[str]:
-    for section in (table.BACKEND_KERNELS, table.COMPOSITES, table.POINTWISE):
+    for section in (table.BACKEND_KERNELS, table.COMPOSITES, table.POINTWISE, table.WHOLE_VECTORS):
         for name, implementation in section.items():
             yield f"{name}: {implementation.__module__}.{implementation.__qualname__}"
     for name, reason in table.REFUSED.items():

@@ -115,7 +115,7 @@ def hashable(dim: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
 
 def as_floats(x: Tensor) -> Tensor:
     """Integers and booleans in torch's default dtype, as its own operators take them where they give floats."""
-    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    return x if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
 
 
 def shape_of(x: Tensor | Description) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from pytest_batchinv.kernels.aten import vectors
 from pytest_batchinv.kernels.aten.common import as_floats
 
 
@@ -14,8 +15,9 @@ def _pointwise(x: Tensor, kind: str, *params: float) -> Tensor:
 
 
 def unary(kind: str) -> Callable[[Tensor], Tensor]:
-    """A pointwise operator without further arguments."""
-    return lambda self: _pointwise(self, kind)
+    """A pointwise operator without further arguments. Complex numbers go to torch's own kernel, in whole vectors."""
+    of_complex = vectors.whole_vectors(kind)
+    return lambda self: of_complex(self) if self.is_complex() else _pointwise(self, kind)
 
 
 def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
@@ -32,5 +34,10 @@ def elu(self: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1
     return _pointwise(self, "elu", alpha, scale, input_scale)
 
 
-def pow(self: Tensor, exponent: float) -> Tensor:
+def pow(self: Tensor, exponent: complex) -> Tensor:
+    if self.is_complex() or isinstance(exponent, complex):
+        return _pow_of_complex(self, exponent)
     return _pointwise(self, "pow", exponent)
+
+
+_pow_of_complex = vectors.whole_vectors("pow.Tensor_Scalar")

@@ -1,4 +1,4 @@
-"""Matrix products, linear layers and convolutions: all by ``gemm`` and ``grouped_gemm`` of the kernel sets."""
+"""Matrix products and linear layers: all by ``gemm`` and ``grouped_gemm`` of the kernel sets."""
 
 import math
 from collections.abc import Callable
@@ -208,51 +208,6 @@ def _check_grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
     groups = {a.shape[0] for _ in range(a.dim() == 3)} | {b.shape[0] for _ in range(b.dim() == 3)}
     if groups and groups != {offs.shape[0]}:
         raise RuntimeError(f"_grouped_mm: expected one end a group, but got {offs.shape[0]} for {shape_of(a)} by {shape_of(b)}")
-
-
-def convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Tensor:
-    """1-d convolution as one GEMM a group: each output position is a row of the C // groups * k inputs under the kernel."""
-    if input.dim() != 3 or transposed:
-        kind = "transposed" if transposed else f"{input.dim() - 2}-d"
-        raise Refused(f"batch-invariant mode covers 1-d convolution; this one is {kind}.")
-    _check_convolution(input, weight, bias, stride, padding, dilation, output_padding, groups)
-    n_batch, channels, _ = input.shape
-    out_channels, group_channels, taps = weight.shape
-    reach = dilation[0] * (taps - 1) + 1
-    columns = torch.nn.functional.pad(input, (padding[0], padding[0])).unfold(2, reach, stride[0])[..., :: dilation[0]]
-    length = columns.shape[2]
-    columns = columns.reshape(n_batch, groups, group_channels, length, taps)
-    rows = columns.permute(1, 0, 3, 2, 4).reshape(groups, n_batch * length, group_channels * taps)
-    kernel = weight.reshape(groups, out_channels // groups, group_channels * taps).transpose(1, 2)
-    offset = None
-    if bias is not None:
-        offset = bias.view(groups, 1, -1).expand(groups, rows.shape[1], out_channels // groups)
-    out = kernel_set(input).gemm(rows, kernel, offset)
-    out = out.view(groups, n_batch, length, out_channels // groups).permute(1, 0, 3, 2)
-    return out.reshape(n_batch, out_channels, length).contiguous()
-
-
-def _check_convolution(input, weight, bias, stride, padding, dilation, output_padding, groups) -> None:
-    """torch's own conditions, for one dimension."""
-    if any(len(sizes) != 1 for sizes in (stride, padding, dilation, output_padding)):
-        raise RuntimeError("convolution: stride, padding, dilation and output_padding need one value for a 1-d convolution")
-    if stride[0] < 1 or padding[0] < 0 or dilation[0] < 1 or output_padding[0] < 0 or groups < 1:
-        raise RuntimeError(
-            f"convolution: stride {stride}, dilation {dilation} and groups {groups} must be positive, "
-            f"padding {padding} and output_padding {output_padding} not negative"
-        )
-    if weight.dim() != 3 or weight.shape[0] % groups or input.shape[1] != weight.shape[1] * groups or 0 in weight.shape:
-        raise RuntimeError(
-            f"convolution: a weight of shape {shape_of(weight)} in {groups} groups does not fit {shape_of(input)}"
-        )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise RuntimeError(f"convolution: expected one bias for each of {weight.shape[0]} channels, but got {shape_of(bias)}")
-    if any(x is not None and (x.dtype != input.dtype or x.device != input.device) for x in (weight, bias)):
-        raise RuntimeError("convolution: expected input, weight and bias of one dtype on one device")
-    if input.shape[2] + 2 * padding[0] < dilation[0] * (weight.shape[2] - 1) + 1:
-        raise RuntimeError(f"convolution: a kernel of {shape_of(weight)} is longer than the padded input {shape_of(input)}")
-    if input.shape[2] == 0 and input.shape[0] and input.shape[1]:
-        raise RuntimeError(f"convolution: only batch and channels may be empty, but the input is {shape_of(input)}")
 
 
 Operand = Tensor | Description

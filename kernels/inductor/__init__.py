@@ -60,9 +60,13 @@ def _table() -> dict[OpOverload, Decomposition]:
     from torch._inductor.decomposition import select_decomp_table
 
     stock = dict(select_decomp_table())
-    pointwise = {overload_of(name) for name in table.POINTWISE}
+    devices = {
+        **dict.fromkeys((*table.POINTWISE, *table.WHOLE_VECTORS), ("cpu",)),
+        **table.AS_IN_EAGER_CODE,
+    }
+    pointwise = {overload_of(name): where for name, where in devices.items()}
     entries = {
-        overload: _on_the_cpu(overload, operator, stock.get(overload))
+        overload: _on_some(pointwise[overload], overload, operator, stock.get(overload))
         if overload in pointwise
         else _replacement(overload, operator)
         for overload, operator in operators().items()
@@ -81,15 +85,31 @@ def _replacement(overload: OpOverload, operator: OpOverload) -> Decomposition:
     return decompose
 
 
-def _on_the_cpu(overload: OpOverload, operator: OpOverload, stock: Decomposition | None) -> Decomposition:
-    """Pointwise entries are the CPU's alone; on a GPU Inductor's own code gives the bits of eager code."""
+def _on_some(
+    devices: tuple[str, ...], overload: OpOverload, operator: OpOverload, stock: Decomposition | None
+) -> Decomposition:
+    """The operator on these devices. Pointwise entries are the CPU's: on a GPU Inductor's code gives the bits of eager code."""
     if overload is torch.ops.aten.pow.Tensor_Scalar:
         stock = _pow
 
-    def decompose(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.device.type == "cpu" and not is_exact(overload, (self, *args), kwargs):
-            return operator(as_floats(self), *args, **kwargs)  # whose fake result has the dtype of its input
-        return NotImplemented if stock is None else stock(self, *args, **kwargs)
+    name = overload.name().removeprefix("aten::")
+    has_dtype_of_input = name in table.POINTWISE
+
+    def is_ours(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if name in table.ONLY_WITH_A_FACTOR and kwargs.get("alpha", 1) == 1:
+            return False
+        if name in table.ONLY_OF_FLOATS and not any(x.is_floating_point() or x.is_complex() for x in tensors):
+            return False
+        device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+        return device.type in devices and not is_exact(overload, args, kwargs)
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        if not is_ours(args, kwargs):
+            return NotImplemented if stock is None else stock(*args, **kwargs)
+        if has_dtype_of_input:
+            args = (as_floats(args[0]), *args[1:])
+        return operator(*args, **kwargs)
 
     return decompose
 

@@ -45,7 +45,7 @@ def sort_calls(calls: Iterable[Call], answered: Counter[str]) -> OpCoverage:
             covered[name] += 1
             if call.gives_floats and not answered[name]:
                 bypassed.add(name)
-        elif rowlocal.is_row_local(call.overload, on_cpu and call.gives_floats):
+        elif rowlocal.is_row_local(call.overload):
             row_local.add(name)
         else:
             unverified.add(name)
@@ -60,7 +60,7 @@ def sort_calls(calls: Iterable[Call], answered: Counter[str]) -> OpCoverage:
 @cache
 def _covered(on_cpu: bool) -> frozenset[OpOverload]:
     """The table's overloads and their siblings. Pointwise entries are the CPU's alone."""
-    names = (*table.BACKEND_KERNELS, *table.POINTWISE) if on_cpu else tuple(table.BACKEND_KERNELS)
+    names = (*table.BACKEND_KERNELS, *table.POINTWISE, *table.WHOLE_VECTORS) if on_cpu else tuple(table.BACKEND_KERNELS)
     entries = [overload for name in names if (overload := overloads.overload_of(name)) is not None]
     siblings = (sibling.overload for overload in entries for sibling in overloads.siblings(overload))
     return frozenset((*entries, *siblings))

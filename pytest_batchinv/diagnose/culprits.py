@@ -168,7 +168,7 @@ def _cure(sides: TwoSides, overloads: set[Operator]) -> str:
 
 def _kernel(overload: Operator) -> Callable[..., Any] | None:
     name = overload.name().removeprefix("aten::")
-    return table.BACKEND_KERNELS.get(name) or table.POINTWISE.get(name)
+    return table.BACKEND_KERNELS.get(name) or table.POINTWISE.get(name) or table.WHOLE_VECTORS.get(name)
 
 
 class OwnRows:
