@@ -241,7 +241,7 @@ def _elsewhere(rows: OwnRows) -> tuple[tuple[str, Breakpoints], ...]:
     """Its sizes in other dtypes, and with one thread; what the operator does not take is left out."""
     found = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if dtype != rows.dtype and rows.dtype.is_floating_point:
+        if dtype != rows.dtype and rows.first(1).is_floating_point():
             with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):
                 found.append((short_dtype(dtype), _sizes(rows.in_dtype(dtype))))
     threads = torch.get_num_threads()

@@ -38,6 +38,7 @@ Found on: {machine}.
 """
 
 import base64
+import io
 import sys
 import zlib
 
@@ -55,6 +56,11 @@ def tensor(shape, stride, dtype, offset, content, device):
         raw = bytearray(zlib.decompress(base64.b85decode(content)))
         memory[offset:] = torch.frombuffer(raw, dtype=dtype).to(device)
     return memory.as_strided(shape, stride, offset)
+
+
+def saved(content):
+    """An object of one of torch's classes, such as packed weights, in base64."""
+    return torch.load(io.BytesIO(zlib.decompress(base64.b85decode(content))), weights_only=False)
 
 
 def part(x, places):
@@ -182,8 +188,12 @@ def _made(x: Tensor, seed: int | None) -> str:
         memory = as_bits(x.as_strided((extent,), (1,)).cpu()) if extent else torch.empty(0)
         if memory.nbytes > 16 * MOST_BYTES:
             raise Unwritable(f"its numbers are {memory.nbytes >> 20} MiB")
-        content = repr(base64.b85encode(zlib.compress(memory.numpy().tobytes(), 9)).decode())
+        content = _packed(memory.numpy().tobytes())
     return f"tensor({list(x.shape)}, {list(x.stride())}, {x.dtype}, {offset}, {content}, {x.device.type!r})"
+
+
+def _packed(content: bytes) -> str:
+    return repr(base64.b85encode(zlib.compress(content, 9)).decode())
 
 
 def _both(match: Match) -> tuple[list[Any], list[Any]] | None:
@@ -216,9 +226,20 @@ def _source(value: Any, names: Iterator[str]) -> str:
         return f'float("{value}")'
     if isinstance(value, torch.device):
         return f"torch.device({str(value)!r})"
+    if isinstance(value, torch.ScriptObject):
+        return f"saved({_packed(_serialized(value))})"
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)):
         return repr(value)
     raise Unwritable(f"an argument of type {type(value).__name__} cannot be written down")
+
+
+def _serialized(value: torch.ScriptObject) -> bytes:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise Unwritable(f"an argument of type {value._type()} cannot be saved: {error}") from error
+    return file.getvalue()
 
 
 def _imports(operator: OpOverload) -> Iterator[str]:

@@ -61,6 +61,15 @@ def test_a_script_keeps_strides_and_alignment():
     assert "tensor([1, 64], [65, 1], torch.float32, 0," in script
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch.ao, which is deprecated
+def test_packed_weights_are_written_down(tmp_path):
+    torch.manual_seed(0)
+    layer = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(torch.nn.Linear(64, 16)), {torch.nn.Linear})
+    trace = trace_of(layer, torch.randn(40, 64))
+    assert trace.ops[trace.cause.op].overload == "quantized::linear_dynamic"
+    assert run(trace.script, tmp_path / "script.py").returncode == 1
+
+
 def test_what_cannot_be_written_down_says_why():
     fault = next(fault for fault in FAULTS if fault.name == "written in place for a few rows")
     fn, pool = fault.make()
