@@ -133,7 +133,7 @@ def trace(runs: SubjectRuns, case: BatchShape, position: int) -> Trace:
     subject, side = runs.subject, Side(case, position)
     eager = subject.in_eager_mode()
     code = CompiledCode.of(subject, (case,))
-    calls, expected = kept_calls(eager, side, EagerCode())
+    calls, expected, is_cut = kept_calls(eager, side, EagerCode())
     results = _Results(calls)
 
     def walk(heals: Callable[[int], bool]) -> tuple[_Walk, RowOutputs]:
@@ -158,7 +158,7 @@ def trace(runs: SubjectRuns, case: BatchShape, position: int) -> Trace:
         )
         for i, number in enumerate(parted)
     )
-    notes = [CUT] * any(not call.outputs for call in calls)
+    notes = [CUT] * is_cut
     if _differs(expected, at_the_end):
         notes.append("with the operators' bytes in place of all that parted the output still differs: part of it was not seen")
     elif not parted:

@@ -17,7 +17,7 @@ from pytest_batchinv import mode
 from pytest_batchinv.compare import first_difference
 from pytest_batchinv.diagnose import kernels, reproducer, sizes
 from pytest_batchinv.diagnose.calls import Operator, writes_to_inputs
-from pytest_batchinv.diagnose.rows import Match
+from pytest_batchinv.diagnose.rows import Match, in_blocks
 from pytest_batchinv.diagnose.trace import CUT, Called, Kept, TwoSides, Walk, described, traced_ops
 from pytest_batchinv.kernels import table
 from pytest_batchinv.relations.base import Relation, Side
@@ -113,8 +113,9 @@ def _told(sides: TwoSides, plain: Walk) -> Trace:
     script, why = _script(sides, by_itself, groups[_first_cause(effects)]) if groups else ("", "")
     if why:
         notes.append(f"no script of the operator alone: {why}")
-    if len(cures) > 1 and not mode.is_on():
-        notes.append(_cure(sides, set(cures)))
+    causing = {sides.calls[group.blamed].overload for group, effect in zip(groups, effects, strict=True) if effect == "causes"}
+    if len(causing) > 1 and not mode.is_on():
+        notes.append(_cure(sides, causing))
     control_flow = _control_flow(sides, groups)
     return Trace(ops=ops, culprits=culprits, control_flow=control_flow, notes=tuple(notes), script=script)
 
@@ -309,7 +310,7 @@ def _repeated(x: Tensor, dim: int, n_rows: int) -> Tensor:
 
 def _rows_along(match: Match) -> int | None:
     """The dimension along which the row's vectors lie; -1 for a tensor without rows; None where there are several."""
-    if match.selection is None:
+    if match.selection is None or match.selection.blocks is not None:
         return None
     whole = (slice(None), slice(None))
     dims = [dim for dim, places in enumerate(match.selection.dims) if places != whole]
@@ -344,8 +345,20 @@ def _named(call: Kept | Called) -> str:
     return " ".join([call.key.overload, *filter(None, where)])
 
 
+def _moved(sides: TwoSides, healed: Walk, group: Group) -> str:
+    """Where padding put the row elsewhere in the blocks of columns that the operator was given: sums may follow the place."""
+    seen = healed.seen.get(group.blamed)
+    for match, shape in zip(seen.inputs if seen is not None else (), sides.calls[group.blamed].shapes, strict=False):
+        if (found := match.selection and in_blocks(match.selection, shape)) is not None:
+            size, one, other = found
+            name = sides.calls[group.blamed].overload.name()
+            where = f"the row begins at column {one} of a block on one side, {other} on the other"
+            return f"{name} takes blocks of {size} columns: {where}"
+    return ""
+
+
 def _notes(sides: TwoSides, healed: Walk, groups: list[Group]) -> list[str]:
-    notes = []
+    notes = list(filter(None, [_moved(sides, healed, group) for group in groups[:1]]))
     if sides.is_cut:
         notes.append(CUT)
     if not sides.is_equal(healed.outputs):

@@ -199,6 +199,8 @@ def _packed(content: bytes) -> str:
 def _both(match: Match) -> tuple[list[Any], list[Any]] | None:
     if match.selection is None:
         return None
+    if match.selection.blocks is not None:
+        raise Unwritable("the row lies in several blocks of columns")
     return [_place(x) for x, _ in match.selection.dims], [_place(y) for _, y in match.selection.dims]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,14 @@ class Selection(NamedTuple):
     """The row's places on either side, dimension by dimension. by_content: some were found by the row's bytes.
 
     permuted: the sizes of the dimension, on either side, along which the row's vectors stand in places of no order; else None.
+    blocks: the dimension which, taken together with the next one, holds the columns: they were cut into blocks; else None.
     """
 
     dims: tuple[tuple[Places, Places], ...]
     finds_a_row: bool
     by_content: bool = False
     permuted: tuple[int, int] | None = None
+    blocks: int | None = None
 
 
 class Match(NamedTuple):
@@ -72,7 +75,7 @@ class Finder:
 
     def __init__(self, one: Sequence[Geometry], other: Sequence[Geometry]) -> None:
         self._pairs = list(itertools.product(one, other))
-        self._same_shapes = any(a.n == b.n > 1 for a, b in self._pairs)
+        self._several = any(max(a.n, b.n) > 1 for a, b in self._pairs)
 
     def match(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection] = (), permuted: bool = False) -> Match:
         """The first selection under which the bytes agree; else the likeliest one, with what differs.
@@ -90,16 +93,41 @@ class Finder:
             likeliest = likeliest or Match(selection, difference)
         if (permuted or likeliest is None) and (by_content := _by_content(expected, actual)) is not None:
             return Match(by_content, None)
-        return likeliest or Match(None, None)
+        return likeliest or self._in_blocks(expected, actual) or Match(None, None)
+
+    def _in_blocks(self, expected: Tensor, actual: Tensor) -> Match | None:
+        """Where columns were padded to blocks of one size, as recurrences do: the row's own may lie in several."""
+        for a, b in self._pairs:
+            for dim in range(expected.dim() - 1):
+                size = expected.shape[dim + 1]
+                n_blocks = expected.shape[dim], actual.shape[dim]
+                if size < 2 or actual.shape[dim + 1] != size or n_blocks != (-(-a.width // size), -(-b.width // size)):
+                    continue
+                columns = slice(a.start, a.stop), slice(b.start, b.stop)
+                shapes = [x.flatten(dim, dim + 1).shape for x in (expected, actual)]
+                for found in self._selections(*shapes, (), {dim: columns}):
+                    selection = found._replace(blocks=dim)
+                    return Match(selection, first_difference(*selected(expected, actual, selection)))
+        return None
 
     def is_shared(self, selection: Selection) -> bool:
-        """Whether the tensor holds no row of its own where both sides hold several: it may follow the neighbours by right."""
-        return self._same_shapes and not selection.finds_a_row
+        """Whether the tensor holds no row of its own: it may follow the neighbours by right."""
+        return self._several and not selection.finds_a_row
 
-    def _selections(self, one: torch.Size, other: torch.Size, carried: tuple[Selection, ...]) -> list[Selection]:
+    def _selections(
+        self,
+        one: torch.Size,
+        other: torch.Size,
+        carried: tuple[Selection, ...],
+        known: Mapping[int, tuple[slice, slice]] = MappingProxyType({}),
+    ) -> list[Selection]:
+        """known: the row's places along some dimensions."""
         found: dict[str, Selection] = {}
         for a, b in self._pairs:
-            choices = [list(_choices(i, j, a, b, dim, carried)) for dim, (i, j) in enumerate(zip(one, other, strict=True))]
+            choices = [
+                [("columns", *known[dim])] if dim in known else list(_choices(i, j, a, b, dim, carried))
+                for dim, (i, j) in enumerate(zip(one, other, strict=True))
+            ]
             for combination in itertools.islice(itertools.product(*choices), _MOST_CHOICES):
                 kinds = [kind for kind, _, _ in combination]
                 if kinds.count("batch") + kinds.count("tokens") > 1 or "tokens" in kinds and "columns" in kinds:
@@ -146,6 +174,8 @@ def selected(expected: Tensor, actual: Tensor, selection: Selection) -> tuple[Te
     """The row in both tensors."""
     one = [x for x, _ in selection.dims]
     other = [y for _, y in selection.dims]
+    if selection.blocks is not None:
+        expected, actual = (x.flatten(selection.blocks, selection.blocks + 1) for x in (expected, actual))
     return _taken(expected, one), _taken(actual, other)
 
 
@@ -160,10 +190,14 @@ def _taken(x: Tensor, places: Sequence[Places]) -> Tensor:
 
 
 def put_in_place(expected: Tensor, actual: Tensor, selection: Selection) -> bool:
-    """Writes the row's bytes of the first side into the second side's tensor. False where its memory overlaps."""
+    """Writes the row's bytes of the first side into the second side's tensor. False where its memory does not allow it."""
     if any(stride == 0 and size > 1 for stride, size in zip(actual.stride(), actual.shape, strict=True)):
         return False
     part, target, lists = expected, actual, []
+    if selection.blocks is not None:
+        part, target = (x.flatten(selection.blocks, selection.blocks + 1) for x in (expected, actual))
+        if target.data_ptr() != actual.data_ptr():
+            return False
     for dim, (x, y) in enumerate(selection.dims):
         part = _taken(part, [slice(None)] * dim + [x])
         if isinstance(y, slice):
@@ -178,6 +212,20 @@ def put_in_place(expected: Tensor, actual: Tensor, selection: Selection) -> bool
     else:
         target.copy_(part)
     return True
+
+
+def in_blocks(of: Selection, shape: torch.Size) -> tuple[int, int, int] | None:
+    """The columns of a block, and at which of them the row begins on either side; None where it is held in no blocks.
+
+    shape: of the second side's tensor.
+    """
+    for dim, (x, y) in enumerate(of.dims):
+        if dim == of.blocks and isinstance(x, slice) and isinstance(y, slice):
+            return shape[dim + 1], x.start % shape[dim + 1], y.start % shape[dim + 1]
+        is_padded = of.permuted is not None and not of.by_content and of.permuted[0] == of.permuted[1] == shape[dim]
+        if is_padded and isinstance(x, tuple) and isinstance(y, tuple) and x[0] != y[0]:
+            return shape[dim], x[0], y[0]
+    return None
 
 
 def through_indices(of: Selection, dim: int, one: Tensor, other: Tensor, sizes: tuple[int, int]) -> Selection | None:
@@ -202,6 +250,22 @@ def through_indices(of: Selection, dim: int, one: Tensor, other: Tensor, sizes: 
     dims = list(of.dims)
     dims[dim] = (tuple(i for i, _ in pairs), tuple(j for _, j in pairs))
     return Selection(tuple(dims), True, of.by_content, (len(one), len(other)))
+
+
+def through_padding(of: Selection, one: Sequence[int], other: Sequence[int], sizes: tuple[torch.Size, torch.Size]) -> Selection:
+    """Where the row stands in ``constant_pad_nd(x, padding)`` of both sides, given where it stands in x.
+
+    one, other: the padding of either side, before and after each dimension, the last one first. sizes: of the two x.
+    """
+    dims, permuted = list(of.dims), None
+    for i in range(0, min(len(one), len(other)), 2):
+        dim = len(dims) - 1 - i // 2
+        if dims[dim] == (slice(None), slice(None)) or not any((*one[i : i + 2], *other[i : i + 2])):
+            continue
+        x, y = (_listed(places, size[dim]) for places, size in zip(of.dims[dim], sizes, strict=True))
+        dims[dim] = tuple(place + one[i] for place in x), tuple(place + other[i] for place in y)
+        permuted = sizes[0][dim] + sum(one[i : i + 2]), sizes[1][dim] + sum(other[i : i + 2])
+    return Selection(tuple(dims), of.finds_a_row, of.by_content, permuted)
 
 
 def _by_source(indices: list[int]) -> dict[int, list[int]]:

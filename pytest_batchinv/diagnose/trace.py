@@ -20,7 +20,7 @@ from pytest_batchinv.compare import first_row_that_differs
 from pytest_batchinv.diagnose.align import Key, Pairs, align
 from pytest_batchinv.diagnose.calls import Operator, base_name, gives_empty_memory, is_view, read, writes_to_inputs, written
 from pytest_batchinv.diagnose.recorder import Around, Recorder
-from pytest_batchinv.diagnose.rows import Finder, Match, Selection, geometries, put_in_place, through_indices
+from pytest_batchinv.diagnose.rows import Finder, Match, Selection, geometries, put_in_place, through_indices, through_padding
 from pytest_batchinv.diagnose.where import Places, Where, storage_of
 from pytest_batchinv.relations.base import Side
 from pytest_batchinv.report.record import Badge, TracedOp
@@ -93,10 +93,9 @@ class TwoSides:
     def __init__(self, subject: Subject, one: Side, other: Side, code: Code | None = None) -> None:
         self.subject, self.one, self.other, self.code = subject, one, other, code or EagerCode()
         self.finder = Finder(geometries(subject, one), geometries(subject, other))
-        self.kept, self.expected = kept_calls(subject, one, self.code)
+        self.kept, self.expected, self.is_cut = kept_calls(subject, one, self.code)
         self.calls = self._calls()
         self.pairs: Pairs = align([call.key for call in self.kept], [call.key for call in self.calls])
-        self.is_cut = any(not call.outputs for call in self.kept)
 
     def walk(self, heals: Callable[[int], bool], permutations: bool = True) -> Walk:
         """Runs the second side. heals: whether a call's output gets the first side's bytes where it diverges by itself.
@@ -147,8 +146,8 @@ class TwoSides:
         return calls
 
 
-def kept_calls(subject: Subject, side: Side, code: Code) -> tuple[list[Kept], RowOutputs]:
-    """The calls of a side with what they took and gave, and the row's outputs."""
+def kept_calls(subject: Subject, side: Side, code: Code) -> tuple[list[Kept], RowOutputs, bool]:
+    """The calls of a side with what they took and gave, the row's outputs, and whether some were too large to keep."""
     calls: list[Kept] = []
     places, keeper, owners = code.places(), _Keeper(), _Owners()
 
@@ -172,7 +171,7 @@ def kept_calls(subject: Subject, side: Side, code: Code) -> tuple[list[Kept], Ro
 
     with places:
         outputs = subject.run(side.case, code.observer(around))
-    return calls, row_of(outputs, side.position)
+    return calls, row_of(outputs, side.position), keeper.is_full
 
 
 class _Owners:
@@ -230,7 +229,7 @@ class _Watch:
             before = self._before(func, given, number)
         self._forget(func, given, outs)
         if before is not None:
-            self.seen[number] = self._seen(before, given, self._owners.of(func, outs))
+            self.seen[number] = self._seen(before, args, given, self._owners.of(func, outs))
         self._note(func, outs)
         return out
 
@@ -263,13 +262,17 @@ class _Watch:
             return Match(Selection(((slice(None), slice(None)),) * actual.dim(), False), None)  # a parameter
         return self.sides.finder.match(expected, actual, carried, permuted)
 
-    def _seen(self, before: list[Match], given: list[Tensor], outs: list[Tensor]) -> Seen:
+    def _seen(self, before: list[Match], args: tuple[Any, ...], given: list[Tensor], outs: list[Tensor]) -> Seen:
         number, kept = self._number, self.sides.partner(self._number)
         assert kept is not None
         made_by = tuple(dict.fromkeys(self._made_by[m] for x in given if (m := storage_of(x)) in self._made_by))
         carried = [match.selection for match in before if match.selection is not None]
         permuted = self.permutations and (base_name(kept.overload) in _INDEXING or any(c.by_content for c in carried))
-        carried = [*_through_indices(kept, before, given), *carried] if self.permutations else []
+        if self.permutations:
+            carried = [*_through_indices(kept, before, given), *carried]
+        else:
+            carried = [selection for selection in carried if not selection.by_content]
+        carried = [*_through_padding(kept, args, before), *carried]
         outputs = tuple(self._compared(x, y, carried, permuted) for x, y in zip(kept.outputs, outs, strict=False))
         for x, match in zip(outs, outputs, strict=False):
             if match.selection is not None and match.selection.permuted is not None:
@@ -331,11 +334,13 @@ class _Keeper:
     def __init__(self) -> None:
         self._held: dict[int, list[tuple[list[Tensor], int]]] = {}
         self._sizes: dict[int, int] = {}
+        self.is_full = False
 
     def keep(self, tensors: list[Tensor], into: list[Tensor]) -> None:
         memory = [storage_of(x) for x in tensors]
         self._sizes |= {m: x.untyped_storage().nbytes() for m, x in zip(memory, tensors, strict=True) if m}
-        if sum(self._sizes.values()) > KEPT_BYTES:
+        self.is_full = self.is_full or sum(self._sizes.values()) > KEPT_BYTES
+        if self.is_full:
             return
         for m, x in zip(memory, tensors, strict=True):
             self._held.setdefault(m, []).append((into, len(into)))
@@ -365,6 +370,17 @@ def _key(func: Operator, places: Places, where: Where, given: list[Tensor], outs
     return Key(where.module, func.name(), where.source, tuple(parameters))
 
 
+def _through_padding(kept: Kept, args: tuple[Any, ...], before: list[Match]) -> Iterator[Selection]:
+    """Where the row stands in a padded tensor. args: those of the second side."""
+    if (
+        base_name(kept.overload) == "constant_pad_nd"
+        and before
+        and (of := before[0].selection) is not None
+        and of.blocks is None
+    ):
+        yield through_padding(of, kept.args[1], args[1], (kept.args[0].shape, args[0].shape))
+
+
 def _through_indices(kept: Kept, before: list[Match], given: list[Tensor]) -> Iterator[Selection]:
     """Where the row stands in what was taken along one dimension by indices."""
     if base_name(kept.overload) not in ("index", "index_select") or len(kept.inputs) != 2 or len(before) != 2:
@@ -372,7 +388,13 @@ def _through_indices(kept: Kept, before: list[Match], given: list[Tensor]) -> It
     of, (x, one), other = before[0].selection, kept.inputs, given[1]
     dim = kept.args[1] if base_name(kept.overload) == "index_select" else 0
     along_one = isinstance(kept.args[1], int) or len(kept.args[1]) == 1
-    if of is not None and along_one and one.dim() == other.dim() == 1 and one.dtype == other.dtype == torch.int64:
+    if (
+        of is not None
+        and of.blocks is None
+        and along_one
+        and one.dim() == other.dim() == 1
+        and one.dtype == other.dtype == torch.int64
+    ):
         found = through_indices(of, dim, one, other, (x.shape[dim], given[0].shape[dim]))
         if found is not None:
             yield found
