@@ -170,7 +170,8 @@ def test_no_mask_is_made_for_a_causal_prefill(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ({"position_bias": torch.ones(1)}, "position bias"),
+        ({"position_bias": torch.ones(1)}, "position_bias"),
+        ({"indices": torch.zeros(1, 8, 4, dtype=torch.int32)}, "indices"),
         ({"dropout": 0.1}, "dropout"),
     ],
 )
@@ -195,6 +196,30 @@ def test_a_wrong_word_is_refused_with_the_right_ones(words, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         make(**words)
     assert isinstance(caught.value, UnknownModel) == ("model" in words)
+
+
+class Indexed(LlamaForCausalLM):
+    """A model that tells its attention by a keyword which keys to look at."""
+
+    def forward(self, input_ids=None, **kwargs):
+        return super().forward(input_ids=input_ids, indices=torch.zeros(1, dtype=torch.int64), **kwargs)
+
+
+class Other(LlamaForCausalLM):
+    """A model that is another one under an attention that is not its own."""
+
+    def forward(self, input_ids=None, **kwargs):
+        own = self.config._attn_implementation == "eager"
+        return super().forward(input_ids=input_ids if own else (input_ids + 1) % 499, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("model", "why"), [(Indexed, "does not compute indices"), (Other, "moves logits by .* times")])
+def test_our_attention_is_taken_for_no_model_that_it_does_not_compute(monkeypatch, model, why, dtype):
+    _engine_loads(monkeypatch, model)
+    assert make("org/other", attn="auto", dtype=dtype).info.attention == "eager"
+    with pytest.raises(ValueError, match=f"the plugin's attention does not compute this model: .*{why}.*use auto or eager"):
+        make("org/other", attn="batch_invariant", dtype=dtype)
 
 
 class Deaf(LlamaForCausalLM):

@@ -304,11 +304,18 @@ def _load(name: str, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _choose_attention(model: nn.Module, device: str, dtype: str, asked: str) -> str:
+    """Ours only where it computes what the model's own attention does."""
     offered = attention_implementations(model, device, dtype)
-    if asked == "auto":
-        return attention.NAME if attention.NAME in offered else "eager"
-    _require(asked in offered, f"this model has no attention implementation {asked!r}; use auto or {', '.join(offered)}")
-    return asked
+    if asked != "auto":
+        _require(asked in offered, f"this model has no attention implementation {asked!r}; use auto or {', '.join(offered)}")
+    if asked not in ("auto", attention.NAME):
+        return asked
+    if attention.NAME not in offered:
+        return "eager"
+    length, _ = _bounds(model.config.get_text_config(), device, graphs=False)
+    why = attention.difference_from_eager(model, length)
+    _require(not why or asked == "auto", f"the plugin's attention does not compute this model: {why}; use auto or eager")
+    return "eager" if why else attention.NAME
 
 
 def _is_flash(attn: str) -> bool:

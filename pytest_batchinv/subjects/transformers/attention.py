@@ -3,6 +3,7 @@
 transformers looks implementations up by name in two registries: one for the attention, one for the mask that it needs.
 """
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from pytest_batchinv.kernels import operators
+from pytest_batchinv.kernels.aten.common import Refused
 
 NAME = "batch_invariant"
 
@@ -18,7 +20,18 @@ Packing = tuple[Tensor, Tensor]
 """Columns of a packed sequence by row and position, int64 [rows, longest row], -1 after a row's end; and the way back: for
 each column its slot in that matrix, int64 [tokens]."""
 
-_UNCOVERED = {"position_bias": "a learned position bias"}
+_SHORTEST = 24
+
+_NO_MATTER = {
+    *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
+    "num_items_in_batch",
+    "sliding_window",  # it is in the mask, too
+}
+"""Keywords of transformers that change nothing of what attention computes. Any other one that a model gives does."""
+
+
+class Uncovered(ValueError):
+    """What a model asks of its attention, and ours does not compute."""
 
 
 def register() -> None:
@@ -26,6 +39,29 @@ def register() -> None:
     operators.operators()
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask_2d)
+
+
+@torch.no_grad()
+def difference_from_eager(model: nn.Module, longest: int) -> str:
+    """How our attention computes another model than the model's own eager one does, as a sentence; empty if it does not.
+
+    Asked with a row that is three times as long as any window, chunk or top-k of the config, at most ``longest`` tokens.
+    """
+    config = model.config.get_text_config()
+    sizes = [v for k, v in config.to_dict().items() if isinstance(v, int) and re.search("window|chunk|top_?k", k)]
+    length = min(longest, max(_SHORTEST, *(3 * size for size in sizes if 3 * size <= longest)))
+    tokens = torch.arange(1, length + 1, device=model.device)[None] % config.vocab_size
+    logits = []
+    for name in ("eager", NAME):
+        model.set_attn_implementation(name)
+        try:
+            logits.append(model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.double())
+        except (Uncovered, Refused) as error:
+            return str(error)
+    expected, actual = logits
+    moved = float(((expected - actual).abs().mean(-1) / expected.std(-1)).nan_to_num(0.0).amax())
+    tolerance = 0.02 if model.dtype in (torch.float32, torch.float64) else 0.3
+    return f"it moves logits by {moved:.2g} times their spread" if moved > tolerance else ""
 
 
 def attention_forward(
@@ -108,11 +144,11 @@ def _is_causality_alone(
 
 
 def _refuse_uncovered(dropout: float, kwargs: dict) -> None:
-    asked = [words for name, words in _UNCOVERED.items() if kwargs.get(name) is not None]
+    asked = [name for name, value in kwargs.items() if value is not None and name not in _NO_MATTER]
     if dropout:
         asked.append("dropout")
     if asked:
-        raise ValueError(
+        raise Uncovered(
             f"batch-invariant attention does not compute {' and '.join(asked)}, which this model asks for; "
             f'choose attn="eager" (and model.eval(), to turn dropout off)'
         )
