@@ -104,8 +104,8 @@ class Finder:
                 if size < 2 or actual.shape[dim + 1] != size or n_blocks != (-(-a.width // size), -(-b.width // size)):
                     continue
                 columns = slice(a.start, a.stop), slice(b.start, b.stop)
-                shapes = [x.flatten(dim, dim + 1).shape for x in (expected, actual)]
-                for found in self._selections(*shapes, (), {dim: columns}):
+                one, other = (x.flatten(dim, dim + 1).shape for x in (expected, actual))
+                for found in self._selections(one, other, (), {dim: columns}):
                     selection = found._replace(blocks=dim)
                     return Match(selection, first_difference(*selected(expected, actual, selection)))
         return None

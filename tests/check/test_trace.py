@@ -5,13 +5,15 @@ import weakref
 
 import pytest
 import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_batch_invariant
+from pytest_batchinv import BatchVarianceError, assert_batch_invariant, batch_invariant_mode, check_batch_invariant
 from pytest_batchinv.diagnose import culprits, trace
 from pytest_batchinv.mode import stock_torch
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.mutants.detection import is_located
 from pytest_batchinv.mutants.faults import FAULTS, gemv
+from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects.rows import RowsSubject
 from pytest_batchinv.subjects.transformers import TransformersSubject
 
@@ -168,3 +170,55 @@ def test_an_equal_verdict_has_no_trace(name):
     fn, pool = planted.INVARIANT[name]()
     (record,) = check_batch_invariant(RowsSubject(fn, [pool]), ("I",), max_examples=5)
     assert record.finding is None
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def of_mamba2(folder):
+    config = Mamba2Config(
+        hidden_size=64, num_hidden_layers=1, num_heads=8, head_dim=16, state_size=8, n_groups=1, chunk_size=16, vocab_size=500
+    )
+    return saved(Mamba2ForCausalLM(config), folder)
+
+
+def of_qwen3_next(folder):
+    config = Qwen3NextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        vocab_size=500, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+        num_experts=0, layer_types=["linear_attention"],
+    )  # fmt: skip
+    return saved(Qwen3NextForCausalLM(config), folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths", "columns"), [(of_mamba2, (17, 16), "16 columns"), (of_qwen3_next, (13, 5), "64 columns")]
+)
+def test_a_recurrence_whose_blocks_are_moved_by_left_padding_is_traced_to_its_cumulated_sum(tmp_path, model, lengths, columns):
+    torch.manual_seed(0)
+    case = BatchShape(tuple(Row(i, length) for i, length in enumerate(lengths)), "left")
+    with batch_invariant_mode():
+        subject = TransformersSubject(model(tmp_path), device="cpu", dtype="fp32")
+        with pytest.raises(BatchVarianceError) as caught:
+            check_batch_invariant(subject, ["I"], case=case)
+    found = caught.value.finding.trace
+    assert found.ops[found.cause.op].overload == "aten::cumsum"
+    assert "cumsum(" in found.ops[found.cause.op].line
+    assert any(f"aten::cumsum takes blocks of {columns}: the row begins at column 0" in note for note in found.notes)
+
+
+def test_a_value_that_the_batch_shares_is_blamed_only_for_what_is_computed_with_it():
+    def fn(x):
+        shared = x.amax()  # of all rows: other bits by right, and read by nothing
+        return x * 2 + 0 * (shared > 1e30)
+
+    assert_batch_invariant(fn, torch.randn(8, 16))
+
+    def other(x):
+        x.sum()
+        return x / x.amax()
+
+    found = finding_of(other, torch.randn(8, 16), relations=("I",)).finding.trace
+    assert [found.ops[culprit.op].overload for culprit in found.culprits] == ["aten::amax"]

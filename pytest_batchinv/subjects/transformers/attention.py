@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from pytest_batchinv.kernels import operators
@@ -42,7 +42,7 @@ def register() -> None:
 
 
 @torch.no_grad()
-def difference_from_eager(model: nn.Module, longest: int) -> str:
+def difference_from_eager(model: PreTrainedModel, longest: int) -> str:
     """How our attention computes another model than the model's own eager one does, as a sentence; empty if it does not.
 
     Asked with a row that is three times as long as any window, chunk or top-k of the config, at most ``longest`` tokens.
@@ -50,7 +50,7 @@ def difference_from_eager(model: nn.Module, longest: int) -> str:
     config = model.config.get_text_config()
     sizes = [v for k, v in config.to_dict().items() if isinstance(v, int) and re.search("window|chunk|top_?k", k)]
     length = min(longest, max(_SHORTEST, *(3 * size for size in sizes if 3 * size <= longest)))
-    tokens = torch.arange(1, length + 1, device=model.device)[None] % config.vocab_size
+    tokens = torch.arange(1, length + 1, device=str(model.device))[None] % config.vocab_size
     logits = []
     for name in ("eager", NAME):
         model.set_attn_implementation(name)
