@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pytest_batchinv.compare import Difference, as_bits, first_difference
+from pytest_batchinv.diagnose import bisection
 from pytest_batchinv.diagnose.calls import Operator, base_name, gives_empty_memory, is_view, read, written
 from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode
 from pytest_batchinv.diagnose.trace import CUT, EagerCode, Kept, described, kept_calls, row_of, shapes_of
@@ -141,8 +142,12 @@ def trace(runs: SubjectRuns, case: BatchShape, position: int) -> Trace:
         return watch, row_of(subject.run(case, code.observer(watch)), position)
 
     healed, at_the_end = walk(lambda number: True)
-    if not healed.events:
-        return Trace(ops=(), notes=(UNSEEN,))
+
+    def bisected() -> str:
+        return bisection.told(subject, lambda again: not _differs(expected, row_of(again.run(case), position)))
+
+    if code.has_unseen or not healed.events:
+        return Trace(ops=(), notes=(UNSEEN, bisected()))
     parted = [number for number, event in enumerate(healed.events) if event.agreement == "differs"]
 
     def effect(number: int) -> str:
@@ -161,6 +166,7 @@ def trace(runs: SubjectRuns, case: BatchShape, position: int) -> Trace:
     notes = [CUT] * is_cut
     if _differs(expected, at_the_end):
         notes.append("with the operators' bytes in place of all that parted the output still differs: part of it was not seen")
+        notes += [bisected()] * (not parted)
     elif not parted:
         notes.append("under the trace no kernel parted from the operators")
     return Trace(

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from pytest_batchinv import mode
-from pytest_batchinv.compare import first_difference
+from pytest_batchinv.compare import first_difference, first_row_that_differs
 from pytest_batchinv.diagnose import kernels, reproducer, sizes
 from pytest_batchinv.diagnose.calls import Operator, writes_to_inputs
 from pytest_batchinv.diagnose.rows import Match, in_blocks
-from pytest_batchinv.diagnose.trace import CUT, Called, Kept, TwoSides, Walk, described, traced_ops
+from pytest_batchinv.diagnose.trace import CUT, Called, Kept, TwoSides, Walk, described, row_of, traced_ops
 from pytest_batchinv.kernels import table
 from pytest_batchinv.relations.base import Relation, Side
 from pytest_batchinv.report.record import Breakpoints, Culprit, Trace
@@ -72,16 +72,30 @@ _EAGER_IS_EQUAL = "eager code gives the row equal bits on both sides: what Induc
 
 
 def _of_compiled_code(subject: Subject, pairs: list[tuple[Side, Side]]) -> Trace:
-    from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode  # loads Inductor, which eager code has no need of
+    # They load Inductor, which eager code has no need of.
+    from pytest_batchinv.diagnose import bisection
+    from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode
 
     for one, other in pairs:
-        found = TwoSides(subject, one, other, CompiledCode.of(subject, (one.case, other.case)))
-        if not found.calls:
-            return Trace(ops=(), notes=(_EAGER_IS_EQUAL, UNSEEN))
-        if (plain := _diverging(found)) is not None:
+        code = CompiledCode.of(subject, (one.case, other.case))
+        found = TwoSides(subject, one, other, code)
+        if code.has_unseen or not found.calls:
+            told = Trace(ops=(), notes=(UNSEEN,))
+        elif (plain := _diverging(found)) is not None:
             told = _told(found, plain)
-            return msgspec.structs.replace(told, notes=(_EAGER_IS_EQUAL, *told.notes))
+        else:
+            continue
+        bisected = () if told.culprits else (bisection.told(subject, _has_equal_bits(one, other)),)
+        return msgspec.structs.replace(told, notes=(_EAGER_IS_EQUAL, *told.notes, *bisected))
     return Trace(ops=(), notes=(_EAGER_IS_EQUAL, "under the trace of compiled code it does, too"))
+
+
+def _has_equal_bits(one: Side, other: Side) -> Callable[[Subject], bool]:
+    def holds(subject: Subject) -> bool:
+        expected = row_of(subject.run(one.case), one.position)
+        return first_row_that_differs(expected, row_of(subject.run(other.case), other.position)) is None
+
+    return holds
 
 
 def _told(sides: TwoSides, plain: Walk) -> Trace:

@@ -34,6 +34,8 @@ _KERNEL = re.compile(r"^(\w+) = async_compile\.(\w+)\(", re.MULTILINE)
 _PARAMETERS = re.compile(r"(?:\bkernel|^def \w+)\(([^)]*)\)", re.MULTILINE)
 _HANDLE = re.compile(r"^ +# \[Provenance debug handles\] (\S+)$")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
+_WHOLE_IN_CPP = "inductor_entry"
+"""A name in the modules of Inductor's C++ wrapper."""
 _COUNT = re.compile(r"_\d+$")
 
 
@@ -122,25 +124,36 @@ class Graph:
         return self._sources.get(self._handles[before], Source((), ())) if before >= 0 else Source((), ())
 
 
-def graphs() -> list[Graph]:
-    """All that Inductor has compiled in this process and that is still in use."""
+class Graphs(NamedTuple):
+    """All that Inductor has compiled in this process and that is still in use. unseen: what has no module in Python."""
+
+    watched: list[Graph]
+    unseen: list[CompiledFxGraph]
+
+
+def graphs() -> Graphs:
     compiled: dict[str, list[CompiledFxGraph]] = defaultdict(list)
     for x in gc.get_objects():
         # By type alone: proxies of other libraries answer isinstance, and may raise.
         if type(x) is CompiledFxGraph and x.current_callable is not None:
             compiled[x.cache_key].append(x)
-    modules = {getattr(module, "key", ""): module for module in PyCodeCache.modules}
-    return [Graph(module, compiled[key]) for key, module in modules.items() if key in compiled]
+    modules = {getattr(x, "key", ""): x for x in PyCodeCache.modules if not hasattr(x, _WHOLE_IN_CPP)}
+    watched = [Graph(module, compiled[key]) for key, module in modules.items() if key in compiled]
+    return Graphs(watched, [x for key, same in compiled.items() if key not in modules for x in same])
 
 
 UNSEEN = "what was compiled runs without Python (a C++ wrapper, another backend), so that no kernel of it could be watched"
 
 
 class CompiledCode:
-    """How a trace watches a run of compiled code. parameters: names of weights by memory."""
+    """How a trace watches a run of compiled code. parameters: names of weights by memory.
 
-    def __init__(self, graphs: list[Graph], parameters: dict[int, str]) -> None:
+    has_unseen: whether code ran that cannot be watched; then no operator can be told.
+    """
+
+    def __init__(self, graphs: Graphs, parameters: dict[int, str]) -> None:
         self._graphs, self._parameters = graphs, parameters
+        self.has_unseen = False
 
     @classmethod
     def of(cls, subject: Subject, cases: Iterable[BatchShape]) -> CompiledCode:
@@ -153,10 +166,10 @@ class CompiledCode:
         return cls(graphs(), places.parameters)
 
     def places(self) -> Places:
-        return _GeneratedPlaces(self._graphs, self._parameters)
+        return _GeneratedPlaces(self._graphs.watched, self._parameters)
 
     def observer(self, around: Around) -> _Watched:
-        return _Watched(self._graphs, around)
+        return _Watched(self, self._graphs, around)
 
 
 class _GeneratedPlaces(Places):
@@ -188,12 +201,14 @@ class _GeneratedPlaces(Places):
 class _Watched:
     """Entered around a run: ``around`` gets the calls of all generated modules."""
 
-    def __init__(self, graphs: list[Graph], around: Around) -> None:
-        self._graphs, self._around = graphs, around
+    def __init__(self, code: CompiledCode, graphs: Graphs, around: Around) -> None:
+        self._code, self._graphs, self._around = code, graphs, around
 
     def __enter__(self) -> None:
         self._stack = ExitStack()
-        for graph in self._graphs:
+        for compiled in self._graphs.unseen:
+            self._stack.enter_context(mock.patch.object(compiled, "current_callable", self._unseen(compiled.current_callable)))
+        for graph in self._graphs.watched:
             wrapped = {name: _Wrapped(callee, self._around) for name, callee in graph.callees().items()}
             self._stack.enter_context(mock.patch.dict(vars(graph.module), wrapped))
             runner = getattr(graph.module, "runner", None)
@@ -208,6 +223,13 @@ class _Watched:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
+
+    def _unseen(self, run: Any) -> Any:
+        def noted(inputs: Any) -> Any:
+            self._code.has_unseen = True
+            return run(inputs)
+
+        return noted
 
 
 class _Wrapped:

@@ -72,6 +72,12 @@ class RowsSubject:
             return self
         return RowsSubject(self._eager, self.inputs, self.batch_dim, name=self.info.name, collate=self.collate)
 
+    def in_compile_mode(self, compile_mode: str) -> RowsSubject:
+        """The function compiled anew in this mode. Raises ValueError."""
+        return RowsSubject(
+            self._eager, self.inputs, self.batch_dim, name=self.info.name, compile_mode=compile_mode, collate=self.collate
+        )
+
     def with_gradients(self) -> GradientsOfRows:
         if why := no_gradient(self.inputs):
             raise NoGradients(why)
