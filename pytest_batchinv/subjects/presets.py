@@ -17,6 +17,8 @@ PRESETS = (
     "tiny-gemma",
     "wide-qwen3",
     "wide-llama",
+    "wide-qwen3-moe",
+    "wide-gpt2",
     "random:qwen3-0.6b",
     "random:qwen3-1.7b",
     "random:qwen3-4b",

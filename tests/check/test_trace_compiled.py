@@ -93,7 +93,7 @@ def test_generated_modules_are_as_they_were_after_a_trace_that_failed():
 
 
 def test_code_that_cannot_be_watched_is_bisected_to_the_lowering():
-    """Inductor's ``var`` of so many columns adds one row in another order than two. The C++ wrapper calls nothing from Python."""
+    """Inductor's ``var`` of so many columns adds one row in another order than two. A C++ wrapper calls nothing from Python."""
     pool = torch.randn(40, 37, generator=torch.Generator().manual_seed(0))
     case = BatchShape((Row(0), Row(4)))
     with torch._inductor.config.patch(cpp_wrapper=True), pytest.raises(BatchVarianceError) as caught:
