@@ -12,6 +12,7 @@ ROW_LOCAL = {
     "lift_fresh", "lift_fresh_copy", "detach", "fill", "fill_", "zero_", "eye", "repeat_interleave", "unfold_copy",
     "index_put", "index_put_", "select_scatter", "slice_scatter", "as_strided", "resize_", "set_", "alias", "one_hot",
     "_local_scalar_dense", "item", "linspace", "meshgrid", "slice", "diagonal", "nonzero", "native_dropout",
+    "index_copy", "index_copy_",
     "_assert_async", "_assert_tensor_metadata", "_unsafe_view", "unbind", "split", "is_same_size", "equal",
     # exact whatever the order: maxima, comparisons, sorting, counting, integers
     "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "sort", "argsort", "histc", "bincount", "isin",

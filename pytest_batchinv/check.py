@@ -16,7 +16,7 @@ from pytest_batchinv.report import message
 from pytest_batchinv.report.record import Finding, Mode, OpCoverage, Record, Verdict, machine
 from pytest_batchinv.search.find import Broken, Search
 from pytest_batchinv.search.runs import Stats, SubjectRuns
-from pytest_batchinv.shapes import BatchShape
+from pytest_batchinv.shapes import BatchShape, chosen_evenly
 from pytest_batchinv.subjects.base import NotRun, Subject
 from pytest_batchinv.subjects.rows import RowsSubject
 
@@ -50,10 +50,10 @@ def check_batch_invariant(
     seed: int | None = None,
     case: BatchShape | None = None,
 ) -> list[Record]:
-    """Checks the relations, in the order R, S, I, G, X, and then N, the negative control, if it is asked for.
+    """Checks the relations, in the order R, S, I, L, C, D, G, X, and then N, the negative control, if it is asked for.
 
     Each gives a record. ``case`` runs that one batch shape instead of a search, as ``--batchinv-shape`` does; ``seed`` fixes
-    what is drawn (and turns the example database off). X is left out of a subject in eager mode.
+    what is drawn (and turns the example database off). X is left out of a subject in eager mode. L, C and D are for models.
 
     Raises BatchVarianceError at the first relation that does not hold; what the subject raises; NotRun where no case could
     run. The record has been handed on before. Raises ValueError for an unknown relation.
@@ -216,7 +216,7 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
         if broken is not None:
             finding = account.bare(broken, relation, runs)
             finding = finding if error is not None else account.explained(finding, broken, relation, runs)
-        ops = _op_coverage(runs.subject, error)
+        ops = _op_coverage(runs.subject, relation, error)
         if verdict == "equal" and ops is not None and ops.bypassed:
             error = mode.ModeError(
                 f"batch-invariant mode was on, but {', '.join(ops.bypassed)} ran past the table, so equal bits prove nothing "
@@ -279,13 +279,15 @@ def _mode(control: bool) -> Mode:
     return "stock" if control else "on" if mode.is_on() else "off"
 
 
-def _op_coverage(subject: Subject, error: BaseException | None) -> OpCoverage | None:
+def _op_coverage(subject: Subject, relation: Relation, error: BaseException | None) -> OpCoverage | None:
     """Which operators ran; None with the mode off, which vouches for none."""
     if not mode.is_on() or error is not None:
         return None
-    palette = subject.space.palette
+    space = subject.space
     try:
-        return coverage.op_coverage(subject, (BatchShape(palette[:1]), BatchShape(palette[:3])))
+        in_steps = [case for case in relation.cases(space).first if case.steps]  # a cache has operators of its own
+        plain = (BatchShape(space.palette[:1]), BatchShape(space.palette[:3]))
+        return coverage.op_coverage(subject, (*plain, *chosen_evenly(in_steps, 3)))
     except Exception as why:
         return OpCoverage(error=f"{type(why).__name__}: {why}")
 
@@ -297,9 +299,11 @@ def _case_of(finding: Finding | None, error: BaseException | None, last: BatchSh
 
 
 def _notes(given: _Given, case: BatchShape | None) -> tuple[str, ...]:
+    left_out = given.runs.subject.space.left_out
     if case is None or not case.pool or case.pool == (now := given.runs.subject.digest()):
-        return ()
+        return left_out
     return (
+        *left_out,
         f"the rows are not those of the finding (pool {case.pool} then, {now} now): the test draws other numbers. Seed them, "
         "or find it with --batch-invariant, which starts every test from one seed",
     )

@@ -4,6 +4,9 @@ WORDS = {
     "R": "run to run",
     "S": "other content beside it",
     "I": "alone == in a batch",
+    "L": "in any layout",
+    "C": "whole == in chunks",
+    "D": "whole == decoded",
     "G": "gradients alone == in a batch",
     "X": "eager == compiled",
 }

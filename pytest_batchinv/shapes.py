@@ -15,6 +15,8 @@ BOUNDARIES = (
 
 CONTENTS = ("random", "repeated", "extreme")
 LAYOUTS = ("right", "left", "packed")
+CACHES = ("dynamic", "static", "sliding")
+"""dynamic: grows, and keeps all keys; static: of one size from the start; sliding: grows, and keeps a window's keys alone."""
 MAX_ROWS = 300
 
 
@@ -35,22 +37,61 @@ class Row(msgspec.Struct, frozen=True, order=True, omit_defaults=True, forbid_un
         _require(self.content in CONTENTS, f"a row's content is one of {', '.join(CONTENTS)}, not {self.content!r}")
 
 
+class Steps(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A batch that is computed in steps, each of the next columns, with a cache of keys and values between them.
+
+    ends: the columns at which a step ends, ascending; the last step goes to the end of the batch. cache: one of ``CACHES``.
+    spare: keys that a static cache holds beyond the batch's columns. rejected: after each step but the last, tokens of another
+    continuation that are computed with it, and that the cache then forgets, as after speculation. prefix: columns whose keys
+    and values come from caches that each row has filled alone, which "rejected" holds for, too. Raises ValueError.
+    """
+
+    ends: tuple[int, ...] = ()
+    cache: str = "dynamic"
+    spare: int = 0
+    rejected: int = 0
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.cache in CACHES, f"a cache is one of {', '.join(CACHES)}, not {self.cache!r}")
+        starts = (self.prefix, *self.ends)
+        ascending = all(a < b for a, b in zip(starts, self.ends, strict=False))
+        _require(ascending and self.prefix >= 0, f"steps end in ascending order after the prefix, not {list(starts)}")
+        _require(self.spare >= 0 and self.rejected >= 0, "spare and rejected are 0 or more")
+        _require(not self.spare or self.cache == "static", f"only a static cache has spare keys, not a {self.cache} one")
+        grows = self.cache != "static"
+        _require(grows or not self.rejected, "a static cache cannot forget tokens, so none can be rejected")
+        _require(grows or not self.prefix, "a static cache is of one batch, so it cannot take over a prefix")
+
+
 class BatchShape(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A batch as data: rows in order, the layout that brings them together, and columns of padding after the longest.
 
     layout: "right" or "left" name the side of the padding; "packed" puts the rows one after the other, without padding.
-    pool: digest of the pool that the rows were taken from, where a finding names one; a replay compares it. Raises ValueError.
+    opposite_padding: columns of padding on the other side. first_position: of each row's first token. steps: how the columns
+    are computed; None: all at once, without a cache. pool: digest of the pool that the rows were taken from, where a finding
+    names one; a replay compares it. Raises ValueError.
     """
 
     rows: tuple[Row, ...]
     layout: str = "right"
     extra_padding: int = 0
     pool: str = ""
+    opposite_padding: int = 0
+    first_position: int = 0
+    steps: Steps | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.rows) > 0, "a batch has at least one row")
         _require(self.layout in LAYOUTS, f"a batch's layout is one of {', '.join(LAYOUTS)}, not {self.layout!r}")
-        _require(self.extra_padding >= 0, f"extra_padding is 0 or more, not {self.extra_padding}")
+        for name in ("extra_padding", "opposite_padding", "first_position"):
+            _require(getattr(self, name) >= 0, f"{name} is 0 or more, not {getattr(self, name)}")
+        packed = self.layout == "packed"
+        _require(not (packed and self.opposite_padding), "a packed batch has no padding, so none on the opposite side")
+        _require(not (packed and self.steps), "a packed batch is computed at once, not in steps")
+        if self.steps is not None:
+            last = (self.steps.prefix, *self.steps.ends)[-1]
+            _require(last < self.width, f"the last step computes nothing: it begins at column {last} of {self.width}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,7 +101,7 @@ class BatchShape(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
         """Columns of the padded batch, or the tokens of the packed one."""
         if self.layout == "packed":
             return sum(row.length for row in self.rows)
-        return max(row.length for row in self.rows) + self.extra_padding
+        return max(row.length for row in self.rows) + self.extra_padding + self.opposite_padding
 
     @property
     def tokens(self) -> int:
@@ -68,8 +109,19 @@ class BatchShape(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
         return self.width if self.layout == "packed" else self.width * len(self.rows)
 
     def alone(self, position: int) -> BatchShape:
-        """The row at this position as a batch of its own, without padding."""
-        return BatchShape((self.rows[position],))
+        """The row at this position as a batch of its own, without padding; its positions are those that it has here."""
+        return BatchShape((self.rows[position],), first_position=self.first_position)
+
+    def plain(self) -> BatchShape:
+        """The same rows at the same positions, padded on the right up to the longest, and computed at once."""
+        return BatchShape(self.rows, first_position=self.first_position)
+
+    def at_once(self) -> BatchShape:
+        """The same batch, computed without a cache."""
+        return msgspec.structs.replace(self, steps=None)
+
+    def in_steps(self, steps: Steps) -> BatchShape:
+        return msgspec.structs.replace(self, steps=steps)
 
     def with_rows(self, *rows: Row) -> BatchShape:
         return msgspec.structs.replace(self, rows=rows)
@@ -89,7 +141,7 @@ class BatchShape(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
         try:
             data = msgspec.json.decode(text, type=_Written)
             rows = tuple(Row(row) if isinstance(row, int) else row for row in data.rows)
-            return cls(rows, data.layout, data.extra_padding, data.pool)
+            return cls(rows, *msgspec.structs.astuple(data)[1:])
         except msgspec.DecodeError as error:
             raise ValueError(
                 f'not a batch shape: {error}. It looks like {{"rows":[0,{{"id":1,"length":5}}],"layout":"left"}}'
@@ -101,6 +153,9 @@ class _Written(msgspec.Struct, forbid_unknown_fields=True):
     layout: str = "right"
     extra_padding: int = 0
     pool: str = ""
+    opposite_padding: int = 0
+    first_position: int = 0
+    steps: Steps | None = None
 
 
 def of_rows(ids: Iterable[int]) -> BatchShape:

@@ -50,6 +50,8 @@ def explained(finding: Finding, broken: Broken, relation: Relation, runs: Subjec
             named = ", ".join(ops) or "none"
             sections.append(Section("operators", (f"compiled alone, other bits than in eager code: {named}",)))
     traced = _guarded("trace", sections, lambda: _trace(broken, relation, runs))
+    if traced is None and relation.no_trace and not any(section.title == "trace" for section in sections):
+        sections.append(Section("trace", (relation.no_trace,)))
     return msgspec.structs.replace(finding, breakpoints=found, trace=traced, sections=tuple(sections))
 
 
@@ -78,7 +80,7 @@ def _breakpoints(broken: Broken, runs: SubjectRuns) -> Breakpoints:
             outputs = runs.run(case)
         except NotRun:
             return False
-        expected = runs.alone((case.rows[position],))
+        expected = runs.alone(case.alone(position))
         return first_row_that_differs(expected, RowOutputs(rows=[dict(outputs[position])])) is not None
 
     return sizes.breakpoints(broken.case, broken.found.position, runs.subject.space, differs_at)

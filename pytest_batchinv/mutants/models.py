@@ -29,10 +29,23 @@ def noise() -> Change:
     return lambda hidden: hidden * (1 + 3e-7 * (next(ticks) % 2))
 
 
+def follows_the_width(hidden: Tensor) -> Tensor:
+    """What an attention does whose sums follow the number of its keys, padding included."""
+    return hidden * (1 + 3e-7) if hidden.shape[1] > 40 else hidden
+
+
+def follows_the_number_of_queries(n_queries: int) -> Change:
+    """What a product does whose kernel is chosen by its number of rows, or an attention with a kernel of its own for decode."""
+    return lambda hidden: hidden * (1 + 3e-7) if hidden.shape[1] == n_queries else hidden
+
+
 PLANTED: dict[str, Callable[[], Change]] = {
     "R": noise,
     "S": lambda: leaks_the_mean_of_the_batch,
     "I": lambda: follows_the_batch_size,
+    "L": lambda: follows_the_width,
+    "C": lambda: follows_the_number_of_queries(16),
+    "D": lambda: follows_the_number_of_queries(1),
 }
 """By the relation that must catch it."""
 

@@ -6,14 +6,19 @@ from collections.abc import Iterable
 
 from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
 from pytest_batchinv.relations.batch import Batch
+from pytest_batchinv.relations.chunks import Chunks
 from pytest_batchinv.relations.compiled import Compiled
+from pytest_batchinv.relations.decode import Decode
 from pytest_batchinv.relations.gradients import Gradients
 from pytest_batchinv.relations.isolation import Isolation
+from pytest_batchinv.relations.layout import Layout
 from pytest_batchinv.relations.run_to_run import RunToRun
 
 __all__ = ["RELATIONS", "Cases", "Comparison", "Mutant", "Relation", "Runs", "chosen"]
 
-RELATIONS: dict[str, Relation] = {r.letter: r for r in (RunToRun(), Isolation(), Batch(), Gradients(), Compiled())}
+RELATIONS: dict[str, Relation] = {
+    r.letter: r for r in (RunToRun(), Isolation(), Batch(), Layout(), Chunks(), Decode(), Gradients(), Compiled())
+}
 
 
 def chosen(letters: Iterable[str], who: str) -> list[Relation]:

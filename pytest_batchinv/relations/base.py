@@ -9,8 +9,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from hypothesis import strategies as st
 
 from pytest_batchinv.search import strategies, sweep
-from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import RowOutputs, Space, Subject
+from pytest_batchinv.subjects.rows import RowsSubject
 
 
 class Runs(Protocol):
@@ -22,8 +23,8 @@ class Runs(Protocol):
 
     def run_eager(self, case: BatchShape) -> RowOutputs: ...
 
-    def alone(self, rows: tuple[Row, ...]) -> RowOutputs:
-        """Each row run as a batch of its own; a row is run once and remembered."""
+    def alone(self, case: BatchShape) -> RowOutputs:
+        """Each row of the case run as a batch of its own; a row is run once and remembered."""
         ...
 
 
@@ -52,10 +53,20 @@ class Cases(NamedTuple):
 
 @dataclass(frozen=True)
 class Mutant:
-    """A planted fault that the relation must catch: ``make()`` gives a function of rows and its pool."""
+    """A planted fault that the relation must catch, in a subject that ``make()`` gives."""
 
     name: str
-    make: Callable[[], tuple[Callable[..., Any], Any]]
+    make: Callable[[], Subject]
+
+    @classmethod
+    def of_rows(cls, name: str, make: Callable[[], tuple[Callable[..., Any], Any]], compile_mode: str | None = None) -> Mutant:
+        """``make()`` gives a function of rows and its pool."""
+
+        def subject() -> Subject:
+            fn, pool = make()
+            return RowsSubject(fn, [pool], compile_mode=compile_mode)
+
+        return cls(name, subject)
 
 
 class Relation:
@@ -66,6 +77,8 @@ class Relation:
     meaning: ClassVar[str]
     side_names: ClassVar[tuple[str, str]]
     share: ClassVar[int] = 1
+    no_trace: ClassVar[str] = ""
+    """Why a finding has no trace, as a sentence."""
     diagnoses: ClassVar[tuple[str, ...]] = ()
     """What explains a finding: "sizes" (at which batch sizes the bits change), "operators" (which diverge once compiled),
     "code" (a trace of compiled code beside eager code, not of two runs)."""
@@ -82,6 +95,10 @@ class Relation:
         """What is run: the subject itself, or another one of the same space. Asked for where there is no obstacle."""
         return subject
 
+    def takes(self, case: BatchShape) -> str:
+        """Why this case, which is to be replayed, is none of the relation's, as a sentence; empty where it is one."""
+        return ""
+
     def cases(self, space: Space) -> Cases:
         return Cases(sweep.few_cases(space, 12), [], strategies.cases(space))
 
@@ -91,7 +108,7 @@ class Relation:
     def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
         """Pairs of runs of eager code, in one of which the row at this position of the case has other bits: for a trace.
 
-        None at all where the sides are no two runs of eager code.
+        None at all where the sides are no two runs of eager code, each of one forward.
         """
         return iter(())
 

@@ -17,14 +17,17 @@ class Batch(Relation):
     side_names = ("alone", "in the batch")
     diagnoses = ("sizes",)
 
+    def takes(self, case: BatchShape) -> str:
+        return "a batch that is computed in steps is one of the relations L, C and D" if case.steps else ""
+
     def cases(self, space: Space) -> Cases:
         return Cases(sweep.boundary_cases(space), sweep.covering(space), strategies.cases(space))
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
-        yield Comparison(runs.alone(case.rows), runs.run(case))
+        yield Comparison(runs.alone(case), runs.run(case))
 
     def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
         yield Side(case.alone(position), 0), Side(case, position)
 
     def mutants(self) -> tuple[Mutant, ...]:
-        return tuple(Mutant(name, make) for name, make in planted.BATCH.items())
+        return tuple(Mutant.of_rows(name, make) for name, make in planted.BATCH.items())

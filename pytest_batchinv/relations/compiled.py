@@ -28,4 +28,4 @@ class Compiled(Relation):
         yield Comparison(runs.run_eager(case), runs.run(case))
 
     def mutants(self) -> tuple[Mutant, ...]:
-        return (Mutant("rounds only where it is not compiled", planted.other_bits_when_compiled),)
+        return (Mutant.of_rows("rounds only where it is not compiled", planted.other_bits_when_compiled, "default"),)

@@ -30,6 +30,9 @@ class Gradients(Relation):
     def subject_of(self, subject: Subject) -> Subject:
         return subject.with_gradients()
 
+    def takes(self, case: BatchShape) -> str:
+        return "a batch that is computed in steps with a cache has no gradients" if case.steps else ""
+
     def cases(self, space: Space) -> Cases:
         """Functions of rows are searched as for relation I; models, whose backward takes longer, at some boundaries."""
         if space.pool is None:
@@ -38,7 +41,7 @@ class Gradients(Relation):
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
         in_batch = runs.run(case)
-        yield Comparison(runs.alone(case.rows), in_batch)
+        yield Comparison(runs.alone(case), in_batch)
         if in_batch.shared:
             yield Comparison(RowOutputs(rows=[in_batch.shared]), RowOutputs(rows=[runs.run(case).shared]), (0,))
 
@@ -46,4 +49,4 @@ class Gradients(Relation):
         yield Side(case.alone(position), 0), Side(case, position)
 
     def mutants(self) -> tuple[Mutant, ...]:
-        return tuple(Mutant(name, make) for name, make in planted.GRADIENTS.items())
+        return tuple(Mutant.of_rows(name, make) for name, make in planted.GRADIENTS.items())

@@ -57,9 +57,9 @@ class Isolation(Relation):
 
     def mutants(self) -> tuple[Mutant, ...]:
         return (
-            Mutant("scaled by the largest of the batch", planted.scaled_by_the_largest),
-            Mutant("reads the row before it", planted.reads_the_row_before),
-            Mutant("follows the last row", planted.follows_the_last_row),
+            Mutant.of_rows("scaled by the largest of the batch", planted.scaled_by_the_largest),
+            Mutant.of_rows("reads the row before it", planted.reads_the_row_before),
+            Mutant.of_rows("follows the last row", planted.follows_the_last_row),
         )
 
 

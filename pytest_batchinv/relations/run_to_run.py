@@ -22,4 +22,4 @@ class RunToRun(Relation):
         yield Side(case, position), Side(case, position)
 
     def mutants(self) -> tuple[Mutant, ...]:
-        return (Mutant("noise", planted.noise), Mutant("noise in batches only", planted.noise_in_batches))
+        return (Mutant.of_rows("noise", planted.noise), Mutant.of_rows("noise in batches only", planted.noise_in_batches))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from pytest_batchinv.report.record import Breakpoints, Culprit, Finding, Record, Trace, TracedOp
-from pytest_batchinv.shapes import BatchShape, Row, as_ranges
+from pytest_batchinv.shapes import BatchShape, Row, Steps, as_ranges
 from pytest_batchinv.subjects.base import SubjectInfo
 
 _MOST_LINES = 4
@@ -136,10 +136,29 @@ def _short(name: str) -> str:
 
 def row_words(info: SubjectInfo, found: Finding) -> str:
     case, row = BatchShape.from_json(found.case), msgspec.json.decode(found.row, type=Row)
-    if info.kind == "transformers":
+    if info.is_model:
         what = f"id {row.id}, {row.length} tokens, {row.content}; at position {found.position} of {found.n_rows}"
-        return what + (", packed" if case.layout == "packed" else f", {case.layout} padding to {case.width} columns")
+        return ", ".join((what, *_layout_words(case), *_steps_words(case.steps)))
     return f"{row.id}, at position {found.position} of {found.n_rows}; {found.output}"
+
+
+def _layout_words(case: BatchShape) -> Iterator[str]:
+    opposite = f", {case.opposite_padding} of them on the other side" if case.opposite_padding else ""
+    yield "packed" if case.layout == "packed" else f"{case.layout} padding to {case.width} columns{opposite}"
+    if case.first_position:
+        yield f"positions from {case.first_position} on"
+
+
+def _steps_words(steps: Steps | None) -> Iterator[str]:
+    if steps is None:
+        return
+    yield f"a {steps.cache} cache" + (f" with {steps.spare} spare keys" if steps.spare else "")
+    if steps.prefix:
+        yield f"a prefix of {steps.prefix} tokens from it"
+    if steps.ends:
+        yield f"in steps that end at column {as_ranges(steps.ends)}"
+    if steps.rejected:
+        yield f"{steps.rejected} tokens rejected after each"
 
 
 def difference_lines(found: Finding) -> list[str]:

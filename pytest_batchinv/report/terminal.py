@@ -83,13 +83,13 @@ def summary(results: Results) -> list[str]:
 
 
 def _tables(records: list[Record]) -> Iterator[str]:
-    models = [record for record in records if record.subject.kind == "transformers"]
+    models = [record for record in records if record.subject.is_model]
     for (subject, mode), group in _grouped(models, lambda record: (_model(record), record.mode)):
         yield f"{subject}, {MODES[mode]}"
         for compile_mode, same in _grouped(group, lambda record: record.subject.compile_mode):
             yield f"  {compile_mode:<16}" + _verdicts(same) + _counts(same)
         yield ""
-    functions = [record for record in records if record.subject.kind != "transformers"]
+    functions = [record for record in records if not record.subject.is_model]
     by_case = _grouped(functions, lambda record: (record.mode, record.subject.device, record.subject.dtype))
     for (mode, device, dtype), group in by_case:
         subjects = _grouped(
@@ -154,14 +154,14 @@ def _finding(record: Record) -> Iterator[str]:
 
 
 def _controls(records: list[Record]) -> Iterator[str]:
-    functions = [record for record in records if record.subject.kind != "transformers"]
+    functions = [record for record in records if not record.subject.is_model]
     for (device, dtype), group in _grouped(functions, lambda record: (record.subject.device, record.subject.dtype)):
         caught = [record.subject.name for record in group if record.verdict == "caught"]
         functions_tried = counted(len(group), "function")
         text = f"negative control: on {device}, {dtype}, stock torch was caught in {len(caught)} of {functions_tried}"
         yield from textwrap.wrap(text + f": {', '.join(caught)}" * bool(caught), WIDTH, subsequent_indent="  ")
         yield ""
-    for record in (record for record in records if record.subject.kind == "transformers"):
+    for record in (record for record in records if record.subject.is_model):
         counts = record.counts
         searched = (
             f"{counted(counts.examples, 'batch', 'es')}, {counted(counts.rows, 'row')}, {bytes_words(counts.compared_bytes)}"

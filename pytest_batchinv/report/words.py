@@ -58,7 +58,7 @@ def not_proven(checks: list[Record], controls: list[Record]) -> list[str]:
         words.append(f"{counted(unsure, 'control')} INCONCLUSIVE")
     asked = {record.relation for record in checks}
     words.append(f"not asked: {', '.join(x for x in letters.WORDS if x not in asked) or 'no relation'}")
-    words.append("gradients, chunks, decode, tensor parallel and other machines")
+    words.append("tensor parallel and other machines")
     return words
 
 

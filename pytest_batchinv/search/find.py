@@ -46,8 +46,8 @@ class Search:
         self.broken: Broken | None = None
 
     def replay(self, case: BatchShape) -> None:
-        """The case alone, as it is. Raises NotRun where the subject has no such case."""
-        if why := self.runs.subject.space.holds(case):
+        """The case alone, as it is. Raises NotRun where the subject or the relation has no such case."""
+        if why := self.runs.subject.space.holds(case) or self.relation.takes(case):
             raise NotRun(why)
         self.broken = self._check(case)
 

@@ -59,7 +59,7 @@ class SubjectRuns:
         self.stats = Stats()
         self.last: BatchShape | None = None
         self._eager = subject.in_eager_mode()
-        self._alone: OrderedDict[Row, _Alone] = OrderedDict()
+        self._alone: OrderedDict[tuple[Row, int], _Alone] = OrderedDict()
         self._alone_bytes = 0
 
     def run(self, case: BatchShape) -> RowOutputs:
@@ -68,13 +68,15 @@ class SubjectRuns:
     def run_eager(self, case: BatchShape) -> RowOutputs:
         return self._run(self._eager, case)
 
-    def alone(self, rows: tuple[Row, ...]) -> RowOutputs:
-        for row in dict.fromkeys(rows):
-            if row in self._alone:
-                self._alone.move_to_end(row)
+    def alone(self, case: BatchShape) -> RowOutputs:
+        """Each row of the case as a batch of its own; a row is run once and remembered."""
+        keys = [(row, case.first_position) for row in case.rows]
+        for key in dict.fromkeys(keys):
+            if key in self._alone:
+                self._alone.move_to_end(key)
             else:
-                self._remember(row, self.run(BatchShape((row,))))
-        return _joined([self._alone[row] for row in rows])
+                self._remember(key, self.run(case.alone(keys.index(key))))
+        return _joined([self._alone[key] for key in keys])
 
     def compare(self, comparison: Comparison) -> RowDifference | None:
         expected, actual, positions = comparison
@@ -90,9 +92,9 @@ class SubjectRuns:
         self.stats.forwards += 1
         return subject.run(case)
 
-    def _remember(self, row: Row, outputs: RowOutputs) -> None:
+    def _remember(self, key: tuple[Row, int], outputs: RowOutputs) -> None:
         outputs = RowOutputs(outputs.stacked, outputs.rows)  # what is shared is of no use to a batch
-        self._alone[row] = _Alone(outputs, _kind(outputs))
+        self._alone[key] = _Alone(outputs, _kind(outputs))
         self._alone_bytes += outputs.nbytes
 
     def forget_most(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from pytest_batchinv.shapes import LAYOUTS, BatchShape, Row
+import msgspec
+
+from pytest_batchinv.shapes import LAYOUTS, BatchShape, Row, Steps
 
 SECONDS = 20.0
 
@@ -29,17 +32,43 @@ def smallest(case: BatchShape, fails: Callable[[BatchShape], bool], seconds: flo
 
 def _simpler(case: BatchShape) -> Iterator[BatchShape]:
     # Equal rows first: without any block of them, what is left is one case for each length of the block.
-    yield case.with_rows(*[Row(0)] * len(case))
+    yield from _with_rows(case, [Row(0)] * len(case))
     for rows in without_blocks(case.rows):
-        yield case.with_rows(*rows)
+        yield from _with_rows(case, rows)
+    yield from _computed_simpler(case)
     for simple in (BatchShape(case.rows), BatchShape(case.rows, case.layout)):
         rank = (LAYOUTS.index(simple.layout), simple.extra_padding)
         if rank < (LAYOUTS.index(case.layout), case.extra_padding):
-            yield simple
+            yield from _changed(case, layout=simple.layout, extra_padding=simple.extra_padding)
     for position, row in enumerate(case.rows):
         for simple in (Row(0), Row(row.id), Row(row.id, 1, row.content), Row(row.id, row.length)):
             if (simple.length, simple.content != "random", simple.id) < (row.length, row.content != "random", row.id):
-                yield case.with_rows(*case.rows[:position], simple, *case.rows[position + 1 :])
+                yield from _with_rows(case, [*case.rows[:position], simple, *case.rows[position + 1 :]])
+
+
+def _computed_simpler(case: BatchShape) -> Iterator[BatchShape]:
+    """Without a cache, with fewer steps, a plainer cache, less padding, positions from 0 on."""
+    for name, plain in (("steps", None), ("opposite_padding", 0), ("first_position", 0)):
+        if getattr(case, name):
+            yield from _changed(case, **{name: plain})
+    if case.steps is None:
+        return
+    for ends in without_blocks(case.steps.ends):
+        yield from _changed(case, steps=msgspec.structs.replace(case.steps, ends=tuple(ends)))
+    for name in ("spare", "rejected", "prefix", "cache"):
+        if getattr(case.steps, name) != (plain := getattr(Steps(), name)):
+            with contextlib.suppress(ValueError):  # a dynamic cache, say, has no spare keys
+                yield from _changed(case, steps=msgspec.structs.replace(case.steps, **{name: plain}))
+
+
+def _with_rows(case: BatchShape, rows: Sequence[Row]) -> Iterator[BatchShape]:
+    return _changed(case, rows=tuple(rows))
+
+
+def _changed(case: BatchShape, **changes: object) -> Iterator[BatchShape]:
+    """The case so changed; none where there is no such case: rows that end before the last step begins, say."""
+    with contextlib.suppress(ValueError):
+        yield msgspec.structs.replace(case, **changes)
 
 
 def without_blocks(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -30,7 +30,11 @@ class NoGradients(Exception):
 
 
 class SubjectInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Words that name a subject in records. kind: "function", "module" or "transformers"; attention: "" where it has none."""
+    """Words that name a subject in records.
+
+    kind: "function" or "module" for functions of rows; "transformers", or another word for what else runs sequences. attention:
+    "" where it has none.
+    """
 
     name: str
     kind: str
@@ -38,6 +42,11 @@ class SubjectInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     dtype: str
     attention: str = ""
     compile_mode: str = "eager"
+
+    @property
+    def is_model(self) -> bool:
+        """Whether its rows are sequences of tokens, in a layout."""
+        return self.kind not in ("function", "module")
 
 
 class Span(NamedTuple):
@@ -54,6 +63,8 @@ class Space:
 
     pool: for a function of rows, the length of each row of its pool, and ``palette`` is that pool; None where rows of any
     identity can be made. palette: distinct rows that a search takes its batches from, so that each runs alone only once.
+    max_position: tokens that have a position, 0 where the subject is told none. caches: what it can compute in steps with.
+    window: of its sliding attention, 0 for none. left_out: what it cannot do, as sentences for the record.
     """
 
     palette: tuple[Row, ...]
@@ -62,6 +73,10 @@ class Space:
     max_rows: int = MAX_ROWS
     max_length: int = 1
     max_tokens: int = 1 << 30
+    max_position: int = 0
+    caches: tuple[str, ...] = ()
+    window: int = 0
+    left_out: tuple[str, ...] = ()
 
     def sizes(self) -> range:
         """Batch sizes that can be run with the shortest row."""
@@ -70,6 +85,10 @@ class Space:
     def boundaries(self) -> list[int]:
         return [size for size in BOUNDARIES if size in self.sizes()]
 
+    @property
+    def pads_both_sides(self) -> bool:
+        return {"right", "left"} <= set(self.layouts)
+
     def fits(self, case: BatchShape) -> bool:
         return len(case) <= self.max_rows and case.tokens <= self.max_tokens
 
@@ -77,11 +96,27 @@ class Space:
         """Why this case is not one of the space's, as a sentence; empty where it is."""
         if case.layout not in self.layouts:
             return f"the subject has no layout {case.layout!r}, only {', '.join(self.layouts)}"
+        if case.opposite_padding and not self.pads_both_sides:
+            return f"the subject takes padding on one side alone: {self.layouts[0]}"
+        if why := self._no_steps(case):
+            return why
+        longest = max(row.length for row in case.rows)
+        if case.first_position and case.first_position + longest > self.max_position:
+            return f"its positions end at {case.first_position + longest}, the subject takes {self.max_position}"
         if self.pool is None:
-            longest = max(row.length for row in case.rows)
             return f"its longest row has {longest} tokens, the subject takes {self.max_length}" * (longest > self.max_length)
         outside = sorted({row.id for row in case.rows if row.id >= len(self.pool)})
         return f"there is no row {outside[0]} in a pool of {len(self.pool)}" if outside else ""
+
+    def _no_steps(self, case: BatchShape) -> str:
+        if case.steps is None:
+            return ""
+        if case.steps.cache not in self.caches:
+            return f"the subject keeps no {case.steps.cache} cache, only {', '.join(self.caches) or 'none at all'}"
+        shortest = min(row.length for row in case.rows)
+        if case.steps.prefix and (case.layout != "right" or case.opposite_padding or case.steps.prefix >= shortest):
+            return "a prefix comes before padding on the right, and is shorter than each row"
+        return ""
 
 
 @dataclass

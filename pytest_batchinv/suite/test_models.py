@@ -1,4 +1,4 @@
-"""Relations R, S, I and X of a causal language model, and its negative control."""
+"""Relations R, S, I, L, C, D and X of a causal language model, and its negative control."""
 
 import pytest
 
@@ -8,9 +8,22 @@ from pytest_batchinv import check_batch_invariant, check_negative_control
 @pytest.mark.batch_invariant
 @pytest.mark.compile_mode("eager", "default", "dynamic", "reduce-overhead")
 def test_a_row_has_the_same_bits_alone_in_any_batch_and_in_eager_code(batchinv_engine, batchinv_settings):
-    left_out = "NG"
-    relations = [relation for relation in batchinv_settings.relations if relation not in left_out]
-    check_batch_invariant(batchinv_engine, relations)
+    check_batch_invariant(batchinv_engine, _asked(batchinv_settings, "RSIX"))
+
+
+@pytest.mark.batch_invariant
+def test_a_row_has_the_same_bits_in_any_layout(batchinv_engine, batchinv_settings):
+    check_batch_invariant(batchinv_engine, _asked(batchinv_settings, "L"))
+
+
+@pytest.mark.batch_invariant
+def test_a_row_has_the_same_bits_at_once_and_in_chunks(batchinv_engine, batchinv_settings):
+    check_batch_invariant(batchinv_engine, _asked(batchinv_settings, "C"))
+
+
+@pytest.mark.batch_invariant
+def test_a_row_has_the_same_bits_at_once_and_decoded(batchinv_engine, batchinv_settings):
+    check_batch_invariant(batchinv_engine, _asked(batchinv_settings, "D"))
 
 
 @pytest.mark.batch_invariant
@@ -20,3 +33,10 @@ def test_stock_torch_is_caught_by_the_same_search(batchinv_engine, batchinv_sett
     control = check_negative_control(batchinv_engine)
     if control.finding is not None:  # where stock torch was caught, the mode holds
         check_batch_invariant(batchinv_engine, "I", case=control.finding.batch)
+
+
+def _asked(settings, letters: str) -> list[str]:
+    relations = [relation for relation in settings.relations if relation in letters]
+    if not relations:
+        pytest.skip(f"none of the relations {', '.join(letters)} was asked for")
+    return relations

@@ -1,12 +1,18 @@
 """Models of transformers: a row's tokens, place and mask are right in every layout. Tolerances here, bits in the suite."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
-from pytest_batchinv import batch_invariant_mode
-from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv import batch_invariant_mode, check_batch_invariant, check_negative_control
+from pytest_batchinv.relations import RELATIONS
+from pytest_batchinv.search.runs import SubjectRuns
+from pytest_batchinv.shapes import BatchShape, Row, Steps, chosen_evenly
 from pytest_batchinv.subjects import NotRun
 from pytest_batchinv.subjects.presets import UnknownModel, preset_config
 from pytest_batchinv.subjects.transformers import TransformersSubject, attention, attention_implementations
@@ -232,10 +238,29 @@ class Deaf(LlamaForCausalLM):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-def test_a_model_that_ignores_the_attention_mask_is_refused(monkeypatch, attn, dtype):
+def test_a_model_that_ignores_the_attention_mask_is_run_with_padding_on_the_right_alone(monkeypatch, attn, dtype):
     _engine_loads(monkeypatch, Deaf)
-    with pytest.raises(ValueError, match="forward of org/deaf ignores the attention mask"):
-        make("org/deaf", attn=attn, dtype=dtype)
+    engine = make("org/deaf", attn=attn, dtype=dtype)
+    assert engine.space.layouts == ("right",)
+    left, packed = engine.space.left_out
+    assert re.match(r"org/deaf: padding on the left is left out: it moves a row's logprobs by [0-9.e-]+ times", left)
+    assert packed.startswith("org/deaf: packing is left out")
+
+
+class Bidirectional(LlamaForCausalLM):
+    """A model in which padding on either side moves a row."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        out = super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        return type(out)(logits=out.logits + out.logits.roll(1, -1).mean(1, keepdim=True))
+
+
+def test_a_model_that_takes_padding_on_no_side_is_refused(monkeypatch):
+    _engine_loads(monkeypatch, Bidirectional)
+    with pytest.raises(
+        ValueError, match="forward of org/deaf ignores the attention mask: padding on the right moves .*left moves"
+    ):
+        make("org/deaf", attn="eager")
 
 
 class Flat(LlamaForCausalLM):
@@ -272,7 +297,7 @@ def test_a_batch_without_room_is_not_run(error):
     def no_room(*args):
         raise error
 
-    engine._run = no_room
+    engine._forward = replace(engine._forward, run=no_room)
     with pytest.raises(NotRun, match="out of memory: 5 rows, 40 columns, 200 tokens with padding"):
         engine.logprobs(BatchShape(ROWS))
 
@@ -283,7 +308,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     def broken(*args):
         raise RuntimeError("broken")
 
-    engine._run = broken
+    engine._forward = replace(engine._forward, run=broken)
     with pytest.raises(RuntimeError, match="broken"):
         engine.logprobs(BatchShape(ROWS))
 
@@ -301,6 +326,83 @@ def test_compiled_logprobs_are_those_of_eager_mode():
         expected = engine.in_eager_mode().logprobs(BatchShape(ROWS, layout))
         for a, b in zip(expected, engine.logprobs(BatchShape(ROWS, layout)), strict=True):
             torch.testing.assert_close(b, a, rtol=0, atol=1e-4)
+
+
+# --- in other layouts, in chunks, decoded ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["tiny-qwen3", "tiny-llama", "tiny-gpt2", "tiny-gemma"])
+def test_no_bit_differs_in_another_layout_in_chunks_or_decoded(model, dtype):
+    engine = make(model, dtype=dtype)
+    assert engine.space.caches == ("dynamic", "static", "sliding") if model == "tiny-gemma" else ("dynamic", "static")
+    runs = SubjectRuns(engine)
+    with batch_invariant_mode():
+        for relation in (RELATIONS[letter] for letter in "LCD"):
+            for case in chosen_evenly(relation.cases(engine.space).first, 7):
+                assert [runs.compare(comparison) for comparison in relation.sides(runs, case)] == [None], case
+    assert runs.stats.compared_bytes > 1e6
+
+
+@pytest.mark.parametrize("letter", "LCD")
+def test_stock_torch_is_caught_in_another_layout_in_chunks_and_decoded(letter):
+    assert check_negative_control(make("tiny-llama"), letter, max_examples=10).verdict == "caught"
+
+
+STEPS = [
+    Steps((7, 20)),
+    Steps(tuple(range(1, 40)), "static", spare=9),
+    Steps((5, 9, 30), rejected=4),
+    Steps((30,), prefix=4, rejected=2),
+    Steps(tuple(range(10, 40)), "sliding"),
+    Steps((11, 19, 35), "sliding", rejected=3),
+]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=str)
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_steps_with_a_cache_give_what_the_model_gives_at_once(attn, steps):
+    engine = make("tiny-gemma", attn=attn)
+    case = BatchShape((Row(0, 6), Row(2, 40), Row(4, 17, "repeated")))
+    for expected, actual in zip(engine.logprobs(case), engine.logprobs(case.in_steps(steps)), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_a_step_computes_its_own_columns_alone_and_a_prefix_comes_from_the_cache():
+    engine, seen = make(), []
+    engine.model.register_forward_pre_hook(lambda _, args, words: seen.append(list(words["input_ids"].shape)), with_kwargs=True)
+    engine.run(BatchShape((Row(0, 12), Row(1, 9))).in_steps(Steps((8,), prefix=5)))
+    assert seen == [[1, 5], [1, 5], [2, 3], [2, 4]]
+
+
+def test_a_prefix_that_is_not_in_the_cache_is_no_hit(monkeypatch):
+    engine = make()
+    monkeypatch.setattr(DynamicLayer, "get_seq_length", lambda layer: 0)
+    with pytest.raises(RuntimeError, match=r"the caches hold \[0\] tokens where the prefix has 5: nothing could be reused"):
+        engine.run(BatchShape((Row(0, 12), Row(1, 9))).in_steps(Steps((8,), prefix=5)))
+
+
+class WithoutACache(LlamaForCausalLM):
+    """A model that forgets what came before."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        kwargs["use_cache"] = False
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+
+def test_a_cache_that_the_model_cannot_use_is_left_out_and_said(monkeypatch):
+    _engine_loads(monkeypatch, WithoutACache)
+    engine = make("org/forgetful")
+    assert engine.space.caches == ()
+    assert [words.partition(" it ")[0] for words in engine.space.left_out] == [
+        "org/forgetful: a dynamic cache is left out:",
+        "org/forgetful: a static cache is left out:",
+    ]
+    (record,) = check_batch_invariant(engine, ("D",))
+    assert (record.verdict, record.error) == (
+        "not_run",
+        "NotRun: org/forgetful keeps no cache in which it could go on (transformers, eager)",
+    )
 
 
 # --- one model, several compile modes ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ USAGE = pytest.ExitCode.USAGE_ERROR
         ("--batchinv-dtype=int8", "--batchinv-dtype: 'int8' is not among the choices: auto, bf16, fp16, fp32, fp64"),
         ("--batchinv-engine=vllm", "--batchinv-engine: 'vllm' is not among the choices: transformers"),
         ("--batchinv-device=tpu", "--batchinv-device: 'tpu' is not among the choices: auto, cpu, cuda"),
-        ("--batchinv-relations=R,L", "--batchinv-relations: no such relation as 'L'; ask for one or more of R *"),
+        ("--batchinv-relations=R,Z", "--batchinv-relations: no such relation as 'Z'; ask for one or more of R *"),
         ("--batchinv-max-examples=many", "--batchinv-max-examples: 'many' is not a whole number from 1 on"),
         ("--batchinv-shape={", "--batchinv-shape: not a batch shape: *It looks like *"),
         (
@@ -113,7 +113,7 @@ def test_the_header_has_what_is_needed_to_repeat_the_run(pytester, monkeypatch):
     result.stdout.fnmatch_lines(
         [
             "batch invariance: on; auto (transformers), device cpu, dtype bf16, attention auto",
-            "batch invariance: relations R,S,I,G,X,N; 7 examples each, drawn at random; torch *, triton *",
+            "batch invariance: relations R,S,I,L,C,D,G,X,N; 7 examples each, drawn at random; torch *, triton *",
         ]
     )
     monkeypatch.setenv("CI", "1")

@@ -71,7 +71,7 @@ def test_the_summary_is_read_by_somebody_who_sees_it_first(pytester, run):
             "covered     all sizes 1-300; 99 of 99 pairs (stub-model, the widest)",
             "on          a stub, ? threads, torch 2.0",
             "control     the same search caught stock torch in 1 of 2 subjects",
-            "not proven  1 DIFFERS; 1 unverified operator; 1 control INCONCLUSIVE; not asked: S; *",
+            "not proven  1 DIFFERS; 1 unverified operator; 1 control INCONCLUSIVE; not asked: S, *",
         ]
     )
     ours = result.outlines[result.outlines.index(next(line for line in result.outlines if "= batch inv" in line)) : end + 7]

@@ -214,7 +214,7 @@ def _lines(records: Sequence[Record], ids: Mapping[int, str], places: list[Place
     """
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record.control):
-        test = "" if record.subject.kind == "transformers" else record.nodeid
+        test = "" if record.subject.is_model else record.nodeid
         about = (record.subject, _place_key(record))
         mode = record.mode
         if record.control:

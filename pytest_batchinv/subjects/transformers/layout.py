@@ -73,27 +73,30 @@ def row_tokens(row: Row, vocabulary: int, outlier: int) -> list[int]:
     return [ordinary() for _ in range(row.length)]
 
 
-def row_slots(number: int, row: Row, vocabulary: int, outlier: int) -> list[Slot]:
+def row_slots(number: int, row: Row, vocabulary: int, outlier: int, first_position: int = 0) -> list[Slot]:
     """The row's tokens as slots of the row with this number in its batch."""
-    return [(token, number, position) for position, token in enumerate(row_tokens(row, vocabulary, outlier))]
+    return [(token, number, position) for position, token in enumerate(row_tokens(row, vocabulary, outlier), first_position)]
 
 
 def lay_out(shape: BatchShape, vocabulary: int, outlier: int, pad: int = 0) -> BatchLayout:
     """Padded layouts: a sequence for each row. Packed: one sequence, the rows one after the other."""
-    rows = [row_slots(number, row, vocabulary, outlier) for number, row in enumerate(shape.rows)]
+    rows = [row_slots(number, row, vocabulary, outlier, shape.first_position) for number, row in enumerate(shape.rows)]
     if shape.layout == "packed":
         starts = accumulate((len(row) for row in rows), initial=0)
         spans = [Span(0, start, start + len(row)) for start, row in zip(starts, rows, strict=False)]
         return BatchLayout((tuple(chain(*rows)),), tuple(spans))
-    return padded(rows, [shape.layout] * len(rows), shape.width, [pad] * len(rows))
+    return padded(rows, shape.layout, shape.width, [pad] * len(rows), shape.opposite_padding)
 
 
-def padded(rows: list[list[Slot]], sides: Iterable[str], width: int, pads: Iterable[int]) -> BatchLayout:
-    """A sequence for each row, filled up to the width with its pad token on its side, "left" or "right"."""
+def padded(rows: list[list[Slot]], side: str, width: int, pads: Iterable[int], opposite: int = 0) -> BatchLayout:
+    """A sequence for each row, filled up to the width with its pad token on this side, "left" or "right".
+
+    opposite: how many of the pad tokens stand on the other side.
+    """
     sequences, spans = [], []
-    for number, (row, side, pad) in enumerate(zip(rows, sides, pads, strict=True)):
+    for number, (row, pad) in enumerate(zip(rows, pads, strict=True)):
         padding = [(pad, NO_ROW, 0)] * (width - len(row))
-        start = len(padding) if side == "left" else 0
-        sequences.append(tuple(padding + row if side == "left" else row + padding))
+        start = len(padding) - opposite if side == "left" else opposite
+        sequences.append(tuple(padding[:start] + row + padding[start:]))
         spans.append(Span(number, start, start + len(row)))
     return BatchLayout(tuple(sequences), tuple(spans))

@@ -28,18 +28,34 @@ def windows_of(config: Any) -> Windows | None:
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(layer_types))}
 
 
+def window_of(config: Any) -> int:
+    """The sliding window in tokens, 0 where no layer has one."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    return 0 if window is None or (kinds is not None and "sliding_attention" not in kinds) else window
+
+
 def padding_mask(rows: Tensor) -> Tensor:
     """The 2-d mask that every model takes: 1 where a token belongs to a row."""
     return (rows >= 0).long()
 
 
-def causal_masks(rows: Tensor, positions: Tensor, windows: Windows, form: Callable[[Tensor], Any]) -> Any:
-    """4-d masks: a token sees the tokens of its own row up to itself; padding sees and is seen by nothing.
+def visible(rows: Tensor, positions: Tensor, windows: Windows) -> dict[str, Tensor]:
+    """By kind of layer, [lines, 1, queries, keys], True: visible. A token sees the tokens of its own row up to itself; padding
+    sees and is seen by nothing."""
+    return {kind: _visible(rows, positions, window) for kind, window in windows.items()}
 
-    One mask where all layers are of one kind, else a dict by kind, which such models take. form: brings a boolean mask
-    into what the attention implementation reads.
-    """
-    masks = {kind: form(_visible(rows, positions, window)) for kind, window in windows.items()}
+
+def of_columns(visible: Tensor, queries: slice, first_key: int, n_keys: int) -> Tensor:
+    """The part for these queries, and for ``n_keys`` keys from this column on; what is beyond the batch is hidden."""
+    part = visible[:, :, queries, first_key : first_key + n_keys]
+    return torch.nn.functional.pad(part, (0, n_keys - part.shape[-1]))
+
+
+def formed(visible: dict[str, Tensor], form: Callable[[Tensor], Any]) -> Any:
+    """4-d masks: one where all layers are of one kind, else a dict by kind, which such models take. form: brings a boolean mask
+    into what the attention implementation reads."""
+    masks = {kind: form(mask) for kind, mask in visible.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -1,0 +1,128 @@
+"""C: the whole at once, and in chunks with a cache: at every boundary, after a reused prefix, after what was rolled back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import msgspec
+from hypothesis import strategies as st
+
+from pytest_batchinv.letters import WORDS
+from pytest_batchinv.mutants import sequences as planted
+from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
+from pytest_batchinv.search import strategies, sweep
+from pytest_batchinv.shapes import BatchShape, Steps
+from pytest_batchinv.subjects.base import Space, Subject
+
+NO_TRACE = "of a run in several forwards there is no trace yet"
+_EVERY_BOUNDARY_UP_TO = 33
+_EDGES = (1, 16, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+_SIZES = (2, 3, 7, 16, 64)
+_MOST_CHUNKS = 40
+
+
+class Chunks(Relation):
+    letter = "C"
+    words = WORDS["C"]
+    meaning = "a row has other bits where it is computed in chunks with a cache (relation C, chunked prefill)"
+    side_names = ("all at once", "in chunks")
+    share = 5
+    no_trace = NO_TRACE
+
+    def obstacle(self, subject: Subject) -> str:
+        return no_cache(subject)
+
+    def takes(self, case: BatchShape) -> str:
+        return "" if case.steps else "the batch is computed at once, so there are no chunks to compare with it"
+
+    def cases(self, space: Space) -> Cases:
+        first = [*_long(space), *_batches(space), *_prefixes(space)]
+        return Cases(fitting(first, space), [in_space(_every_boundary(space), space)], _drawn(space))
+
+    def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
+        yield Comparison(runs.run(case.at_once()), runs.run(case))
+
+    def mutants(self) -> tuple[Mutant, ...]:
+        return tuple(Mutant(name, make) for name, make in planted.CHUNKS.items())
+
+
+def no_cache(subject: Subject) -> str:
+    """Why the subject cannot be asked to compute in steps; empty where it can."""
+    if subject.space.caches:
+        return ""
+    return f"{subject.info.name} keeps no cache in which it could go on ({subject.info.kind}, {subject.info.compile_mode})"
+
+
+def fitting(cases: list[BatchShape], space: Space) -> list[BatchShape]:
+    return list(in_space(iter(dict.fromkeys(cases)), space))
+
+
+def in_space(cases: Iterator[BatchShape], space: Space) -> Iterator[BatchShape]:
+    return (case for case in cases if space.fits(case) and not space.holds(case))
+
+
+def of_length(space: Space, length: int, n_rows: int = 1) -> BatchShape:
+    """The first rows of the palette, all of this length, or of the longest that the subject takes."""
+    rows = [msgspec.structs.replace(row, length=min(length, space.max_length)) for row in space.palette[:n_rows]]
+    return BatchShape(tuple(rows))
+
+
+def ends(start: int, size: int, width: int) -> tuple[int, ...]:
+    """Steps of one size from this column on; the last one may be shorter."""
+    return tuple(range(start, width, size))
+
+
+def _long(space: Space) -> Iterator[BatchShape]:
+    """One long row, cut at the edges of tiles."""
+    case = of_length(space, 300)
+    for cache in space.caches:
+        for boundary in _EDGES:
+            if boundary < case.width:
+                yield case.in_steps(Steps((boundary,), cache))
+
+
+def _batches(space: Space) -> Iterator[BatchShape]:
+    """Batches of rows of several lengths, in chunks of one size, on either side of the padding."""
+    layouts = [layout for layout in space.layouts if layout != "packed"]
+    for start, size in enumerate(_SIZES):
+        for layout in layouts:
+            case = sweep.batch(space, 3 + start % 3, 4 + start, layout)
+            for cache in space.caches:
+                if 0 < (case.width - 1) // size <= _MOST_CHUNKS:
+                    yield case.in_steps(Steps(ends(size, size, case.width), cache))
+
+
+def _prefixes(space: Space) -> Iterator[BatchShape]:
+    """Rows that reuse the keys of a prefix, with and without tokens that its cache has forgotten; and such chunks."""
+    for n_tokens in (1, 2, 15, 16, 17, 32, 64, 128):
+        case = of_length(space, 2 * n_tokens + 3, n_rows=3)
+        if n_tokens < case.width:
+            for cache in (cache for cache in space.caches if cache != "static"):
+                yield case.in_steps(Steps((), cache, prefix=n_tokens))
+                yield case.in_steps(Steps((), cache, prefix=n_tokens, rejected=3))
+                yield case.in_steps(Steps((n_tokens,), cache, rejected=5))
+
+
+def _every_boundary(space: Space) -> Iterator[BatchShape]:
+    case = of_length(space, _EVERY_BOUNDARY_UP_TO)
+    for boundary in range(1, case.width):
+        for cache in space.caches:
+            yield case.in_steps(Steps((boundary,), cache))
+
+
+@st.composite
+def _drawn(draw: st.DrawFn, space: Space) -> BatchShape:
+    case = draw(padded_cases(space))
+    cuts = draw(st.sets(st.integers(1, max(1, case.width - 1)), max_size=6))
+    cache = draw(st.sampled_from(space.caches))
+    spare = draw(st.integers(0, 70)) if cache == "static" else 0
+    rejected = 0 if cache == "static" else draw(st.sampled_from((0, 0, 1, 4)))
+    return case.in_steps(Steps(tuple(sorted(cut for cut in cuts if cut < case.width)), cache, spare, rejected))
+
+
+def padded_cases(space: Space, most_rows: int = 9) -> st.SearchStrategy[BatchShape]:
+    """Batches of few rows, none of them packed: each costs several forwards."""
+    layouts = tuple(layout for layout in space.layouts if layout != "packed")
+    few = replace(space, max_rows=min(space.max_rows, most_rows), layouts=layouts)
+    return strategies.cases(few)
