@@ -27,12 +27,26 @@ def model_loader() -> Callable[..., Any]:
     return lru_cache(maxsize=KEPT_MODELS)(_load)
 
 
-def _load(**words: str) -> Any:
+def _load(engine: str, url: str | None, **words: str) -> Any:
     from pytest_batchinv.kernels import counters
-    from pytest_batchinv.subjects.transformers import TransformersSubject
 
     with counters.counting_apart():  # to build a model is no test of it
-        return TransformersSubject(**words)
+        if engine == "transformers":
+            from pytest_batchinv.subjects.transformers import TransformersSubject
+
+            return TransformersSubject(**words)
+        from pytest_batchinv import extensions
+
+        return extensions.load(extensions.ENGINES, engine)(url=url, **words)
+
+
+def in_compile_mode(subject: Any, compile_mode: str, engine: str) -> Any:
+    """Engines of other packages may have no compile modes; those skip the items of any other mode than eager."""
+    if hasattr(subject, "in_compile_mode"):
+        return subject.in_compile_mode(compile_mode)
+    if compile_mode != "eager":
+        pytest.skip(f"the engine {engine} has no compile modes, so there is nothing to run in the mode {compile_mode}")
+    return subject
 
 
 @pytest.fixture
@@ -72,13 +86,20 @@ def batchinv_engine(request: pytest.FixtureRequest, batchinv_settings: Settings,
     dtype, model = batchinv_settings.dtype, batchinv_settings.model
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
-    if model == "auto":
+    if model == "auto" and batchinv_settings.engine == "transformers":
         model = DEFAULT_MODELS[device][0]
     from pytest_batchinv.plugin.seeds import heavy_imports
 
     try:
         with heavy_imports():
-            loaded = request.config.stash[MODELS](model=model, device=device, dtype=dtype, attn=batchinv_settings.attn)
-        return loaded.in_compile_mode(compile_mode)
+            loaded = request.config.stash[MODELS](
+                engine=batchinv_settings.engine,
+                url=batchinv_settings.url,
+                model=model,
+                device=device,
+                dtype=dtype,
+                attn=batchinv_settings.attn,
+            )
+        return in_compile_mode(loaded, compile_mode, batchinv_settings.engine)
     except ValueError as error:
         pytest.fail(str(error), pytrace=False)

@@ -35,11 +35,25 @@ def parse_dtype(text: str) -> str:
 def parse_relations(text: str) -> tuple[str, ...]:
     """ "I,R" -> ("R", "I"): in the order in which they are checked, so that noise is not taken for variance."""
     asked = {name.strip() for name in text.split(",")}
-    unknown = sorted(asked - RELATIONS.keys())
-    if unknown:
-        known = ", ".join(f"{name} ({words})" for name, words in RELATIONS.items())
-        raise ValueError(f"no such relation as {', '.join(map(repr, unknown))}; ask for one or more of {known}, as in R,I")
-    return tuple(name for name in RELATIONS if name in asked)
+    unknown = asked - RELATIONS.keys()
+    theirs = _of_other_packages("RELATIONS", RELATIONS) if unknown else ()
+    if unknown := unknown - set(theirs):
+        known = ", ".join((*(f"{name} ({words})" for name, words in RELATIONS.items()), *theirs))
+        raise ValueError(
+            f"no such relation as {', '.join(map(repr, sorted(unknown)))}; ask for one or more of {known}, as in R,I"
+        )
+    return tuple(name for name in (*WORDS, *theirs, "N") if name in asked)
+
+
+def parse_engine(text: str) -> str:
+    """One of ours, or of another package, whose entry points are looked up only where the name is none of ours."""
+    return text if text in ENGINES else one_of((*ENGINES, *_of_other_packages("ENGINES", ENGINES)))(text)
+
+
+def _of_other_packages(kind: str, ours: Iterable[str]) -> tuple[str, ...]:
+    from pytest_batchinv import extensions  # only where a name is none of ours
+
+    return extensions.names(vars(extensions)[kind], tuple(ours))
 
 
 def parse_count(text: str) -> int:
@@ -119,7 +133,13 @@ OPTIONS = (
         "id such as org/name. auto is tiny-qwen3 on the CPU and wide-qwen3 on a GPU; the packaged suite adds a llama.",
         "NAME",
     ),
-    Option("engine", one_of(ENGINES), "transformers", f"What runs the model: {', '.join(ENGINES)}.", "NAME"),
+    Option(
+        "engine",
+        parse_engine,
+        "transformers",
+        f"What runs the model: {', '.join(ENGINES)}, or an engine that another package gives.",
+        "NAME",
+    ),
     Option("url", parse_name, None, "The address of a served model, for an engine that asks one.", "URL"),
     Option(
         "device",

@@ -14,7 +14,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def check(settings: Settings, config: Any) -> None:
     no_reruns(config)
-    model_can_be_meant(settings.model)
+    if settings.engine == "transformers":  # what a model is to another engine, that engine says
+        model_can_be_meant(settings.model)
     device_is_there(settings.device)
     for path in settings.report:
         can_be_written(path)

@@ -37,7 +37,7 @@ def resolve(config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
     """The settings of a pytest config. Raises ValueError that names the source of a bad value."""
     _refuse_unknown_names(config, environ)
     settings = Settings(**{option.name: _value(option, config, environ) for option in OPTIONS})
-    if settings.url is not None:
+    if settings.url is not None and settings.engine == "transformers":
         raise ValueError(f"--batchinv-url: the engine {settings.engine} loads the model itself and takes no URL")
     return settings
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
+from pytest_batchinv import extensions
+from pytest_batchinv.letters import in_order
 from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
 from pytest_batchinv.relations.batch import Batch
 from pytest_batchinv.relations.chunks import Chunks
@@ -22,10 +25,29 @@ RELATIONS: dict[str, Relation] = {
 
 
 def chosen(letters: Iterable[str], who: str) -> list[Relation]:
-    """The relations of these letters in the order of the registry. Raises ValueError that lists them."""
-    letters = list(letters)
-    unknown = sorted(set(letters) - RELATIONS.keys())
-    if unknown or not letters:
-        known = ", ".join(f"{letter} ({relation.words})" for letter, relation in RELATIONS.items())
+    """The relations of these letters: ours in the order of the registry, then those of other packages. Raises ValueError."""
+    asked = in_order(letters)
+    unknown = [letter for letter in asked if letter not in RELATIONS]
+    theirs = extensions.names(extensions.RELATIONS, tuple(RELATIONS)) if unknown else ()
+    unknown = [letter for letter in unknown if letter not in theirs]
+    if unknown or not asked:
+        known = ", ".join((*(f"{letter} ({relation.words})" for letter, relation in RELATIONS.items()), *theirs))
         raise ValueError(f"{who} checks the relations {known}; not {', '.join(unknown) or 'none at all'}")
-    return [relation for letter, relation in RELATIONS.items() if letter in letters]
+    return [of_letter(letter) for letter in asked]
+
+
+def of_letter(letter: str) -> Relation:
+    """One of ours, or of another package, by the entry point of this name. Raises ValueError for what is no relation."""
+    return RELATIONS[letter] if letter in RELATIONS else _of_another_package(letter)
+
+
+@cache
+def _of_another_package(letter: str) -> Relation:
+    given = extensions.load(extensions.RELATIONS, letter)
+    relation = given() if isinstance(given, type) else given
+    if not isinstance(relation, Relation) or getattr(relation, "letter", None) != letter:
+        raise ValueError(
+            f"the entry point {letter!r} of {extensions.RELATIONS} gives {relation!r}; it gives a class or an object of "
+            f"pytest_batchinv.relations.Relation whose letter is {letter!r}"
+        )
+    return relation

@@ -18,11 +18,11 @@ _LONGEST_NAME = 44
 
 def describe(record: Record) -> str:
     """All of a finding, as lines."""
-    from pytest_batchinv.relations import RELATIONS  # imports torch, which the summary has no need of
+    from pytest_batchinv import relations  # imports torch, which the summary has no need of
 
     assert record.finding is not None
     found = record.finding
-    lines = [f"{subject_words(record.subject)}{_at_operator(found)}: {RELATIONS[record.relation].meaning}."]
+    lines = [f"{subject_words(record.subject)}{_at_operator(found)}: {relations.of_letter(record.relation).meaning}."]
     lines += [f"  {title:<11} {text}" for title, text in _parts(record, found)]
     for section in found.sections:
         lines += [f"  {section.title:<11} {section.lines[0]}", *(" " * 14 + line for line in section.lines[1:])]

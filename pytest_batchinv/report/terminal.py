@@ -110,7 +110,7 @@ def _verdicts(records: list[Record]) -> str:
     """ "R equal  S equal  I DIFFERS": the worst of each relation."""
     by_relation = _grouped(records, lambda record: record.relation)
     worst = {letter: WORDS[worst_verdict(group)] for letter, group in by_relation}
-    return "  ".join(f"{letter} {worst[letter]:<7}" for letter in letters.WORDS if letter in worst)
+    return "  ".join(f"{letter} {worst[letter]:<7}" for letter in letters.in_order(worst))
 
 
 def _counts(records: list[Record]) -> str:
@@ -125,7 +125,7 @@ def _failures(records: list[Record]) -> Iterator[str]:
     for record in records:
         if record.verdict in ("equal", "not_run"):
             continue
-        relation = f"{record.relation} {letters.WORDS[record.relation]}"
+        relation = letters.titled(record.relation)
         yield f"{WORDS[record.verdict]}: {message.subject_words(record.subject)}"
         yield f"  {relation}, {MODES[record.mode]}, in {record.nodeid}"
         if record.error:
@@ -215,7 +215,7 @@ def _not_run(records: list[Record]) -> Iterator[str]:
         yield ""
     for record in records:
         if record.verdict == "not_run":
-            yield f"not run: {record.relation} {letters.WORDS[record.relation]} of {record.subject.name}: {record.error}"
+            yield f"not run: {letters.titled(record.relation)} of {record.subject.name}: {record.error}"
 
 
 def _nan(records: list[Record]) -> Iterator[str]:
@@ -256,7 +256,8 @@ def _conclusion(checks: list[Record], controls: list[Record]) -> Iterator[str]:
 
 def _model(record: Record) -> str:
     info = record.subject
-    return f"{info.name} on {info.device}, {info.dtype}, attention {info.attention}"
+    about = (f"{info.name} on {info.device}", info.dtype, f"attention {info.attention}" * bool(info.attention))
+    return ", ".join(filter(None, about))
 
 
 def _grouped(records: Iterable[Any], key: Callable[[Any], Hashable]) -> ItemsView[Any, list[Any]]:

@@ -39,7 +39,7 @@ def proven(checks: Iterable[Record]) -> list[Record]:
 
 def proven_words(equal: list[Record]) -> str:
     """ "0 bits differ in R, I: 2 subjects, 80 batches, 20.0 MB", of what ``proven`` gave."""
-    relations = ", ".join(letter for letter in letters.WORDS if any(record.relation == letter for record in equal))
+    relations = ", ".join(letters.in_order(record.relation for record in equal))
     subjects = len({(record.nodeid, record.subject) for record in equal})
     compared = bytes_words(sum(record.counts.compared_bytes for record in equal))
     batches = sum(record.counts.examples for record in equal)

@@ -147,7 +147,7 @@ class RowOutputs(Sequence[RowOutput]):
 
 
 class Subject(Protocol):
-    """A subject that is ready to run."""
+    """A subject that is ready to run. A class that derives from it has the methods that are written out here."""
 
     @property
     def info(self) -> SubjectInfo: ...
@@ -164,16 +164,16 @@ class Subject(Protocol):
         ...
 
     def in_eager_mode(self) -> Subject:
-        """The same subject with the same weights, run by eager code."""
-        ...
+        """The same subject with the same weights, run by eager code: itself, where nothing is compiled."""
+        return self
 
     def with_gradients(self) -> Subject:
         """A subject of the same space whose outputs are the gradients of each row. Raises NoGradients with the reason."""
-        ...
+        raise NoGradients(f"{self.info.name} gives no gradients of its rows")
 
     def digest(self) -> str:
         """Names the pool's content; empty where rows are made from the case alone."""
-        ...
+        return ""
 
 
 @contextlib.contextmanager

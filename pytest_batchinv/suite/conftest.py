@@ -52,7 +52,7 @@ def _compiles(item: pytest.Item) -> bool:
 
 
 def _models(settings: Settings) -> tuple[str, ...]:
-    if settings.model != "auto":
+    if settings.model != "auto" or settings.engine != "transformers":
         return (settings.model,)
     if not settings.enabled:
         return DEFAULT_MODELS["cpu"]

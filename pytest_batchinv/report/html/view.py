@@ -300,7 +300,7 @@ def _item(record: Record, name: str) -> Item:
         id=name,
         tone=_tone(record),
         word=words.WORDS[record.verdict],
-        relation=f"{record.relation} {letters.WORDS.get(record.relation, '')}".strip(),
+        relation=letters.titled(record.relation),
         subject=message.subject_words(record.subject),
         mode=words.MODES[record.mode],
         test=record.nodeid,
@@ -408,7 +408,7 @@ def _skipped(records: Iterable[Record]) -> list[tuple[str, list[str]]]:
         for skipped in record.not_run:
             by_reason[skipped.reason].append(skipped.case)
         if record.verdict == "not_run":
-            relation = f"{record.relation} {letters.WORDS.get(record.relation, '')}".strip()
+            relation = letters.titled(record.relation)
             by_reason[record.error].append(f"all of {relation} of {message.subject_words(record.subject)}")
     return sorted(by_reason.items(), key=lambda reason: -len(reason[1]))
 
