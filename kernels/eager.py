@@ -14,7 +14,15 @@ from pytest_batchinv.kernels import stock, table
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
 from pytest_batchinv.kernels.operators import may_skip_dispatcher
-from pytest_batchinv.kernels.overloads import Implementation, Sibling, is_exact, overload_of, refusal, siblings
+from pytest_batchinv.kernels.overloads import (
+    Implementation,
+    Sibling,
+    is_exact,
+    only_moves_values,
+    overload_of,
+    refusal,
+    siblings,
+)
 from pytest_batchinv.kernels.tracing import not_traced
 from pytest_batchinv.patches.dispatcher import COMPOSITE, Holding, Registration, foreign
 
@@ -96,6 +104,8 @@ def _functional(overload: OpOverload, key: str, implementation: Implementation) 
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         try:
             if is_exact(overload, args, kwargs):
+                if only_moves_values(overload, args, kwargs):
+                    count(name)
                 return stock_kernel(keyset, *args, **kwargs)
             count(name)
             return implementation(*args, **kwargs)
@@ -124,6 +134,8 @@ def _writing(sibling: Sibling, key: str, implementation: Implementation, is_own:
             # An out of integers: torch's own kernel sums integers into it, or refuses it.
             is_of_floats = is_own or outs[0].is_floating_point() or outs[0].is_complex()
             if not is_of_floats or is_exact(overload, args, arguments):
+                if only_moves_values(overload, args, kwargs):
+                    count(name)
                 return stock_kernel(keyset, *args, **kwargs)
             count(name)
             results = implementation(*args, **arguments)

@@ -52,6 +52,7 @@ def _define_all(library: torch.library.Library) -> dict[OpOverload, OpOverload]:
     _differentiate(library, "attention", attend, attention.attention_setup_context, attention.attention_backward)
     _define_own(library, reductions.MEAN_OF_SQUARES_SCHEMA, reductions.mean_of_squares, reductions.mean_of_squares_fake)
     _define_own(library, reductions.CHOSEN_LOGPROBS_SCHEMA, reductions.chosen_logprobs, reductions.chosen_logprobs_fake)
+    _define_own(library, norms.NORM_BACKWARD_SCHEMA, norms.norm_backward, norms.norm_backward_fake)
     made = {}
     for name, implementation in table.BACKEND_KERNELS.items():
         overload = overload_of(name)
@@ -182,7 +183,7 @@ def _contiguous_fake(overload: OpOverload) -> Implementation:
         out = overload(*args, **kwargs)
         if isinstance(out, torch.Tensor):
             return torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        return tuple(torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in out)
+        return tuple(None if o is None else torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in out)
 
     return fake
 

@@ -68,12 +68,14 @@ def _signature(overload: OpOverload) -> list[tuple[str, str]]:
 
 
 def is_exact(overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call computes with integers or booleans alone. No order changes their bits: torch's own kernel serves it.
+    """Whether this call computes with integers or booleans alone, or only moves values: torch's own kernel serves it.
 
     Raises Refused for complex numbers where the entry does not take them.
     """
     if overload in _by_torchs_own_kernels():  # integers too, some of which become floats
         return False
+    if only_moves_values(overload, args, kwargs):
+        return True
     dtype = kwargs.get("dtype") or _first_dtype(args)
     if dtype is None or dtype in _FLOATS:
         return False
@@ -97,6 +99,13 @@ def _pointwise() -> frozenset[OpOverload]:
 def _with_siblings(names: Iterable[str]) -> frozenset[OpOverload]:
     overloads = [overload for name in names if (overload := overload_of(name)) is not None]
     return frozenset((*overloads, *(sibling.overload for overload in overloads for sibling in siblings(overload))))
+
+
+def only_moves_values(overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this is an ``index_put`` that adds nothing up."""
+    if _name(overload) not in table.ADD_ONLY_TO_ACCUMULATE:
+        return False
+    return not (args[3] if len(args) > 3 else kwargs.get("accumulate", False))
 
 
 def _makes_floats(overload: OpOverload, args: tuple[Any, ...]) -> bool:

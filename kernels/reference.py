@@ -123,6 +123,47 @@ def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float, with_rstd: bool =
     return y.to(x.dtype).contiguous(), rstd.to(accumulator_dtype(x.dtype)) if with_rstd else None
 
 
+def row_softmax_backward(grad: Tensor, y: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
+    """The gradient of each row of x, where y = softmax(x) (or log_softmax). grad, y: [rows, n_cols] -> [rows, n_cols].
+
+    ``(grad - sum(grad * y)) * y``, or ``grad - exp(y) * sum(grad)``.
+    """
+    grad, y = grad.double(), y.double()
+    if log:
+        out = grad - y.exp() * grad.sum(-1, keepdim=True)
+    else:
+        out = (grad - (grad * y).sum(-1, keepdim=True)) * y
+    return out.to(out_dtype).contiguous()
+
+
+def row_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    wants_x: bool = True,
+    wants_weight: bool = True,
+    wants_bias: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias, where ``y = (x - mean) * rstd * weight + bias``, None for those not wanted.
+
+    grad, x: [rows, n_cols]; mean, rstd: [rows] as the forward gave them; without mean it is rms_norm; weight: [n_cols]
+    -> like x, and twice [n_cols], in the weight's dtype, or x's. With ``z = (x - mean) * rstd`` and ``g = grad * weight``:
+    ``grad_x = rstd * (g - mean(g) - z * mean(g * z))``, without mean(g) for rms_norm; ``grad_weight = sum(grad * z)`` and
+    ``grad_bias = sum(grad)`` over the rows, in an order that follows the row's index alone.
+    """
+    wide, z = grad.double(), x.double()
+    z = (z if mean is None else z - mean.double()[:, None]) * rstd.double()[:, None]
+    g = wide if weight is None else wide * weight.double()
+    grad_x = g - z * (g * z).mean(-1, keepdim=True)
+    grad_x = grad_x if mean is None else grad_x - g.mean(-1, keepdim=True)
+    grad_x = (grad_x * rstd.double()[:, None]).to(x.dtype).contiguous()
+    dtype = x.dtype if weight is None else weight.dtype
+    of_weight, of_bias = (wide * z).sum(0).to(dtype), wide.sum(0).to(dtype)
+    return grad_x if wants_x else None, of_weight if wants_weight else None, of_bias if wants_bias else None
+
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -10,10 +10,13 @@ ROW_LOCAL = {
     "flip", "tril", "triu", "arange", "full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "empty",
     "empty_like", "empty_strided", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "scalar_tensor",
     "lift_fresh", "lift_fresh_copy", "detach", "fill", "fill_", "zero_", "eye", "repeat_interleave", "unfold_copy",
-    "index_put", "index_put_", "select_scatter", "slice_scatter", "as_strided", "resize_", "set_", "alias", "one_hot",
-    "_local_scalar_dense", "item", "linspace", "meshgrid", "slice", "diagonal", "nonzero", "native_dropout",
+    "select_scatter", "slice_scatter", "as_strided", "resize_", "set_", "alias", "one_hot",
+    "_local_scalar_dense", "item", "linspace", "meshgrid", "slice", "diagonal", "nonzero",
     "index_copy", "index_copy_",
     "_assert_async", "_assert_tensor_metadata", "_unsafe_view", "unbind", "split", "is_same_size", "equal",
+    # gradients: copies of one, or one product for each value
+    "slice_backward", "select_backward", "diagonal_backward", "value_selecting_reduction_backward", "nll_loss_backward",
+    "nll_loss2d_backward", "threshold_backward", "hardtanh_backward", "leaky_relu_backward",
     # exact whatever the order: maxima, comparisons, sorting, counting, integers
     "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "sort", "argsort", "histc", "bincount", "isin",
     "searchsorted", "bucketize", "unique_consecutive", "cummax", "cummin", "aminmax", "_unique2", "count_nonzero",

@@ -10,7 +10,17 @@ A functional overload stands for its ``.out`` and in-place siblings too: ``overl
 from collections.abc import Callable
 from typing import Any
 
-from pytest_batchinv.kernels.aten import attention, convolution, norms, pointwise, products, reductions, scatter, vectors
+from pytest_batchinv.kernels.aten import (
+    attention,
+    convolution,
+    losses,
+    norms,
+    pointwise,
+    products,
+    reductions,
+    scatter,
+    vectors,
+)
 
 BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "mm": products.mm,
@@ -54,6 +64,18 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "_scaled_dot_product_efficient_attention": attention.efficient_attention,
     "index_add": scatter.index_add,
     "scatter_add": scatter.scatter_add,
+    "nll_loss_forward": losses.nll_loss_forward,
+    "nll_loss2d_forward": losses.nll_loss2d_forward,
+    # gradients
+    "_softmax_backward_data": reductions.softmax_backward,
+    "_log_softmax_backward_data": reductions.log_softmax_backward,
+    "native_layer_norm_backward": norms.native_layer_norm_backward,
+    "native_group_norm_backward": norms.native_group_norm_backward,
+    "_fused_rms_norm_backward": norms.fused_rms_norm_backward,
+    "embedding_dense_backward": scatter.embedding_dense_backward,
+    "index_put": scatter.index_put,
+    "_index_put_impl": scatter.index_put,
+    "_unsafe_index_put": scatter.index_put,
 }
 
 COMPOSITES: dict[str, Callable[..., Any]] = {
@@ -86,6 +108,11 @@ WHOLE_VECTORS: dict[str, Callable[..., Any]] = {
     for name in (
         *("exp2", "sinh", "cosh", "atanh", "special_i0e", "softshrink", "sgn", "digamma", "igamma", "igammac"),
         *("atan2", "hypot", "logaddexp", "logaddexp2", "lerp.Scalar", "binary_cross_entropy"),
+        *(
+            f"{kind}_backward"
+            for kind in ("silu", "gelu", "mish", "sigmoid", "tanh", "softplus", "elu", "log_sigmoid", "logit")
+        ),
+        *(f"{kind}_backward" for kind in ("hardswish", "hardsigmoid", "softshrink", "hardshrink")),
     )
 } | {"pow.Tensor_Tensor": vectors.pow_of_tensors, "angle": vectors.angle}
 """Pointwise operators whose values follow their place in memory: torch's kernels, on whole vectors (``aten/vectors.py``)."""
@@ -131,11 +158,15 @@ ONLY_WITH_A_FACTOR = {"add.Tensor", "sub.Tensor"}
 ONLY_OF_FLOATS = {"add.Tensor", "sub.Tensor", "div.Tensor_mode", "floor_divide", "remainder.Tensor", "remainder.Scalar"}
 """Those whose integers are exact in any code."""
 
+ADD_ONLY_TO_ACCUMULATE = {"index_put", "_index_put_impl", "_unsafe_index_put"}
+"""Entries that only move values, as torch's own kernels do, unless they are called with ``accumulate``."""
+
 FLOATS_OF_INTEGERS = {*_OF_ANY_DTYPE, "pow", "logsumexp"}
 """Entries that make floats of integers, and then compute as for those. ``pow`` does where its exponent is a float."""
 
 COMPLEX = {
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "convolution", "index_add", "scatter_add"),
+    *("index_put", "_index_put_impl", "_unsafe_index_put", "embedding_dense_backward"),
     *("sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "cumsum"),
 }
 """Entries that take complex64 and complex128 too (``complex_parts.py``), as pointwise ones do wherever torch does. The others

@@ -1,4 +1,4 @@
-"""Layer, group and rms norm."""
+"""Layer, group and rms norm, and their gradients."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from pytest_batchinv.kernels.aten.common import FLOATS, Refused, Step, after, kernel_set, merged, planned, shape_of
+from pytest_batchinv.kernels.aten.reductions import sum_dim
 from pytest_batchinv.kernels.plans import Description, describe, plan
 from pytest_batchinv.kernels.reference import accumulator_dtype
 
@@ -130,13 +131,98 @@ def _plan_rms_norm(
     return after((rows_of, flatten), norm)
 
 
+NORM_BACKWARD_SCHEMA = (
+    "norm_backward(Tensor grad, Tensor input, SymInt[] normalized_shape, Tensor? mean, Tensor rstd, Tensor? weight, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
+)
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of x, weight and bias; None for those that nobody needs."""
+
+
+def norm_backward(grad, input, normalized_shape, mean, rstd, weight, output_mask) -> Gradients:
+    """The gradients of a layer norm, or without mean of an rms norm. mean, rstd: the forward's, one value a row."""
+    described = [describe(x) for x in (grad, input, mean, rstd, weight)]
+    return _plan_norm_backward(*described, tuple(normalized_shape), tuple(output_mask))(grad, input, mean, rstd, weight)
+
+
+@plan
+def _plan_norm_backward(
+    grad: Description,
+    x: Description,
+    mean: Description | None,
+    rstd: Description,
+    weight: Description | None,
+    normalized_shape: tuple[int, ...],
+    wants: tuple[bool, bool, bool],
+) -> Callable[..., Gradients]:
+    n_dims = _check_normalized("norm_backward", x, normalized_shape, weight)
+    if grad.shape != x.shape or grad.device != x.device:
+        raise RuntimeError(f"norm_backward: expected a gradient like the input {shape_of(x)}, but got {shape_of(grad)}")
+    brought = [_rows(grad, n_dims), _rows(x, n_dims), _flat(mean), _flat(rstd), _flat(weight)]
+    rows, steps = zip(*brought, strict=True)
+    return after(steps, planned("row_norm_backward", rows, *wants, shape=(x.shape, normalized_shape)))
+
+
+def norm_backward_fake(grad, input, normalized_shape, mean, rstd, weight, output_mask) -> Gradients:
+    like_parameters = (input if weight is None else weight).new_empty(normalized_shape)
+    results = input.new_empty(input.shape), like_parameters, like_parameters.new_empty(normalized_shape)
+    return tuple(x if wanted else None for x, wanted in zip(results, output_mask, strict=True))
+
+
+def native_layer_norm_backward(grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask) -> Gradients:
+    return norm_backward(grad_out, input, normalized_shape, mean, rstd, weight, output_mask)
+
+
+def fused_rms_norm_backward(
+    grad_out, input, normalized_shape, rstd, weight, output_mask
+) -> tuple[Tensor | None, Tensor | None]:
+    wants = output_mask[0], output_mask[1] and weight is not None, False
+    return norm_backward(grad_out, input, normalized_shape, None, rstd, weight, wants)[:2]
+
+
+def native_group_norm_backward(grad_out, input, mean, rstd, weight, N, C, HxW, group, output_mask) -> Gradients:
+    """The layer norm's kernel on rows of C // group * HxW values, after one scale a channel; sums over rows and places."""
+    wide, by_channel = accumulator_dtype(input.dtype), (N, C, HxW)
+    grad, x = (t.to(wide).reshape(by_channel) for t in (grad_out, input))
+    mean, rstd = (t.to(wide).reshape(N * group) for t in (mean, rstd))
+    grad_x = of_weight = of_bias = None
+    if output_mask[0]:
+        scaled = grad if weight is None else grad * weight.to(wide).view(1, C, 1)
+        rows = (t.reshape(N * group, C // group * HxW) for t in (scaled, x))
+        grad_x = norm_backward(*rows, (C // group * HxW,), mean, rstd, None, (True, False, False))[0]
+        grad_x = grad_x.to(input.dtype).view(input.shape)
+    dtype = input.dtype if weight is None else weight.dtype
+    if output_mask[1]:
+        per_channel = (t.view(N, group, 1).expand(N, group, C // group).reshape(N, C, 1) for t in (mean, rstd))
+        centre, scale = per_channel
+        of_weight = sum_dim(grad * ((x - centre) * scale), [0, 2]).to(dtype)
+    if output_mask[2]:
+        of_bias = sum_dim(grad, [0, 2]).to(dtype)
+    return grad_x, of_weight, of_bias
+
+
 def rms_norm_setup_context(ctx, inputs, output) -> None:
     input, ctx.normalized_shape, weight, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, weight, output[1])
     ctx.save_for_forward(input, weight, output[1])
 
 
-def rms_norm_backward(ctx, grad_y: Tensor, grad_rstd: Tensor):
+def rms_norm_backward(ctx, grad_y: Tensor | None, grad_rstd: Tensor | None):
+    """By the kernel; by operators that have gradients themselves where those are asked for, or where rstd was used."""
+    input, weight, rstd = ctx.saved_tensors
+    if grad_y is None and grad_rstd is None:
+        return None, None, None, None
+    if torch.is_grad_enabled() or grad_rstd is not None:
+        grad_y = torch.zeros_like(input) if grad_y is None else grad_y
+        return _rms_norm_backward_by_operators(ctx, grad_y, grad_rstd)
+    wants = ctx.needs_input_grad[0], ctx.needs_input_grad[2], False
+    backward = torch.ops.batchinv.norm_backward.default
+    grad_x, grad_weight, _ = backward(grad_y, input, ctx.normalized_shape, None, rstd, weight, wants)
+    return grad_x, None, grad_weight, None
+
+
+def _rms_norm_backward_by_operators(ctx, grad_y: Tensor, grad_rstd: Tensor | None):
     """Of y = x * rstd * weight, where the derivative of rstd = (mean(x ** 2) + eps) ** -0.5 is -rstd ** 3 * x / n."""
     input, weight, rstd = ctx.saved_tensors
     shape = ctx.normalized_shape
@@ -146,8 +232,9 @@ def rms_norm_backward(ctx, grad_y: Tensor, grad_rstd: Tensor):
         rows = math.prod(input.shape[: input.dim() - len(shape)])
         grad_weight = (grad * (x * rstd)).reshape(rows, *shape).sum(0).to(weight.dtype)
     grad = grad if weight is None else grad * weight.to(rstd.dtype)
-    grad_rstd = (grad * x).mean(_last(shape), keepdim=True) + grad_rstd / math.prod(shape)
-    grad_x = grad * rstd - x * (rstd * rstd * rstd * grad_rstd)
+    of_rstd = (grad * x).mean(_last(shape), keepdim=True)
+    of_rstd = of_rstd if grad_rstd is None else of_rstd + grad_rstd / math.prod(shape)
+    grad_x = grad * rstd - x * (rstd * rstd * rstd * of_rstd)
     return grad_x.to(input.dtype), None, grad_weight, None
 
 

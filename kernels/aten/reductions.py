@@ -206,6 +206,32 @@ def _plan_softmax(x: Description, dim: int, half_to_float: bool, log: bool) -> C
     return _along(x, dim, "row_softmax", log, out_dtype)
 
 
+def softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    return _plan_softmax_backward(describe(grad_output), describe(output), dim, input_dtype, False)(grad_output, output)
+
+
+def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    return _plan_softmax_backward(describe(grad_output), describe(output), dim, input_dtype, True)(grad_output, output)
+
+
+@plan
+def _plan_softmax_backward(
+    grad: Description, y: Description, dim: int, dtype: torch.dtype, log: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    if grad.shape != y.shape or grad.dtype != y.dtype or grad.device != y.device:
+        raise RuntimeError(
+            f"softmax: expected a gradient like the result, {y.dtype} {shape_of(y)}, but got {grad.dtype} {shape_of(grad)}"
+        )
+    dim = wrap_dim(y, dim)
+    others = [d for d in range(y.dim()) if d != dim]
+    (grad_rows, step_grad), (rows, step) = (merged(x, others, [dim] if x.dim() else []) for x in (grad, y))
+    moved = tuple([y.shape[d] for d in others] + ([y.shape[dim]] if y.dim() else []))
+    call = after((step_grad, step), planned("row_softmax_backward", (grad_rows, rows), log, dtype, shape=moved))
+    if dim == y.dim() - 1 or not y.dim():
+        return call
+    return lambda grad, y: call(grad, y).movedim(-1, dim).contiguous()
+
+
 CHOSEN_LOGPROBS_SCHEMA = "chosen_logprobs(Tensor self, Tensor index, ScalarType dtype) -> Tensor"
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from pytest_batchinv.kernels.aten.common import factor, kernel_set, shape_of, too_few_dims, wrap_dim
+from pytest_batchinv.kernels.aten.common import Refused, factor, kernel_set, shape_of, too_few_dims, wrap_dim
 
 
 def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
@@ -63,6 +63,73 @@ def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     place = place.where(in_range, -1)  # an index out of range is one in the flat tensor, too, and not another row's
     out = kernel_set(self).index_add(self.reshape(-1, 1), place.reshape(-1), src.reshape(-1, 1), 1.0)
     return out.view(shape)
+
+
+def index_put(self: Tensor, indices, values: Tensor, accumulate: bool = False, unsafe: bool = False) -> Tensor:
+    """Adds the values at the places that ``self[indices]`` names, in the order of the flat index. Only with accumulate."""
+    indices = _indices_by_dim(self, indices)
+    dims = [d for d, index in enumerate(indices) if index is not None]
+    if self.dtype != values.dtype or self.device != values.device:
+        raise RuntimeError(
+            f"index_put: expected values in {self.dtype} on {self.device}, not {values.dtype} on {values.device}"
+        )
+    if not dims:
+        return self + values.expand(self.shape)
+    rest = [d for d in range(self.dim()) if d not in dims]
+    first = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0  # where the index's dims are in the result
+    chosen = torch.broadcast_shapes(*(indices[d].shape for d in dims))
+    kept = [self.shape[d] for d in rest]
+    values = values.expand(*kept[:first], *chosen, *kept[first:])
+    values = values.permute(*range(first, first + len(chosen)), *range(first), *range(first + len(chosen), values.dim()))
+    place = _place_in_rows(self, indices, dims).expand(chosen)
+    sizes, n_cols = [self.shape[d] for d in dims], math.prod(kept)
+    rows = self.permute(*dims, *rest).reshape(math.prod(sizes), n_cols)
+    out = kernel_set(self).index_add(rows, place.reshape(-1), values.reshape(place.numel(), n_cols), 1.0)
+    out = out.view(*sizes, *kept).permute(*[(dims + rest).index(d) for d in range(self.dim())])
+    return out.contiguous()
+
+
+def _indices_by_dim(x: Tensor, indices) -> list[Tensor | None]:
+    """One index for each dim, None where all is taken; a mask of several dims becomes as many indices."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            if index.shape != x.shape[len(found) : len(found) + index.dim()]:
+                raise IndexError(f"index_put: a mask of {shape_of(index)} does not fit {shape_of(x)} at dim {len(found)}")
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    if len(found) > x.dim():
+        raise IndexError(f"index_put: too many indices, {len(found)} for {shape_of(x)}")
+    return found
+
+
+def _place_in_rows(x: Tensor, indices: list[Tensor | None], dims: list[int]) -> Tensor:
+    """The row of ``x.permute(dims + rest)`` that each index names. One out of range is -1 on CUDA: a check would wait."""
+    place, in_range, stride = torch.zeros((), dtype=torch.int64, device=x.device), None, 1
+    for d in reversed(dims):
+        size, index = x.shape[d], indices[d].to(x.device, torch.int64)
+        index = torch.where(index < 0, index + size, index)
+        inside = (index >= 0) & (index < size)
+        if x.device.type == "cpu" and not bool(inside.all()):
+            raise IndexError(f"index_put: an index is out of range for dimension {d} of size {size}")
+        place, stride = place + index * stride, stride * size
+        in_range = inside if in_range is None else in_range & inside
+    return place.where(in_range, -1)
+
+
+def embedding_dense_backward(
+    grad_output: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
+):
+    """The gradients of each row of the table, added in the order of the indices. The padding's go to a row that is dropped."""
+    if scale_grad_by_freq:
+        raise Refused("batch-invariant mode covers the gradient of embedding without scale_grad_by_freq.")
+    index = _checked(indices.reshape(-1).long(), num_weights, IndexError)
+    n_cols = grad_output.shape[-1]
+    index = torch.where(index == padding_idx, num_weights, index) if padding_idx >= 0 else index
+    table = grad_output.new_zeros(num_weights + (padding_idx >= 0), n_cols)
+    rows = grad_output.reshape(index.numel(), n_cols)
+    return kernel_set(grad_output).index_add(table, index, rows, 1.0)[:num_weights]
 
 
 def _checked(index: Tensor, size: int, error: type[Exception]) -> Tensor:

@@ -12,6 +12,8 @@ row sums           in float64: lane j of 32 sums the columns j, j + 32, j + 64, 
                    the same pairs after any rotation: no bit changes.
 softmax            ``exp(x - max)`` in float64, summed like a row. Columns of -inf before or after the others are zeros
                    there. log_softmax and logsumexp have the same sum.
+gradients          of softmax and norms in float64, their sums over a row as those of a row; of weight and bias one chain
+                   over the rows for each column, ascending, in float64. Rounded once.
 cumsum             one chain in float64, each partial sum rounded to the dtype.
 attention          ``score = scale * chain(q, k) + mask`` in wide; ``weight = wide(exp(score - max))``; the weights are
                    summed like a row; ``acc = fma(weight[j], v[j], acc)`` in wide, without the keys of weight 0 (even if
@@ -40,8 +42,10 @@ from .ops import (
     row_mean,
     row_mean_of_squares,
     row_norm,
+    row_norm_backward,
     row_rms_norm,
     row_softmax,
+    row_softmax_backward,
     row_sum,
     row_var_mean,
 )
@@ -61,8 +65,10 @@ __all__ = [
     "row_mean",
     "row_mean_of_squares",
     "row_norm",
+    "row_norm_backward",
     "row_rms_norm",
     "row_softmax",
+    "row_softmax_backward",
     "row_sum",
     "row_var_mean",
 ]

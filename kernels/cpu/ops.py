@@ -128,6 +128,35 @@ def row_rms_norm(x: Tensor, weight: Tensor | None, eps: float, with_rstd: bool =
     return y, rstd if with_rstd else None
 
 
+def row_softmax_backward(grad: Tensor, y: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
+    """``(grad - sum) * y`` or ``grad - exp(y) * sum``, the sum (of ``grad * y``, or of grad) as in :func:`row_sum`."""
+    out = torch.empty(y.shape, dtype=out_dtype)
+    call("row_softmax_backward", _arg(grad), _arg(y), log, _arg(out))
+    return out
+
+
+def row_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    wants_x: bool = True,
+    wants_weight: bool = True,
+    wants_bias: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Each step in float64; sums over a row as in :func:`row_sum`, sums over the rows as one chain, ascending."""
+    statistics = _arg(mean), _arg(rstd)
+    grad_x = torch.empty(x.shape, dtype=x.dtype) if wants_x else None
+    if grad_x is not None:
+        call("row_norm_backward", _arg(grad), _arg(x), *statistics, _arg(weight), _arg(grad_x))
+    dtype = x.dtype if weight is None else weight.dtype
+    of_weight, of_bias = (torch.empty(x.shape[1], dtype=dtype) if wanted else None for wanted in (wants_weight, wants_bias))
+    if wants_weight or wants_bias:
+        call("norm_backward_parameters", _arg(grad), _arg(x), *statistics, _arg(of_weight), _arg(of_bias))
+    return grad_x, of_weight, of_bias
+
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -1,4 +1,4 @@
-// Sums, norms, softmax and cumsum of rows, and index_add.
+// Sums, norms, softmax and cumsum of rows, their gradients, and index_add.
 #pragma once
 
 #include "common.h"
@@ -216,6 +216,116 @@ EXPORT const char* row_rms_norm(const Tensor<2>* x, const Tensor<1>* weight, dou
       store(y->data, y->dtype, r * row.n + start, v, n);
     });
     store(rstd->data, rstd->dtype, r, &inverse, 1);
+  });
+  return nullptr;
+}
+
+EXPORT const char* row_softmax_backward(const Tensor<2>* grad, const Tensor<2>* y, bool log, const Tensor<2>* out,
+                                        int threads) {
+  if (grad->size[0] != y->size[0] || grad->size[1] != y->size[1])
+    return "row_softmax_backward needs grad and y of one shape.";
+  each_row(*grad, 16, threads, [&](int64 r, const Row& row) {
+    Row result = row_of(*y, r);
+    alignas(64) double other[CHUNK];
+    LaneSum sum;
+    each_chunk(row, [&](double* g, int64 n, int64 start) {
+      if (!log) {
+        load(result, start, n, other);
+        for (int64 i = 0; i < n; i++) g[i] *= other[i];
+      }
+      sum.add(g, n);
+    });
+    double total = sum.total();
+    each_chunk(row, [&](double* g, int64 n, int64 start) {
+      load(result, start, n, other);
+      if (log) {
+        for (int64 i = 0; i < n; i++) g[i] -= exp_(other[i]) * total;
+      } else {
+        for (int64 i = 0; i < n; i++) g[i] = (g[i] - total) * other[i];
+      }
+      store(out->data, out->dtype, r * row.n + start, g, n);
+    });
+  });
+  return nullptr;
+}
+
+namespace {
+
+struct Norm {
+  const Tensor<2>*grad, *x;
+  const Tensor<1>*mean, *rstd, *weight;  // mean and weight may be null
+
+  double mean_of_row(int64 r) const { return mean ? number(*mean, r) : 0.0; }
+  double rstd_of_row(int64 r) const { return number(*rstd, r); }
+
+  static double number(const Tensor<1>& x, int64 i) {
+    double value;
+    load(row_of(x), i, 1, &value);
+    return value;
+  }
+
+  // z = (x - mean) * rstd of columns [start, start + n) of row r.
+  void normalised(int64 r, int64 start, int64 n, double* z) const {
+    load(row_of(*x, r), start, n, z);
+    double m = mean_of_row(r), inverse = rstd_of_row(r);
+    if (mean)
+      for (int64 i = 0; i < n; i++) z[i] -= m;
+    for (int64 i = 0; i < n; i++) z[i] *= inverse;
+  }
+};
+
+}  // namespace
+
+EXPORT const char* row_norm_backward(const Tensor<2>* grad, const Tensor<2>* x, const Tensor<1>* mean,
+                                     const Tensor<1>* rstd, const Tensor<1>* weight, const Tensor<2>* out, int threads) {
+  if (grad->size[0] != x->size[0] || grad->size[1] != x->size[1] || rstd->size[0] != x->size[0] ||
+      (mean && mean->size[0] != x->size[0]) || (weight && weight->size[0] != x->size[1]))
+    return "row_norm_backward needs grad and x of one shape, a mean and rstd for each row, a weight for each column.";
+  Norm norm{grad, x, mean, rstd, weight};
+  each_row(*grad, 8, threads, [&](int64 r, const Row& row) {
+    alignas(64) double z[CHUNK];
+    LaneSum of_g, of_gz;
+    each_chunk(row, [&](double* g, int64 n, int64 start) {
+      multiply_add(weight, nullptr, start, n, g);
+      norm.normalised(r, start, n, z);
+      if (mean) of_g.add(g, n);
+      for (int64 i = 0; i < n; i++) z[i] *= g[i];
+      of_gz.add(z, n);
+    });
+    double inverse = norm.rstd_of_row(r), g_mean = of_g.total() / double(row.n), gz_mean = of_gz.total() / double(row.n);
+    each_chunk(row, [&](double* g, int64 n, int64 start) {
+      multiply_add(weight, nullptr, start, n, g);
+      norm.normalised(r, start, n, z);
+      for (int64 i = 0; i < n; i++) g[i] = (g[i] - g_mean - z[i] * gz_mean) * inverse;
+      store(out->data, out->dtype, r * row.n + start, g, n);
+    });
+  });
+  return nullptr;
+}
+
+// Over the rows, ascending, one chain for each column.
+EXPORT const char* norm_backward_parameters(const Tensor<2>* grad, const Tensor<2>* x, const Tensor<1>* mean,
+                                            const Tensor<1>* rstd, const Tensor<1>* of_weight, const Tensor<1>* of_bias,
+                                            int threads) {
+  constexpr int64 COLUMNS = 256;
+  int64 rows = x->size[0], cols = x->size[1];
+  if (grad->size[0] != rows || grad->size[1] != cols || rstd->size[0] != rows || (mean && mean->size[0] != rows))
+    return "norm_backward_parameters needs grad and x of one shape, and a mean and rstd for each row.";
+  Norm norm{grad, x, mean, rstd, nullptr};
+  parallel((cols + COLUMNS - 1) / COLUMNS, double(rows) * double(cols) * 2, threads, [&](int64 task) {
+    int64 start = task * COLUMNS, width = std::min(COLUMNS, cols - start);
+    alignas(64) double g[COLUMNS], z[COLUMNS], weight_sum[COLUMNS] = {}, bias_sum[COLUMNS] = {};
+    for (int64 r = 0; r < rows; r++) {
+      load(row_of(*grad, r), start, width, g);
+      if (of_weight) {
+        norm.normalised(r, start, width, z);
+        for (int64 c = 0; c < width; c++) weight_sum[c] += g[c] * z[c];
+      }
+      if (of_bias)
+        for (int64 c = 0; c < width; c++) bias_sum[c] += g[c];
+    }
+    if (of_weight) store(of_weight->data, of_weight->dtype, start, weight_sum, width);
+    if (of_bias) store(of_bias->data, of_bias->dtype, start, bias_sum, width);
   });
   return nullptr;
 }

@@ -5,7 +5,14 @@
 
 from .attention import attention, packed_attention, plan_attention
 from .matmul import gemm, grouped_gemm, plan_gemm
-from .norm import plan_row_layer_norm, plan_row_rms_norm, row_layer_norm, row_rms_norm
+from .norm import (
+    plan_row_layer_norm,
+    plan_row_norm_backward,
+    plan_row_rms_norm,
+    row_layer_norm,
+    row_norm_backward,
+    row_rms_norm,
+)
 from .reduce import (
     plan_row_cumsum,
     plan_row_logsumexp,
@@ -23,7 +30,14 @@ from .reduce import (
     row_var_mean,
 )
 from .scatter import index_add
-from .softmax import plan_row_logprobs, plan_row_softmax, row_logprobs, row_softmax
+from .softmax import (
+    plan_row_logprobs,
+    plan_row_softmax,
+    plan_row_softmax_backward,
+    row_logprobs,
+    row_softmax,
+    row_softmax_backward,
+)
 
 __all__ = [
     "attention",
@@ -40,8 +54,10 @@ __all__ = [
     "plan_row_mean",
     "plan_row_mean_of_squares",
     "plan_row_norm",
+    "plan_row_norm_backward",
     "plan_row_rms_norm",
     "plan_row_softmax",
+    "plan_row_softmax_backward",
     "plan_row_sum",
     "plan_row_var_mean",
     "row_cumsum",
@@ -51,8 +67,10 @@ __all__ = [
     "row_mean",
     "row_mean_of_squares",
     "row_norm",
+    "row_norm_backward",
     "row_rms_norm",
     "row_softmax",
+    "row_softmax_backward",
     "row_sum",
     "row_var_mean",
 ]

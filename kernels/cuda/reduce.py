@@ -11,11 +11,13 @@ from torch import Tensor
 from ..plans import Description, describe, on_device, plan
 from ..tiles import accumulator, ceil_div
 from .rows import (
+    ColumnSums,
     RowKernel,
     chunk_columns,
     count_chunks,
     covering_tile,
     divide,
+    lie_in_columns,
     load_block,
     program_rows,
     row_statistics,
@@ -149,6 +151,16 @@ def _plan_reduction(
 ) -> Callable[[Tensor], Any]:
     shape = x.shape[:1] if shape is None else shape
     is_pair, with_mean = statistics == "moments", result == "var_mean"
+    if statistics == "sum" and lie_in_columns(x) and x.shape[1]:
+        sums = ColumnSums(x.t(), out_dtype, result == "mean")
+
+        def call_by_columns(x: Tensor) -> Tensor:
+            out = x.new_empty(shape, dtype=out_dtype)
+            with on_device(x):
+                sums(x, out)
+            return out
+
+        return call_by_columns
     launch = _reduce_rows.launch(x, (float(correction),), (result,), statistics, out_dtype) if x.shape[0] else None
 
     def call(x: Tensor) -> Any:

@@ -39,6 +39,9 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
+FOLDED_TO = tl.constexpr(8192)
+"""Columns of a chunk after its upper half has been added to the lower one, if it is longer. Part of the order, too."""
+
 CHUNK = {tl.float32: 16384, tl.float64: 4096}
 """Columns of a chunk, by the dtype of sums. It is part of the order of sums: other chunks, other bits."""
 
@@ -101,7 +104,7 @@ def chunk_sum(x):
     BLOCK: tl.constexpr = x.shape[1]
     FEW: tl.constexpr = 32 if BLOCK >= 8192 else 16
     for level in tl.static_range(16):
-        if (BLOCK >> level) > 8192:
+        if (BLOCK >> level) > FOLDED_TO:
             x = tl.sum(tl.reshape(x, [ROWS, 2, BLOCK >> (level + 1)]), 1)
         elif (BLOCK >> level) == FEW:
             # The same sum of two numbers. But ``split`` brings what is left of a row into one warp: one barrier, where
@@ -289,6 +292,138 @@ def _row_partials_kernel(
     tl.store(ptrs + 1, b, mask=is_row)
 
 
+# --- sums over the rows ----------------------------------------------------------------------------------------------
+
+
+NEIGHBOURS = tl.constexpr(32)
+"""Neighbours that one program of ``_column_sums_kernel`` adds: five levels of the tree."""
+
+
+@triton.jit
+def _load_terms(x_ptr, term, cols, n_cols, stride, end, FOLD: tl.constexpr, ACC: tl.constexpr):
+    """One term of each column: of x [n_terms, n_cols], and added to it the term FOLD behind, if there is any."""
+    terms = term + tl.zeros(cols.shape, tl.int64)
+    x = tl.load(x_ptr + terms * stride + cols, mask=(cols < n_cols) & (terms < end), other=0.0).to(ACC)
+    if FOLD:
+        terms += FOLD
+        x = x + tl.load(x_ptr + terms * stride + cols, mask=(cols < n_cols) & (terms < end), other=0.0).to(ACC)
+    return x
+
+
+@triton.jit(do_not_specialize=["n_terms", "terms_of_chunk", "chunks", "blocks"], do_not_specialize_on_alignment=["out_ptr"])
+def _column_sums_kernel(
+    x_ptr,
+    out_ptr,
+    n_cols,
+    stride,
+    n_terms,
+    terms_of_chunk,
+    chunks,
+    blocks,
+    divisor: tl.float64,
+    FOLD: tl.constexpr,
+    LAST: tl.constexpr,
+    MEAN: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums over the rows of x [n_terms, n_cols]: the order of ``chunk_sum``, for sums whose terms lie ``stride`` apart.
+
+    terms_of_chunk terms are a chunk. FOLD: the upper half of a chunk is first added to the lower half. A program adds 32
+    neighbours of a chunk, level by level: out[chunk * blocks + block]. LAST: a chunk has no more than 32, and the chunks'
+    sums are added ascending; MEAN: and divided by their number. A sum is never -0.
+    """
+    cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], ACC)
+    first, last = tl.program_id(1) // blocks, tl.program_id(1) // blocks + 1
+    block = tl.program_id(1) % blocks
+    if LAST:
+        first, last, block = 0, chunks, 0
+    for chunk in range(first, last):
+        begin = tl.full([], chunk, tl.int64) * terms_of_chunk
+        end = tl.minimum(begin + terms_of_chunk, n_terms)
+        if FOLD:
+            stop = tl.minimum(end, begin + FOLD)
+        else:
+            stop = end
+        term = begin + block * NEIGHBOURS
+        level0 = total
+        level1 = total
+        level2 = total
+        level3 = total
+        level4 = total
+        for i in tl.static_range(NEIGHBOURS):
+            # What is behind the lower half is there already, as the upper half of another term.
+            x = _load_terms(x_ptr, term + i, cols, n_cols, stride, end, FOLD, ACC)
+            x = tl.where(term + i < stop, x, 0.0)
+            if i % 2 == 0:
+                level0 = x
+            else:
+                x = level0 + x
+                if i // 2 % 2 == 0:
+                    level1 = x
+                else:
+                    x = level1 + x
+                    if i // 4 % 2 == 0:
+                        level2 = x
+                    else:
+                        x = level2 + x
+                        if i // 8 % 2 == 0:
+                            level3 = x
+                        else:
+                            x = level3 + x
+                            if i // 16 % 2 == 0:
+                                level4 = x
+                            else:
+                                x = level4 + x
+        total = total + (x + 0.0)
+    if MEAN:
+        total = divide(total, tl.full([], divisor, ACC), ACC)
+    place = tl.program_id(1).to(tl.int64)
+    tl.store(out_ptr + place * n_cols + cols, total.to(out_ptr.dtype.element_ty), mask=cols < n_cols)
+
+
+class ColumnSums:
+    """``_column_sums_kernel`` for the sums over rows of one size, level by level until one row is left.
+
+    The bits are those of a row kernel's sums of the transposed matrix.
+    """
+
+    def __init__(self, x: Description, out_dtype: torch.dtype, mean: bool = False) -> None:
+        """x: [n_terms, n_cols], its columns side by side."""
+        acc = accumulator(torch.promote_types(x.dtype, out_dtype))
+        (n_terms, n_cols), stride = x.shape, x.strides[0]
+        self._dtype = torch.float64 if acc == tl.float64 else torch.float32
+        chunk, folded = CHUNK[acc], FOLDED_TO.value
+        fold = folded if chunk > folded and n_terms > folded else 0
+        chunks, terms = max(1, ceil_div(n_terms, chunk)), chunk
+        of_chunk = min(n_terms, fold or chunk)  # what is left of a chunk where it has been folded
+        block = 256
+        self._levels: list[tuple[Launch, tuple[int, int]]] = []
+        while True:
+            blocks = max(1, ceil_div(of_chunk, NEIGHBOURS.value))
+            is_last = blocks == 1
+            grid = ceil_div(n_cols, block), 1 if is_last else chunks * blocks, 1
+            numbers = (n_cols, stride, n_terms, terms, chunks, blocks, float(x.shape[0]))
+            arguments = (*numbers, fold, is_last, is_last and mean, acc, block)
+            launch = Launch(_column_sums_kernel, grid, arguments, num_warps=1, enable_fp_fusion=False)
+            self._levels.append((launch, (grid[1], n_cols)))
+            if is_last:
+                return
+            n_terms, stride, terms, of_chunk, fold = chunks * blocks, n_cols, blocks, blocks, 0
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        for launch, shape in self._levels:
+            sums = out if launch is self._levels[-1][0] else torch.empty(shape, dtype=self._dtype, device=out.device)
+            launch(x, sums)
+            x = sums
+
+
+def lie_in_columns(x: Description) -> bool:
+    """Whether the rows of x are the columns of a contiguous matrix, which a program for each row would read far apart."""
+    return x.shape[0] >= 32 and x.strides[0] == 1 and x.strides[1] >= x.shape[0]
+
+
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
@@ -366,3 +501,11 @@ def covering_tile(n_rows: int, n_cols: int, acc: tl.dtype) -> RowTile:
     block, rows, num_warps = next(tile for tile in ROW_TILES if tile.block >= n_cols)
     # A float64 takes two registers.
     return RowTile(block, rows if n_rows >= MANY_ROWS else 1, 2 * num_warps if acc == tl.float64 else num_warps)
+
+
+def two_inputs_tile(n_rows: int, n_cols: int, acc: tl.dtype) -> tuple[RowTile, str]:
+    """Which tile and strategy for kernels that hold two inputs of a row: twice the warps, as each takes as many registers."""
+    if n_cols > CHUNK[acc]:
+        return RowTile(CHUNK[acc], 1, LOOPED_WARPS), "looped"
+    tile = covering_tile(n_rows, n_cols, acc)
+    return tile._replace(num_warps=min(32, 2 * tile.num_warps if tile.block > 1024 else tile.num_warps)), "persistent"

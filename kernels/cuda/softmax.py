@@ -1,4 +1,4 @@
-"""``row_softmax``: softmax and log_softmax of rows. ``row_logprobs``: log_softmax of chosen columns alone."""
+"""``row_softmax``: softmax and log_softmax of rows, and their gradient. ``row_logprobs``: log_softmax of chosen columns."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plans import Description, describe, on_device, plan
+from ..tiles import accumulator, ceil_div
 from .rows import (
     RowKernel,
     chunk_columns,
     chunk_statistics,
+    chunk_sum,
+    count_chunks,
     divide,
     finite,
     load_block,
@@ -20,6 +23,8 @@ from .rows import (
     program_rows_and_chunks,
     row_statistics,
     store_block,
+    two_inputs_tile,
+    unfused,
 )
 
 
@@ -94,6 +99,88 @@ def plan_row_softmax(
         out = x.new_empty(shape, dtype=out_dtype)
         with on_device(x):
             launch(x, out)
+        return out
+
+    return call
+
+
+@triton.jit
+def _load_gradient(y_ptrs, grad_ptrs, is_row, cols, n_cols, y_stride, grad_stride, EVICT: tl.constexpr, ACC: tl.constexpr):
+    y = load_block(y_ptrs, is_row, cols, n_cols, y_stride, 0.0, EVICT).to(ACC)
+    return y, load_block(grad_ptrs, is_row, cols, n_cols, grad_stride, 0.0, EVICT).to(ACC)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _softmax_backward_kernel(
+    y_ptr,
+    grad_ptr,
+    out_ptr,
+    n_rows,
+    n_cols,
+    y_row_stride,
+    y_col_stride,
+    grad_row_stride,
+    grad_col_stride,
+    LOG: tl.constexpr,
+    STRATEGY: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = (grad - sum(grad * y)) * y, or grad - exp(y) * sum(grad), of each row, for y = softmax(x) or log_softmax(x).
+
+    The sum is that of ``rows.py``; every step is rounded on its own in ACC, and the result cast once. A row that fits into one
+    chunk is read once; of a longer one, first what is summed, then all of it, the chunks descending.
+    """
+    rows, is_row, first, last = program_rows_and_chunks(n_rows, n_cols, STRATEGY, ROWS, BLOCK)
+    y_ptrs = y_ptr + rows * y_row_stride
+    grad_ptrs = grad_ptr + rows * grad_row_stride
+    if STRATEGY == "persistent":
+        y, grad = _load_gradient(
+            y_ptrs, grad_ptrs, is_row, chunk_columns(0, BLOCK), n_cols, y_col_stride, grad_col_stride, "", ACC
+        )
+        total = chunk_sum(grad if LOG else grad * y)
+    else:
+        total = tl.zeros([ROWS], ACC)
+        for chunk in range(0, count_chunks(n_cols, BLOCK)):
+            cols = chunk_columns(chunk, BLOCK)
+            grad = load_block(grad_ptrs, is_row, cols, n_cols, grad_col_stride, 0.0, "evict_last").to(ACC)
+            if not LOG:
+                grad = grad * load_block(y_ptrs, is_row, cols, n_cols, y_col_stride, 0.0, "evict_last").to(ACC)
+            total = total + chunk_sum(grad)
+    for done in range(0, last - first):
+        cols = chunk_columns(last - 1 - done, BLOCK)
+        if STRATEGY != "persistent":
+            y, grad = _load_gradient(y_ptrs, grad_ptrs, is_row, cols, n_cols, y_col_stride, grad_col_stride, "evict_first", ACC)
+        if LOG:
+            out = grad - tl.exp(y) * total[:, None]
+        else:
+            out = (grad - total[:, None]) * y
+        store_block(out_ptr, rows, is_row, cols, n_cols, out, STRATEGY)
+
+
+def row_softmax_backward(grad: Tensor, y: Tensor, log: bool, out_dtype: torch.dtype) -> Tensor:
+    """``reference.row_softmax_backward`` on the GPU."""
+    return plan_row_softmax_backward(describe(grad), describe(y), log, out_dtype)(grad, y)
+
+
+@plan
+def plan_row_softmax_backward(
+    grad: Description, y: Description, log: bool, out_dtype: torch.dtype, shape: tuple[int, ...] | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``row_softmax_backward`` of tensors at the addresses of rows like these. shape: of the result, if it is not y's."""
+    shape = y.shape if shape is None else shape
+    if 0 in y.shape:
+        return lambda grad, y: y.new_empty(shape, dtype=out_dtype)
+    acc = accumulator(torch.promote_types(y.dtype, out_dtype))
+    tile, strategy = two_inputs_tile(*y.shape, acc)
+    arguments = (*y.shape, *y.strides, *grad.strides, bool(log), strategy, acc, tile.rows, tile.block)
+    launch = unfused(_softmax_backward_kernel, ceil_div(y.shape[0], tile.rows), arguments, tile.num_warps)
+
+    def call(grad: Tensor, y: Tensor) -> Tensor:
+        out = y.new_empty(shape, dtype=out_dtype)
+        with on_device(y):
+            launch(y, grad, out)
         return out
 
     return call

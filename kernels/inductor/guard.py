@@ -7,7 +7,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 
 from pytest_batchinv.kernels import table
-from pytest_batchinv.kernels.overloads import overload_of, siblings
+from pytest_batchinv.kernels.overloads import only_moves_values, overload_of, siblings
 
 # Higher-order operators whose kernels Inductor writes itself, with reductions in an order of its own.
 _HIGHER_ORDER = ("flex_attention", "flex_attention_backward", "associative_scan")
@@ -31,7 +31,9 @@ def _is_leftover(node: Node) -> bool:
         return False
     if isinstance(node.target, HigherOrderOperator):
         return node.target.name() in _HIGHER_ORDER
-    return isinstance(node.target, OpOverload) and node.target in _leftovers() and _gives_floats(node)
+    if not isinstance(node.target, OpOverload) or node.target not in _leftovers():
+        return False
+    return _gives_floats(node) and not only_moves_values(node.target, node.args, node.kwargs)
 
 
 @functools.cache
