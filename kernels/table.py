@@ -72,6 +72,7 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "native_layer_norm_backward": norms.native_layer_norm_backward,
     "native_group_norm_backward": norms.native_group_norm_backward,
     "_fused_rms_norm_backward": norms.fused_rms_norm_backward,
+    "convolution_backward": convolution.convolution_backward,
     "embedding_dense_backward": scatter.embedding_dense_backward,
     "index_put": scatter.index_put,
     "_index_put_impl": scatter.index_put,
@@ -165,7 +166,21 @@ FLOATS_OF_INTEGERS = {*_OF_ANY_DTYPE, "pow", "logsumexp"}
 """Entries that make floats of integers, and then compute as for those. ``pow`` does where its exponent is a float."""
 
 COMPLEX = {
-    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "convolution", "index_add", "scatter_add"),
+    *(
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "addbmm",
+        "mv",
+        "addmv",
+        "dot",
+        "vdot",
+        "convolution",
+        "convolution_backward",
+        "index_add",
+        "scatter_add",
+    ),
     *("index_put", "_index_put_impl", "_unsafe_index_put", "embedding_dense_backward"),
     *("sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "cumsum"),
 }

@@ -1,4 +1,4 @@
-"""Convolutions of any number of dimensions: one product a group, of the values under the kernel by its weights."""
+"""Convolutions of any number of dimensions, and their gradients: products of the values under the kernel, one a group."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pytest_batchinv.kernels.aten.common import kernel_set, shape_of
+from pytest_batchinv.kernels.aten.reductions import sum_dim
 
 MOST_VALUES = 1 << 24
 """Values of a matrix of what lies under the kernel, from which the batch is taken in parts: each row has its own product."""
@@ -29,6 +30,56 @@ def convolution(input, weight, bias, stride, padding, dilation, transposed, outp
     if transposed:
         return _transposed(input, weight, bias, stride, padding, dilation, output_padding, groups)
     return _direct(_padded(input, [(p, p) for p in padding]), weight, bias, stride, dilation, groups)
+
+
+def convolution_backward(
+    grad_output, input, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias; None for those not wanted.
+
+    That of the input is the convolution of the other kind, so it belongs to its row. That of the weight is one product a group,
+    whose K are the batch and then the output positions, ascending; that of the bias a sum over the same.
+    """
+    n_dims = weight.dim() - 2
+    if input.dim() == n_dims + 1:  # without a batch
+        args = (weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask)
+        grad_input, *others = convolution_backward(grad_output[None], input[None], *args)
+        return grad_input if grad_input is None else grad_input[0], *others
+    stride, padding, dilation, output_padding = (
+        _one_each(sizes, n_dims) for sizes in (stride, padding, dilation, output_padding)
+    )
+    taps = weight.shape[2:]
+    of_input = of_weight = of_bias = None
+    if output_mask[0]:
+        if transposed:
+            of_input = convolution(grad_output, weight, None, stride, padding, dilation, False, output_padding, groups)
+            of_input = of_input[(..., *(slice(size) for size in input.shape[2:]))].contiguous()
+        else:
+            reached = [
+                (size - 1) * s - 2 * p + d * (k - 1) + 1
+                for size, s, p, d, k in zip(grad_output.shape[2:], stride, padding, dilation, taps, strict=True)
+            ]
+            behind = [size - r for size, r in zip(input.shape[2:], reached, strict=True)]
+            of_input = _transposed(grad_output, weight, None, stride, padding, dilation, behind, groups)
+    if output_mask[1]:
+        x, grad = (grad_output, input) if transposed else (input, grad_output)
+        of_weight = _weight_gradient(_padded(x, [(p, p) for p in padding]), grad, weight.shape, stride, dilation, groups)
+    if output_mask[2]:
+        of_bias = sum_dim(grad_output, [0, *range(2, grad_output.dim())])
+    return of_input, of_weight, of_bias
+
+
+def _weight_gradient(x: Tensor, grad: Tensor, shape: Sequence[int], stride, dilation, groups: int) -> Tensor:
+    """Of the direct convolution of x, which has its padding."""
+    taps, sizes = shape[2:], grad.shape[2:]
+    view = x
+    for dim, (k, s, d) in enumerate(zip(taps, stride, dilation, strict=True), 2):
+        view = view.unfold(dim, d * (k - 1) + 1, s)[..., ::d]  # [N, C, *sizes, *taps]
+    view = view[(slice(None), slice(None), *(slice(size) for size in sizes))].unflatten(1, (groups, -1))
+    places = list(range(3, 3 + len(taps)))
+    rows = view.permute(1, 0, *places, 2, *range(3 + len(taps), view.dim())).reshape(groups, -1, math.prod(shape[1:]))
+    grads = grad.unflatten(1, (groups, -1)).permute(1, 2, 0, *places).reshape(groups, shape[0] // groups, rows.shape[1])
+    return kernel_set(x).gemm(grads, rows).view(tuple(shape))
 
 
 def _transposed(input, weight, bias, stride, padding, dilation, output_padding, groups) -> Tensor:

@@ -34,10 +34,10 @@ class Gradients(Relation):
         return "a batch that is computed in steps with a cache has no gradients" if case.steps else ""
 
     def cases(self, space: Space) -> Cases:
-        """Functions of rows are searched as for relation I; models, whose backward takes longer, at some boundaries."""
+        """Functions of rows at every boundary; models, whose backward takes longer, at some."""
         if space.pool is None:
             return super().cases(space)
-        return Cases(sweep.boundary_cases(space), sweep.covering(space), strategies.cases(space))
+        return Cases(sweep.boundary_cases(space), [], strategies.cases(space))
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
         in_batch = runs.run(case)

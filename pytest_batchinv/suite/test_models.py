@@ -1,4 +1,4 @@
-"""Relations R, S, I, L, C, D and X of a causal language model, and its negative control."""
+"""Relations R, S, I, L, C, D, G and X of a causal language model, and its negative control."""
 
 import pytest
 
@@ -24,6 +24,12 @@ def test_a_row_has_the_same_bits_at_once_and_in_chunks(batchinv_engine, batchinv
 @pytest.mark.batch_invariant
 def test_a_row_has_the_same_bits_at_once_and_decoded(batchinv_engine, batchinv_settings):
     check_batch_invariant(batchinv_engine, _asked(batchinv_settings, "D"))
+
+
+@pytest.mark.batch_invariant
+def test_a_row_has_the_same_gradient_alone_and_in_any_batch(batchinv_engine, batchinv_settings):
+    """In eager code alone: the backward of each new shape would be compiled, for minutes."""
+    check_batch_invariant(batchinv_engine, _asked(batchinv_settings, "G"))
 
 
 @pytest.mark.batch_invariant

@@ -10,6 +10,7 @@ from pytest_batchinv.kernels import overloads, table
 
 torch.manual_seed(0)
 A, B3, V = torch.randn(5, 7), torch.randn(3, 5, 7), torch.randn(7)
+ALL_THREE = [True, True, True]
 IMAGE = torch.randn(2, 6, 11)
 GROUPS = torch.randn(3, 8, 16).bfloat16()
 Q = torch.randn(2, 4, 5, 16)
@@ -55,6 +56,28 @@ CALLS = {
     ),
     "index_add": (torch.index_add, (A, 1, torch.tensor([3, 0, 3]), torch.randn(5, 3)), {"alpha": 2}),
     "scatter_add": (torch.scatter_add, (A, 1, torch.tensor([[3, 0, 3], [1, 1, 1]]), torch.randn(5, 3))),
+    "nll_loss_forward": (torch.ops.aten.nll_loss_forward, (A, torch.tensor([1, 0, -100, 6, 2]), V.abs(), 1, -100)),
+    "nll_loss2d_forward": (
+        torch.ops.aten.nll_loss2d_forward, (B3[:, :, None], torch.randint(0, 5, (3, 1, 7)), None, 2, -100),
+    ),
+    "_softmax_backward_data": (torch.ops.aten._softmax_backward_data, (B3, B3.softmax(1), 1, torch.float32)),
+    "_log_softmax_backward_data": (torch.ops.aten._log_softmax_backward_data, (B3, B3.log_softmax(0), 0, torch.float32)),
+    "native_layer_norm_backward": (
+        torch.ops.aten.native_layer_norm_backward,
+        (B3.cos(), B3, [7], *torch.native_layer_norm(B3, [7], V, V, 1e-5)[1:], V, V, [True, True, True]),
+    ),
+    "native_group_norm_backward": (
+        torch.ops.aten.native_group_norm_backward,
+        (IMAGE.cos(), IMAGE, torch.randn(2, 3), torch.rand(2, 3), V[:6], 2, 6, 11, 3, ALL_THREE),
+    ),
+    "convolution_backward": (
+        torch.ops.aten.convolution_backward,
+        (torch.randn(2, 4, 6), IMAGE, torch.randn(4, 3, 3), [4], [2], [1], [1], False, [0], 2, [True, True, True]),
+    ),
+    "embedding_dense_backward": (torch.ops.aten.embedding_dense_backward, (A, torch.tensor([3, 0, 3, 1, 3]), 6, 1, False)),
+    "index_put": (torch.ops.aten.index_put, (A, [torch.tensor([3, 0, 3])], torch.randn(3, 7), True)),
+    "_index_put_impl": (torch.ops.aten._index_put_impl, (A, [None, torch.tensor([3, -7, 3])], torch.randn(5, 3), True)),
+    "_unsafe_index_put": (torch.ops.aten._unsafe_index_put, (A, [A > 0], torch.randn(()).expand(int((A > 0).sum())), True)),
     "linear": (F.linear, (B3, torch.randn(4, 7), torch.randn(4))),
     "layer_norm": (F.layer_norm, (B3, (7,), V, V)),
     "rms_norm": (F.rms_norm, (B3, (7,), V)),
@@ -80,7 +103,8 @@ CALLS = {
 }  # fmt: skip
 
 NOT_ON_THE_CPU = {
-    "mm.dtype", "addmm.dtype", "bmm.dtype", "baddbmm.dtype", "_fused_rms_norm", "_scaled_dot_product_efficient_attention",
+    "mm.dtype", "addmm.dtype", "bmm.dtype", "baddbmm.dtype", "_fused_rms_norm", "_fused_rms_norm_backward",
+    "_scaled_dot_product_efficient_attention",
 }  # fmt: skip
 
 

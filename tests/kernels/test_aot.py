@@ -31,6 +31,7 @@ TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ROW_MODULES = [rows, reduce, softmax, norm, scatter]
 # What widens a load or a store of a row. The order of a row's sum is written out, so it follows none of them.
 ROW = {"x_ptr", "n_cols", "x_row_stride", "x_col_stride"}
+GRADIENT = {"grad_ptr", "n_cols", "grad_row_stride", "grad_col_stride"}
 # Strides and pointers of a product's factors: they choose how it is loaded into shared memory, and no order of sums.
 # N, K are the model's own. The bias and the result are read and written element by element.
 SPECIALISED = {
@@ -43,6 +44,10 @@ SPECIALISED = {
     "_row_cumsum_kernel": ROW | {"out_ptr"},
     "_row_softmax_kernel": ROW | {"out_ptr"},
     "_row_logprobs_kernel": ROW,
+    "_column_sums_kernel": {"x_ptr", "n_cols", "stride"},
+    "_softmax_backward_kernel": GRADIENT | {"y_ptr", "y_row_stride", "y_col_stride", "out_ptr"},
+    "_norm_backward_sums_kernel": GRADIENT | ROW | {"weight_ptr", "weight_stride"},
+    "_norm_backward_kernel": GRADIENT | ROW | {"weight_ptr", "weight_stride", "out_ptr"},
     "_row_norm_kernel": ROW | {"weight_ptr", "weight_stride", "bias_ptr", "bias_stride", "y_ptr"},
     # The descriptors of the factors and the result are no arguments that Triton specialises.
     "_gemm_tma_kernel": {"N", "K", "stride_biasm", "stride_biasn", "bias_ptr"}
@@ -437,6 +442,27 @@ def test_index_add_fuses_nothing(arch, compile_for):
     assert "fma." not in binary.asm["ptx"]
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n_cols", [128, 4096, 20000])
+def test_the_gradients_of_norms_and_softmax_fuse_nothing_and_keep_to_registers(arch, dtype, n_cols, compile_for):
+    x, weight = tensor(2048, n_cols, dtype=dtype), tensor(n_cols, dtype=dtype)
+    rstd = tensor(2048, dtype=torch.float32)
+    launches = [
+        lambda: cuda.row_norm_backward(x, x, rstd, rstd, weight),
+        lambda: cuda.row_norm_backward(x, x, None, rstd, weight, True, True, False),
+        lambda: cuda.row_softmax_backward(x, x, False, dtype),
+        lambda: cuda.row_softmax_backward(x, x, True, dtype),
+        lambda: cuda.row_sum(x.t(), dtype),
+    ]
+    for number, launch in enumerate(launches):
+        binaries = compile_for(arch, launch)
+        assert len(binaries) >= (2 if number < 2 else 1)
+        for binary in binaries:
+            assert_sound(binary, arch, MOST_SPILLED)
+            assert "fma." not in binary.asm["ptx"]
+
+
 # --- what is specialised ---------------------------------------------------------------------------------------------
 
 
@@ -447,7 +473,7 @@ def test_specialised_arguments_are_the_ones_named():
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.__module__ == module.__name__
     ]
-    assert len(kernels) == 13
+    assert len(kernels) == 17
     for kernel in kernels:
         assert type(kernel) is JITFunction, f"{kernel}: tuned or chosen at run time, by sizes that nobody lists"
         specialised = {

@@ -691,3 +691,44 @@ def test_the_library_shares_the_openmp_runtime_of_torch():
         "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split('/')[-1]}))"
     )
     assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True).stdout == "1\n"
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_cols", [1, 37, 2500])
+def test_gradients_of_rows_are_those_of_the_reference_and_follow_the_row_alone(dtype, n_cols):
+    grad, x, weight = (torch.randn(size, dtype=torch.float64).to(dtype) for size in ((9, n_cols), (9, n_cols), n_cols))
+    _, mean, rstd = reference.row_layer_norm(x, weight, None, 1e-5)
+    y = reference.row_softmax(x, False, dtype)
+    calls = {
+        "row_norm_backward": [(grad, x, mean, rstd, weight), (grad, x, None, rstd, None)],
+        "row_softmax_backward": [(grad, y, False, dtype), (grad, y.log(), True, dtype)],
+    }
+    for name, of_name in calls.items():
+        for args in of_name:
+            found, wanted = getattr(cpu, name)(*args), getattr(reference, name)(*args)
+            alone = getattr(cpu, name)(
+                *(a[4:5] if isinstance(a, torch.Tensor) and len(a) == 9 and a is not weight else a for a in args)
+            )
+            if isinstance(found, torch.Tensor):
+                found, wanted, alone = (found,), (wanted,), (alone,)
+            for a, w in zip(found, wanted, strict=True):
+                assert a.dtype == w.dtype
+                torch.testing.assert_close(a, w)
+            assert torch.equal(found[0][4:5], alone[0])
+
+
+def test_the_gradient_of_a_weight_is_one_chain_over_the_rows_whatever_the_threads():
+    grad, x, rstd = torch.randn(300, 700), torch.randn(300, 700), torch.rand(300)
+    chain = torch.zeros(700, dtype=torch.float64)
+    for g, z in zip(grad.double(), x.double() * rstd.double()[:, None], strict=True):
+        chain = chain + g * z
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            assert torch.equal(cpu.row_norm_backward(grad, x, None, rstd, None)[1], chain.float())
+    finally:
+        torch.set_num_threads(threads)
