@@ -93,8 +93,9 @@ def assert_batch_invariant(
 ) -> Record:
     """Asserts that ``fn`` gives each row the same bits alone and in any batch.
 
-    inputs: tensors whose ``batch_dim`` indexes one pool of rows, or with ``collate`` lists of ragged rows, of which
-    ``collate(rows, ...)`` makes the arguments of fn. ``fn(*batch)`` returns a tensor, or a tuple, dict or list of tensors, of
+    inputs: tensors whose ``batch_dim`` indexes one pool of rows, or with ``collate`` lists of ragged rows (tensors,
+    arrays of numpy, strings, lists, dicts), of which ``collate(rows, ...)`` makes the arguments of fn: a mapping goes to it by
+    name, a tuple by position. ``fn(*batch)`` returns a tensor, or a tuple, dict or list of tensors, of
     which row i along ``batch_dim`` belongs to row i of the batch. Works with the mode on or off. compile_mode: runs
     ``torch.compile(fn)`` in this mode, which relation X compares with eager code. The rest: ``check_batch_invariant``.
 

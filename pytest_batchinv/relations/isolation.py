@@ -29,7 +29,7 @@ class Isolation(Relation):
         if space.max_rows < 2:
             return "a batch of one row has no neighbours"
         if space.pool is not None and all(_other(row, space) == row for row in space.palette):
-            return "no two rows of the pool have the same length, so no neighbour can be replaced by another one"
+            return "no two rows of the pool have the same shapes, so no neighbour can be replaced by another one"
         return ""
 
     def cases(self, space: Space) -> Cases:
@@ -74,11 +74,11 @@ def _with_other_neighbours(case: BatchShape, space: Space) -> Iterator[tuple[Bat
 
 
 def _other(row: Row, space: Space, salt: int = 0) -> Row:
-    """A row of the same length and other content: of the pool, or made up. The row itself where the pool has none."""
+    """A row of the same shapes and other content: of the pool, or made up. The row itself where the pool has none."""
     if space.pool is None:
         return Row(row.id + 1000 + salt, row.length, "random" if row.content == "extreme" else "extreme")
-    length = space.pool[row.id]
-    others = [i for i, other in enumerate(space.pool) if other == length and i != row.id]
+    shapes = space.alike or space.pool
+    others = [i for i, other in enumerate(shapes) if other == shapes[row.id] and i != row.id]
     return Row(random.Random(f"{row.id} {salt}").choice(others)) if others else row
 
 

@@ -63,6 +63,7 @@ class Space:
 
     pool: for a function of rows, the length of each row of its pool, and ``palette`` is that pool; None where rows of any
     identity can be made. palette: distinct rows that a search takes its batches from, so that each runs alone only once.
+    alike: for a pool of ragged rows, a word for the shapes of each; rows of one word may stand for each other.
     max_position: tokens that have a position, 0 where the subject is told none. caches: what it can compute in steps with.
     window: of its sliding attention, 0 for none. left_out: what it cannot do, as sentences for the record.
     """
@@ -73,6 +74,7 @@ class Space:
     max_rows: int = MAX_ROWS
     max_length: int = 1
     max_tokens: int = 1 << 30
+    alike: tuple[str, ...] = ()
     max_position: int = 0
     caches: tuple[str, ...] = ()
     window: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,20 @@ from pytest_batchinv.subjects.compiled import compiled, compiling, eager_of, ori
 from pytest_batchinv.subjects.gradients import GradientsOfRows, float_tensors, no_gradient
 
 POOL_DIGITS = 12
+_PLAIN = (str, bytes, int, float, complex, bool, type(None))
+
+Arguments = list[Any] | dict[str, Any]
+"""Of a call: by position, or by name."""
 
 
 class RowsSubject:
     """A function of rows over a pool of them.
 
     inputs: tensors whose ``batch_dim`` indexes the pool, given to fn side by side; with ``collate`` lists of the pool's
-    rows, of which ``collate(chosen_list, ...)`` makes the arguments of fn. fn returns a tensor, or a tuple, list or mapping
+    rows, which may be of any kind and of unequal lengths: tensors, arrays of numpy, strings, lists, dicts.
+    ``collate(chosen_list, ...)`` makes the arguments of fn of them: a mapping (what a tokenizer gives) goes to fn by name, a
+    tuple by position, anything else is the one argument. It is called once for each row alone, too: rows are alike where that
+    gives tensors of the same shapes. fn returns a tensor, or a tuple, list or mapping
     of tensors (a ModelOutput of transformers is one), row i of each along ``batch_dim`` belonging to row i of the batch; a
     nested tensor, or with ``collate`` a list, has an entry for each row. Raises ValueError for inputs that are no pool.
     """
@@ -43,8 +51,13 @@ class RowsSubject:
         self.origin = origin_of(plain)
         mode = compile_mode or ("compiled" if plain is not fn else "eager")
         self._run = fn if compile_mode is None else compiled(plain, compile_mode)
-        lengths = _pool_of_lists(self.inputs) if collate else _pool_of_tensors(self.inputs, batch_dim)
-        sample = _first_tensor(self.inputs)
+        alone: list[Arguments] = []
+        if collate is None:
+            lengths: tuple[int, ...] = _pool_of_tensors(self.inputs, batch_dim)
+        else:
+            alone = [_arguments(collate(*([pool[i]] for pool in self.inputs))) for i in range(_pool_of_lists(self.inputs))]
+            lengths = tuple(_length(row, batch) for row, batch in zip(self.inputs[0], alone, strict=True))
+        sample = _first_tensor([self.inputs, alone[:1]])
         self.info = SubjectInfo(
             name=name or _name(plain),
             kind="module" if isinstance(plain, nn.Module) else "function",
@@ -52,13 +65,15 @@ class RowsSubject:
             dtype=short_dtype(sample.dtype) if sample is not None else "",
             compile_mode=mode,
         )
-        self.space = Space(palette=tuple(Row(i) for i in range(len(lengths))), pool=lengths)
+        self.space = Space(
+            palette=tuple(Row(i) for i in range(len(lengths))), pool=lengths, alike=tuple(_shapes(batch) for batch in alone)
+        )
 
     def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
         """fn on these rows of the pool, in this order (repeats allowed): what belongs to each row, copied."""
         batch = self._batch([row.id for row in case.rows])
         with compiling(self.info.compile_mode, self.origin), observed(observer):
-            result = self._run(*batch)
+            result = self._called(batch)
         return self._rows(result, len(case))
 
     def spans(self, case: BatchShape) -> list[Span]:
@@ -81,9 +96,14 @@ class RowsSubject:
     def with_gradients(self) -> GradientsOfRows:
         if why := no_gradient(self.inputs):
             raise NoGradients(why)
+        if self.collate is not None and not any(float_tensors(pool) for pool in self.inputs):
+            raise NoGradients("no row is itself a tensor of floats, so there is no gradient of a row")
         return GradientsOfRows(self)
 
-    def batch_with_leaves(self, row_ids: list[int]) -> tuple[list[Any], dict[str, list[Tensor]]]:
+    def _called(self, batch: Arguments) -> Any:
+        return self._run(**batch) if isinstance(batch, dict) else self._run(*batch)
+
+    def batch_with_leaves(self, row_ids: list[int]) -> tuple[Arguments, dict[str, list[Tensor]]]:
         """The arguments of fn, and by input the leaves they are made of: one for all rows, or with ``collate`` one a row."""
         leaves: dict[str, list[Tensor]] = {}
 
@@ -97,14 +117,14 @@ class RowsSubject:
 
         names = ["the gradient" if len(self.inputs) == 1 else f"the gradient of input {i}" for i in range(len(self.inputs))]
         if self.collate is None:
-            batch = self._batch(row_ids)
+            batch = self._chosen(row_ids)
             return [with_leaf(name, x) for name, x in zip(names, batch, strict=True)], leaves
         chosen = [[with_leaf(name, pool[i]) for i in row_ids] for name, pool in zip(names, self.inputs, strict=True)]
-        return _as_list(self.collate(*chosen)), leaves
+        return _arguments(self.collate(*chosen)), leaves
 
-    def outputs(self, batch: list[Any], n_rows: int) -> list[tuple[Tensor, int | None]]:
+    def outputs(self, batch: Arguments, n_rows: int) -> list[tuple[Tensor, int | None]]:
         """What fn returns for these arguments: tensors, and along which dim their rows lie; None for one of a single row."""
-        result = self._run(*batch)
+        result = self._called(batch)
         if self.collate is not None and isinstance(result, list):
             return [(tensor, None) for entry in result for _, tensor in _named_tensors(entry)]
         named = _named_tensors(result)
@@ -126,16 +146,24 @@ class RowsSubject:
         return RowOutputs(rows=[{name: g[i] for name, g in by_input.items()} for i in range(n_rows)], shared=shared)
 
     def digest(self) -> str:
-        """Of the bytes of all tensors of the pool."""
+        """Of all that the pool holds: the bytes of tensors and arrays, and the text of what else there is."""
         digest = hashlib.sha256()
-        for x in _tensors_of(self.inputs):
-            digest.update(f"{x.dtype}{list(x.shape)}".encode())
-            digest.update(as_bits(x.detach().cpu()).numpy().tobytes())
+        for x in torch.utils._pytree.tree_leaves(self.inputs):
+            if isinstance(x, Tensor):
+                digest.update(f"{x.dtype}{list(x.shape)}".encode())
+                digest.update(as_bits(x.detach().cpu()).numpy().tobytes())
+            elif _is_array(x):
+                digest.update(f"{x.dtype}{list(x.shape)}".encode() + x.tobytes())
+            else:
+                digest.update(f"{type(x).__name__}{x!r}".encode() if isinstance(x, _PLAIN) else type(x).__name__.encode())
         return digest.hexdigest()[:POOL_DIGITS]
 
-    def _batch(self, row_ids: list[int]) -> list[Any]:
+    def _batch(self, row_ids: list[int]) -> Arguments:
         if self.collate is not None:
-            return _as_list(self.collate(*([pool[i] for i in row_ids] for pool in self.inputs)))
+            return _arguments(self.collate(*([pool[i] for i in row_ids] for pool in self.inputs)))
+        return self._chosen(row_ids)
+
+    def _chosen(self, row_ids: list[int]) -> list[Tensor]:
         ids = torch.tensor(row_ids)
         return [x.index_select(self.batch_dim, ids.to(x.device)) for x in self.inputs]
 
@@ -182,8 +210,27 @@ class RowsSubject:
             )
 
 
-def _as_list(batch: Any) -> list[Any]:
-    return list(batch) if isinstance(batch, tuple) else [batch]
+def _arguments(collated: Any) -> Arguments:
+    if isinstance(collated, Mapping):
+        return dict(collated)
+    return list(collated) if isinstance(collated, tuple) else [collated]
+
+
+def _shapes(batch: Arguments) -> str:
+    """Shapes and dtypes of the tensors that are made of one row."""
+    return " ".join(f"{list(x.shape)} {x.dtype}" for x in _tensors_of(batch))
+
+
+def _length(row: Any, batch: Arguments) -> int:
+    """Of a tensor or array its own; of what else its tokens, which are the columns of the first matrix made of it."""
+    if isinstance(row, Tensor) or _is_array(row):
+        return len(row) if row.ndim else 1
+    return next((x.shape[1] for x in _tensors_of(batch) if x.dim() > 1 and x.shape[1]), 1)
+
+
+def _is_array(x: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(x, numpy.ndarray)
 
 
 def _pool_of_tensors(inputs: Sequence[Any], batch_dim: int) -> tuple[int, ...]:
@@ -203,11 +250,12 @@ def _pool_of_tensors(inputs: Sequence[Any], batch_dim: int) -> tuple[int, ...]:
     return (1,) * sizes[0]
 
 
-def _pool_of_lists(inputs: Sequence[Any]) -> tuple[int, ...]:
+def _pool_of_lists(inputs: Sequence[Any]) -> int:
+    """How many rows there are."""
     sizes = {len(x) for x in inputs if isinstance(x, (list, tuple))}
     if not inputs or not all(isinstance(x, (list, tuple)) for x in inputs) or len(sizes) != 1 or 0 in sizes:
         raise ValueError("with collate= the inputs are one or more lists of rows, all of the same length, at least 1")
-    return tuple(len(row) if isinstance(row, Tensor) and row.dim() else 1 for row in inputs[0])
+    return sizes.pop()
 
 
 def _tensors_of(inputs: Any) -> list[Tensor]:

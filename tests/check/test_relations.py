@@ -58,7 +58,7 @@ def test_every_row_is_kept_once_while_each_of_its_neighbours_is_another():
 def test_a_pool_without_another_row_of_the_same_shape_cannot_be_asked_for_isolation():
     (record,) = check_batch_invariant(RowsSubject(planted.invariant, [planted.pool(1)]), ("S",))
     assert (record.verdict, record.compared_something) == ("not_run", False)
-    assert "no two rows of the pool have the same length" in record.error
+    assert "no two rows of the pool have the same shapes" in record.error
 
 
 def test_eager_code_is_not_compared_with_itself():
