@@ -36,21 +36,27 @@ _ALLOW_OVERRIDE = (
 )
 
 
+_ONEDNN = "MkldnnCPU"  # tensors in oneDNN's own layout
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[Holding]:
     """The table's entries hold aten's dispatcher entries inside, and whoever held them before holds them again after."""
-    library = torch.library.Library("aten", "IMPL")
+    libraries: dict[str, torch.library.Library] = {}
     held = []
     try:
         with warnings.catch_warnings():
             # torch warns once a process that an entry is overridden, which is what we are here for.
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             for overload, key, function in _entries():
+                namespace = overload.namespace
+                library = libraries[namespace] = libraries.get(namespace) or torch.library.Library(namespace, "IMPL")
                 library.impl(overload, not_traced(function), key, with_keyset=True, **_ALLOW_OVERRIDE)
                 held.append((overload.name(), key))
         yield Holding(held)
     finally:
-        library._destroy()
+        for library in libraries.values():
+            library._destroy()
 
 
 def entries_of_others() -> list[Registration]:
@@ -66,7 +72,7 @@ def _entries() -> Iterator[Entry]:
     for name, reason in table.REFUSED.items():
         overload = overload_of(name)
         if overload is not None:
-            yield from _backend_entries(name, refusal(overload, reason), _devices())
+            yield from _backend_entries(name, refusal(overload, reason), (*_devices(), _ONEDNN))
     for name, implementation in table.COMPOSITES.items():
         overload = overload_of(name)
         if overload is not None:
@@ -93,6 +99,8 @@ def _backend_entries(name: str, implementation: Implementation, keys: tuple[str,
 def _has_backend_kernel(overload: OpOverload, key: str) -> bool:
     """Whether torch runs this overload below autograd on this device. A composite has no gradient of its own there."""
     name, has = overload.name(), torch._C._dispatch_has_kernel_for_dispatch_key
+    if key == _ONEDNN:
+        return has(name, key)
     if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key):
         return False  # what torch cannot do on this device, the mode does not offer
     return has(name, key) or not has(name, COMPOSITE)
@@ -163,7 +171,7 @@ def _write(name: str, out: torch.Tensor, result: torch.Tensor, may_cast: bool, m
 def _composite(overload: OpOverload, implementation: Implementation) -> Kernel:
     """The composite, or its plan where the dispatcher has nothing to do."""
     name = overload.name()
-    planned = table.PLANNED[name.removeprefix("aten::")]
+    planned = table.PLANNED.get(name.removeprefix("aten::"), implementation)
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         count(name)

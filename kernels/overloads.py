@@ -28,9 +28,13 @@ class Sibling:
 
 
 def overload_of(name: str) -> OpOverload | None:
-    """The aten overload of this name ("mm", "mean.dim"), or None where this torch has none."""
-    packet_name, _, overload_name = name.partition(".")
-    packet = getattr(torch.ops.aten, packet_name, None)
+    """The overload of this name ("mm", "mean.dim", "quantized::linear_dynamic"), or None where this torch has none.
+
+    Without a namespace it is one of aten's.
+    """
+    namespace, _, rest = name.rpartition("::")
+    packet_name, _, overload_name = rest.partition(".")
+    packet = getattr(getattr(torch.ops, namespace or "aten"), packet_name, None)
     return getattr(packet, overload_name or "default", None) if packet is not None else None
 
 

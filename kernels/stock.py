@@ -16,7 +16,7 @@ def remember(overload: OpOverload, key: str) -> Kernel | None:
     """The kernel that holds this entry of the dispatcher now; None where there is none. Called before ours takes its place."""
     try:
         kernel = torch.library.get_kernel(overload, key).call_boxed
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the latter for a key that Python has no name for
         return None
     _kernels[overload.name(), key] = kernel
     return kernel

@@ -13,10 +13,12 @@ from typing import Any
 from pytest_batchinv.kernels.aten import (
     attention,
     convolution,
+    distances,
     losses,
     norms,
     pointwise,
     products,
+    recurrent,
     reductions,
     scatter,
     vectors,
@@ -54,6 +56,11 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "norm.ScalarOpt_dim": reductions.norm_dim,
     "norm.ScalarOpt_dim_dtype": reductions.norm_dim_dtype,
     "cumsum": reductions.cumsum,
+    "nansum": reductions.nansum,
+    "prod": reductions.prod_all,
+    "prod.dim_int": reductions.prod_dim,
+    "cumprod": reductions.cumprod,
+    "logcumsumexp": reductions.logcumsumexp,
     "_softmax": reductions.softmax,
     "_log_softmax": reductions.log_softmax,
     "topk": reductions.topk,
@@ -64,6 +71,9 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "_scaled_dot_product_efficient_attention": attention.efficient_attention,
     "index_add": scatter.index_add,
     "scatter_add": scatter.scatter_add,
+    "_embedding_bag": scatter.embedding_bag,
+    "_embedding_bag_forward_only": scatter.embedding_bag,
+    "_cdist_forward": distances.cdist_forward,
     "nll_loss_forward": losses.nll_loss_forward,
     "nll_loss2d_forward": losses.nll_loss2d_forward,
     # gradients
@@ -84,6 +94,19 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "layer_norm": norms.layer_norm,
     "rms_norm": norms.rms_norm,
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
+    "batch_norm": norms.batch_norm,
+    "cdist": distances.cdist,
+    "linalg_multi_dot": products.multi_dot,
+    "linalg_multi_dot.out": products.multi_dot_out,
+    "chain_matmul": products.chain_matmul,
+    "chain_matmul.out": products.chain_matmul_out,
+    "lstm_cell": recurrent.lstm_cell,
+    "gru_cell": recurrent.gru_cell,
+    **{
+        f"{kind}.{form}": recurrent.decomposed(f"{kind}.{form}")
+        for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+        for form in ("input", "data")
+    },
 }
 
 PLANNED = {
@@ -120,18 +143,8 @@ WHOLE_VECTORS: dict[str, Callable[..., Any]] = {
 
 _ON_THE_CPU = (
     *("sqrt", "log2", "log10", "tan", "asin", "acos", "atan", "asinh", "acosh", "erfc", "erfinv", "sinc", "logit"),
-    *(
-        "pow.Scalar",
-        "lgamma",
-        "polygamma",
-        "mvlgamma",
-        "i0",
-        "xlogy.Tensor",
-        "special_xlog1py",
-        "special_zeta",
-        "special_erfcx",
-    ),
-    *("special_i1", "special_i1e", "special_ndtri", "special_log_ndtr", "special_entr", "special_airy_ai"),
+    *("pow.Scalar", "lgamma", "polygamma", "mvlgamma", "i0", "xlogy.Tensor", "special_xlog1py", "special_zeta"),
+    *("special_erfcx", "special_i1", "special_i1e", "special_ndtri", "special_log_ndtr", "special_entr", "special_airy_ai"),
     *("special_bessel_j0", "special_bessel_j1", "special_bessel_y0", "special_bessel_y1", "special_spherical_bessel_j0"),
     *("special_modified_bessel_i0", "special_modified_bessel_i1", "special_modified_bessel_k0", "special_modified_bessel_k1"),
     *("special_scaled_modified_bessel_k0", "special_scaled_modified_bessel_k1"),
@@ -166,29 +179,16 @@ FLOATS_OF_INTEGERS = {*_OF_ANY_DTYPE, "pow", "logsumexp"}
 """Entries that make floats of integers, and then compute as for those. ``pow`` does where its exponent is a float."""
 
 COMPLEX = {
-    *(
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "addbmm",
-        "mv",
-        "addmv",
-        "dot",
-        "vdot",
-        "convolution",
-        "convolution_backward",
-        "index_add",
-        "scatter_add",
-    ),
+    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot"),
+    *("convolution", "convolution_backward", "index_add", "scatter_add"),
     *("index_put", "_index_put_impl", "_unsafe_index_put", "embedding_dense_backward"),
-    *("sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "cumsum"),
+    *("sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "cumsum", "prod", "cumprod"),
 }
 """Entries that take complex64 and complex128 too (``complex_parts.py``), as pointwise ones do wherever torch does. The others
 are refused, as is complex32."""
 
 # torch's rules for ``out=``. Elsewhere it must have the result's dtype.
-OUT_GIVES_DTYPE = {"sum.IntList_out", "mean.out", "mean.dtype_out", "cumsum.out"}
+OUT_GIVES_DTYPE = {"sum.IntList_out", "mean.out", "mean.dtype_out", "cumsum.out", "cumprod.out", "nansum.out", "prod.int_out"}
 """Without ``dtype=`` these compute in the dtype of ``out``."""
 OUT_MAY_CAST = {
     "var.correction_out", "std.correction_out", "logsumexp.out",
@@ -202,6 +202,15 @@ _FASTPATH = (
     "call torch.backends.mha.set_fastpath_enabled(False), as the mode does when it is entered, and the layer uses operators "
     "that are covered"
 )
+_CELL = "call torch.nn.LSTMCell or torch.nn.GRUCell, or torch.lstm_cell or torch.gru_cell, which the mode covers"
+_LAYER = (
+    "call torch.nn.LSTM, GRU or RNN, which the mode covers; with torch before 2.13 on a CPU, layers of them are not covered"
+)
+_BATCH_NORM = "call torch.nn.functional.batch_norm, which the mode covers"
+_ONEDNN = (
+    "oneDNN chooses the order of its sums by the number of rows; call torch.nn.functional.linear or torch.nn.functional.conv2d"
+)
+_DYNAMIC = "the scale of its integers is that of the whole batch, so that every row depends on the others"
 _NO_KERNEL = "there is no batch-invariant kernel for it"
 
 REFUSED = {
@@ -213,16 +222,28 @@ REFUSED = {
     "_transformer_encoder_layer_fwd": _FASTPATH,
     "_scaled_mm": _NO_KERNEL,
     "_scaled_grouped_mm": _NO_KERNEL,
-    "nansum": _NO_KERNEL,
-    "prod": _NO_KERNEL,
-    "prod.dim_int": _NO_KERNEL,
-    "cumprod": _NO_KERNEL,
-    "logcumsumexp": _NO_KERNEL,
     "_masked_softmax": _NO_KERNEL,
     "scatter_reduce.two": _NO_KERNEL,
-    "_cdist_forward": _NO_KERNEL,
-    "_embedding_bag": _NO_KERNEL,
-    "_embedding_bag_forward_only": _NO_KERNEL,
-    "_thnn_fused_lstm_cell": _NO_KERNEL,
-    "_cudnn_rnn": _NO_KERNEL,
+    "_thnn_fused_lstm_cell": _CELL,
+    "_thnn_fused_gru_cell": _CELL,
+    "_cudnn_rnn": _LAYER,
+    "mkldnn_rnn_layer": _LAYER,
+    "mkldnn_linear": _ONEDNN,
+    "mkldnn_convolution": _ONEDNN,
+    "mkldnn::_linear_pointwise": _ONEDNN,
+    "mkldnn::_linear_pointwise.binary": _ONEDNN,
+    "mkldnn::_convolution_pointwise": _ONEDNN,
+    "mkldnn::_convolution_pointwise.binary": _ONEDNN,
+    "mkldnn::_convolution_transpose_pointwise": _ONEDNN,
+    "mkl::_mkl_linear": _ONEDNN,
+    "quantized::linear_dynamic": _DYNAMIC,
+    "quantized::linear_relu_dynamic": _DYNAMIC,
+    "quantized::linear_dynamic_fp16": _NO_KERNEL,
+    "quantized::linear_relu_dynamic_fp16": _NO_KERNEL,
+    "native_batch_norm": _BATCH_NORM,
+    "_native_batch_norm_legit": _BATCH_NORM,
+    "_native_batch_norm_legit.no_stats": _BATCH_NORM,
+    "_batch_norm_with_update": _BATCH_NORM,
+    "_batch_norm_no_update": _BATCH_NORM,
+    "cudnn_batch_norm": _BATCH_NORM,
 }

@@ -1,8 +1,7 @@
 """torch's global flags in the mode, each restored to what it was.
 
-float32 means IEEE float32, what is left to cuBLAS and cuDNN is deterministic, and the fused fast path of
-``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention``, which the table does not cover, is off: they then call
-operators that it covers.
+float32 means IEEE float32, what is left to cuBLAS is deterministic, and what would take the place of operators that the table
+covers is off: cuDNN, oneDNN, and the fused fast path of ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention``.
 """
 
 import contextlib
@@ -37,6 +36,8 @@ def _flags() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
     c, mha = torch._C, torch.backends.mha
     yield c._get_cudnn_benchmark, c._set_cudnn_benchmark, False
     yield c._get_cudnn_deterministic, c._set_cudnn_deterministic, True
+    yield c._get_cudnn_enabled, c._set_cudnn_enabled, False
+    yield c._get_mkldnn_enabled, c._set_mkldnn_enabled, False
     yield mha.get_fastpath_enabled, mha.set_fastpath_enabled, False
     for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation"):
         yield _reader(name), _writer(name), False

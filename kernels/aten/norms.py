@@ -1,4 +1,4 @@
-"""Layer, group and rms norm, and their gradients."""
+"""Layer, group, batch and rms norm, and their gradients."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -82,6 +82,44 @@ def native_group_norm(input, weight, bias, N, C, HxW, group, eps) -> tuple[Tenso
     stats_dtype = input.dtype if input.device.type != "cpu" or not wider else mean.dtype
     y = y.to(input.dtype).view(input.shape)
     return y, mean.view(N, group).to(stats_dtype), rstd.view(N, group).to(stats_dtype)
+
+
+def batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled) -> Tensor:
+    """``(x - mean) * (rstd * weight) + bias`` a channel, each step rounded in the accumulator's dtype; the result once.
+
+    input: [N, C, *sizes]. Trained with, mean and variance are the batch's, in the order of ``var_mean``: rows then depend on
+    each other, as they should. Else they are the running ones, and each value is by itself.
+    """
+    if input.dim() < 2:
+        raise RuntimeError(f"batch_norm: expected an input of at least 2 dims, but got {shape_of(input)}")
+    channels = input.shape[1]
+    for parameter in (weight, bias, running_mean, running_var):
+        if parameter is not None and parameter.numel() != channels:
+            raise RuntimeError(
+                f"batch_norm: expected parameters and statistics of {channels} values, not {shape_of(parameter)}"
+            )
+    if not training and (running_mean is None or running_var is None):
+        raise RuntimeError("batch_norm: running_mean and running_var must be defined in evaluation mode")
+    wide = accumulator_dtype(input.dtype)
+    x, of_channel = input.to(wide), (1, channels, *[1] * (input.dim() - 2))
+    if training:
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        _update_running(running_mean, running_var, mean, var, input.numel() // max(channels, 1), momentum)
+    else:
+        var, mean = running_var.to(wide), running_mean.to(wide)
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight.to(wide)
+    y = (x - mean.view(of_channel)) * scale.view(of_channel)
+    y = y if bias is None else y + bias.to(wide).view(of_channel)
+    return y.to(input.dtype)
+
+
+@torch.no_grad()
+def _update_running(running_mean, running_var, mean: Tensor, var: Tensor, n: int, momentum: float) -> None:
+    unbiased = var * (n / max(n - 1, 1))
+    for running, of_batch in ((running_mean, mean), (running_var, unbiased)):
+        if running is not None:
+            running.copy_(running * (1 - momentum) + of_batch * momentum)
 
 
 def fused_rms_norm(input, normalized_shape, weight, eps) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Matrix products and linear layers: all by ``gemm`` and ``grouped_gemm`` of the kernel sets."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -153,6 +153,43 @@ def dot(self: Tensor, tensor: Tensor) -> Tensor:
 
 def vdot(self: Tensor, other: Tensor) -> Tensor:
     return dot(self.conj(), other)
+
+
+def multi_dot(tensors: Sequence[Tensor]) -> Tensor:
+    """The products from left to right. torch picks the cheapest order for the shapes, and so another for another batch.
+
+    The first may be a vector, a row, and the last one, a column. Raises RuntimeError for other shapes.
+    """
+    if len(tensors) < 2:
+        raise RuntimeError(f"multi_dot(): expected at least 2 tensors but got {len(tensors)}")
+    dims = [x.dim() for x in tensors]
+    if any(dim != 2 for dim in dims[1:-1]) or not {dims[0], dims[-1]} <= {1, 2}:
+        raise RuntimeError(f"multi_dot(): expected matrices, and vectors only at the two ends, but got tensors of {dims} dims")
+    first, *others, last = tensors
+    out = first if first.dim() == 2 else first[None]
+    for matrix in (*others, last if last.dim() == 2 else last[:, None]):
+        out = out.mm(matrix)
+    return out.reshape((*first.shape[:-1], *last.shape[1:]))
+
+
+def multi_dot_out(tensors: Sequence[Tensor], *, out: Tensor) -> Tensor:
+    result = multi_dot(tensors)
+    if out.dtype != result.dtype:
+        raise RuntimeError(f"multi_dot(): expected out tensor to have dtype {result.dtype} but got {out.dtype} instead")
+    if out.shape != result.shape:
+        out.resize_(result.shape)
+    return out.copy_(result)
+
+
+def chain_matmul(matrices: Sequence[Tensor]) -> Tensor:
+    """:func:`multi_dot` of matrices, of which there may be one."""
+    if any(x.dim() != 2 for x in matrices):
+        raise RuntimeError(f"chain_matmul(): expected matrices, but got tensors of {[x.dim() for x in matrices]} dims")
+    return multi_dot(matrices) if len(matrices) > 1 else matrices[0].clone()
+
+
+def chain_matmul_out(matrices: Sequence[Tensor], *, out: Tensor) -> Tensor:
+    return multi_dot_out(matrices, out=out) if len(matrices) > 1 else out.resize_(matrices[0].shape).copy_(matrices[0])
 
 
 def grouped_mm(

@@ -1,4 +1,4 @@
-"""Sums, means, variances, norms of vectors, cumsum, softmax and topk: all over the rows of a matrix."""
+"""Sums, means, variances, norms of vectors, products, cumulated sums, softmax and topk: all over the rows of a matrix."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -186,6 +186,66 @@ def cumsum(self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tenso
 @plan
 def _plan_cumsum(x: Description, dim: int) -> Callable[[Tensor], Tensor]:
     return _along(x, dim, "row_cumsum", x.dtype)
+
+
+def nansum(self: Tensor, dim=None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """``sum_dim`` with zeros in place of NaN."""
+    x = self if dtype is None else self.to(dtype)
+    return sum_dim(x.masked_fill(x.isnan(), 0), dim, keepdim)
+
+
+def prod_all(self: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    return prod_dim(self.reshape(-1), 0, dtype=dtype)
+
+
+def prod_dim(self: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """In the accumulator's dtype: column j times column j + half, for half the columns, until one is left; rounded once."""
+    x = self if dtype is None else self.to(dtype)
+    dim = wrap_dim(x, dim)
+    columns, out_dtype = (x if x.dim() else x[None]).movedim(dim, -1), x.dtype
+    columns = columns.to(_wide(out_dtype))
+    while (n := columns.shape[-1]) > 1:
+        half = (n + 1) // 2
+        first, second = columns[..., :half], columns[..., half:]
+        columns = torch.cat([_times(first[..., : n - half], second), first[..., n - half :]], -1)
+    out = columns[..., 0] if columns.shape[-1] else columns.new_ones(columns.shape[:-1])
+    out = out.to(out_dtype)
+    return (out.unsqueeze(dim) if keepdim and x.dim() else out).contiguous()
+
+
+def cumprod(self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """In the accumulator's dtype, each value of the result rounded on its own. The order is :func:`_prefixes`'."""
+    return _prefixes(self if dtype is None else self.to(dtype), dim, _times)
+
+
+def logcumsumexp(self: Tensor, dim: int) -> Tensor:
+    """``logaddexp`` in the accumulator's dtype, each value rounded on its own. The order is :func:`_prefixes`'."""
+    return _prefixes(self, dim, torch.logaddexp)
+
+
+def _prefixes(x: Tensor, dim: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Of each column and those before it: column j takes in column j - 1, then j - 2, j - 4, j - 8, ... as they are by then."""
+    dim = wrap_dim(x, dim)
+    columns = (x if x.dim() else x[None]).movedim(dim, -1).to(_wide(x.dtype))
+    step = 1
+    while step < columns.shape[-1]:
+        columns = torch.cat([columns[..., :step], combine(columns[..., step:], columns[..., :-step])], -1)
+        step *= 2
+    out = columns.movedim(-1, dim).to(x.dtype).contiguous()
+    return out if x.dim() else out[0]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What products of many are computed in."""
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """Each step rounded once. torch's own complex products have other bits at other places of a vector."""
+    if not x.is_complex():
+        return x * y
+    re, im = x.real * y.real - x.imag * y.imag, x.real * y.imag + x.imag * y.real
+    return torch.complex(re, im)
 
 
 def softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:

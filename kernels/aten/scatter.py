@@ -1,11 +1,13 @@
-"""Sums at the places that an index names, in the order of the index."""
+"""Sums at the places that an index names, and sums of the rows that it names, in the order of the index."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from pytest_batchinv.kernels import stock
 from pytest_batchinv.kernels.aten.common import Refused, factor, kernel_set, shape_of, too_few_dims, wrap_dim
+from pytest_batchinv.kernels.reference import accumulator_dtype
 
 
 def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
@@ -130,6 +132,45 @@ def embedding_dense_backward(
     table = grad_output.new_zeros(num_weights + (padding_idx >= 0), n_cols)
     rows = grad_output.reshape(index.numel(), n_cols)
     return kernel_set(grad_output).index_add(table, index, rows, 1.0)[:num_weights]
+
+
+def embedding_bag(
+    weight,
+    indices,
+    offsets,
+    scale_grad_by_freq=False,
+    mode=0,
+    sparse=False,
+    per_sample_weights=None,
+    include_last_offset=False,
+    padding_idx=-1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each bag's sum as ``index_add`` has it, in the order of its indices; a mean is divided after it; rounded once.
+
+    torch's own kernel gives maxima, which no order changes, and what is there of each index and bag beside the result.
+    """
+    options = (scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
+    device, keys = ("CUDA" if weight.is_cuda else "CPU"), torch._C.DispatchKey
+    kernel = stock.kernel_of("aten::_embedding_bag", device)
+    out, *others = kernel(torch._C.DispatchKeySet(getattr(keys, device)), weight, indices, offsets, *options)
+    if mode == _MAX:
+        return out, *others
+    places = torch.arange(indices.shape[0], device=indices.device)
+    bags = torch.bucketize(places, offsets.to(places.dtype), right=True) - 1
+    padding = padding_idx + weight.shape[0] if padding_idx < -1 else padding_idx
+    if padding >= 0:
+        kept = indices != padding
+        places, bags = places[kept], bags[kept]
+    wide = accumulator_dtype(weight.dtype)
+    rows = weight.index_select(0, indices[places].long()).to(wide)
+    rows = rows if per_sample_weights is None else rows * per_sample_weights[places].to(wide)[:, None]
+    sums = kernel_set(weight).index_add(rows.new_zeros(out.shape), bags, rows, 1.0)
+    if mode == _MEAN:
+        sums = sums / torch.bincount(bags, minlength=out.shape[0]).clamp(min=1).to(wide)[:, None]
+    return sums.to(out.dtype), *others
+
+
+_MEAN, _MAX = 1, 2
 
 
 def _checked(index: Tensor, size: int, error: type[Exception]) -> Tensor:

@@ -37,7 +37,7 @@ def installed(fingerprint: Callable[[], str]) -> Iterator[None]:
 
     inductor_config.check(torch_version())
     stock_table = module.select_decomp_table
-    with around_compilation(lambda: _in_the_mode(fingerprint())):
+    with around_compilation(lambda: _in_the_mode(fingerprint())), _without_early_decompositions():
         module.select_decomp_table = decompositions
         torch._dynamo.reset()
         try:
@@ -53,6 +53,23 @@ def decompositions() -> dict[OpOverload, Decomposition]:
     from torch._inductor.decomposition import select_decomp_table
 
     return {**select_decomp_table(), **_table()}
+
+
+@contextlib.contextmanager
+def _without_early_decompositions() -> Iterator[None]:
+    """``AS_IN_EAGER_CODE`` without what torch registers in Python for autograd's keys, which runs before a table is asked."""
+    taken = []
+    for overload in filter(None, map(overload_of, table.AS_IN_EAGER_CODE)):
+        for key in (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd):
+            if key in overload.py_kernels:
+                taken.append((overload, key, overload.py_kernels.pop(key)))
+        overload._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for overload, key, kernel in taken:
+            overload.py_kernels[key] = kernel
+            overload._dispatch_cache.clear()
 
 
 @functools.cache

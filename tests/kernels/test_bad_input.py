@@ -33,7 +33,11 @@ from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import stock_torch
 
 EXAMPLES = 40  # calls of each entry
-NAMES = (*table.BACKEND_KERNELS, *table.COMPOSITES, *table.POINTWISE)
+# Their tests are in tests/e2e/test_layers.py: they take lists, running statistics, or what torch's own kernel checks.
+TESTED_AS_LAYERS = ("batch_norm", "_embedding_bag", "linalg_multi_dot", "chain_matmul", "lstm", "gru", "rnn_tanh", "rnn_relu")
+NAMES = tuple(
+    name for name in (*table.BACKEND_KERNELS, *table.COMPOSITES, *table.POINTWISE) if not name.startswith(TESTED_AS_LAYERS)
+)
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -65,9 +69,15 @@ TENSORS = {
     "scaled_dot_product_attention": "query:bhsd key:bhkd value:bhkv attn_mask?:sk",
     "index_add": "self:mn index:i source:in|self:mn index:i source:mi",
     "scatter_add": "self:mn index:mn src:mn|self:m index:i src:i",
+    "cdist": "x1:pm x2:rm|x1:bpm x2:bpm",
     "linear": "input:bmk weight:nk bias?:n|input:mk weight:nk bias?:n|input:k weight:k",
 }
-SAME = {"_addmm_activation": "addmm", "native_layer_norm": "layer_norm", "_fused_rms_norm": "rms_norm"}
+SAME = {
+    "_addmm_activation": "addmm",
+    "native_layer_norm": "layer_norm",
+    "_fused_rms_norm": "rms_norm",
+    "_cdist_forward": "cdist",
+}
 
 sizes = st.sampled_from([3, 1, 2, 5, 0, 4, 17])
 scalars = st.sampled_from([1, 0, 0.5, -2, 2.5, True, 0.0])
@@ -413,6 +423,7 @@ EXTENSIONS = [
     ("mean", "could not infer output dtype", "the dtype of an out= is that of the sum, as in torch with dims"),
     ("linear", "must match the existing size", "a bias broadcasts to the result, whatever the rank and strides of input"),
     ("norm", "Expected out tensor to have dtype", "dtype= may be complex, and gives the real dtype of its parts"),
+    ("cdist", "not implemented for", "distances of 16 bits, as of any float"),
     ("convolution", "not implemented for 'Complex", "complex numbers do not depend on the strides"),
 ]
 
@@ -437,6 +448,7 @@ QUIRKS: list[tuple[str, Callable[["Call"], bool]]] = [
     ("what strided operands hold, which these read as if they were contiguous", _reads_beside),
     ("what a query sees that has a NaN score", lambda call: "attention" in call.name and _has_special(call)),
     ("the root of a variance with an eps that is not positive", lambda call: not (call.arguments.get("eps", 1) or 1) > 0),
+    ("whether the largest of distances is NaN", lambda call: call.name in ("cdist", "_cdist_forward") and _has_special(call)),
     ("norms of the order NaN", lambda call: any(call.arguments.get(n) != call.arguments.get(n) for n in ("p", "ord"))),
 ]
 

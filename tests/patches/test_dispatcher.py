@@ -119,15 +119,18 @@ def test_every_entry_is_watched():
         from pytest_batchinv.mode import _process
 
         assert _process.holding.taken() == []
-        library = torch.library.Library("aten", "IMPL")
+        libraries = {name.partition("::")[0]: None for name, _ in entries}
+        libraries = {namespace: torch.library.Library(namespace, "IMPL") for namespace in libraries}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for name, key in entries:
-                    library.impl(name.removeprefix("aten::"), lambda *args, **kwargs: None, key, allow_override=True)
+                    namespace, _, rest = name.partition("::")
+                    libraries[namespace].impl(rest, lambda *args, **kwargs: None, key, allow_override=True)
             taken = {(registration.overload, registration.key) for registration in _process.holding.taken()}
         finally:
-            library._destroy()
+            for library in libraries.values():
+                library._destroy()
         assert taken == set(entries)
         assert _process.holding.taken() == []
 
