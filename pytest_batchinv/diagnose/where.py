@@ -39,6 +39,7 @@ class Places:
 
     def __init__(self) -> None:
         self._stack: list[nn.Module] = []
+        self._forward: dict[int, Where] = {}  # by the number that autograd gave to the operator
         self._names: dict[nn.Module, str] = {}
         self.parameters: dict[int, str] = {}
 
@@ -54,9 +55,17 @@ class Places:
             handle.remove()
 
     def here(self) -> Where:
-        """Of the operator that is being dispatched."""
+        """Of the operator that is being dispatched; in a backward pass that of the forward operator whose gradient it computes."""
         source, line = _users_line()
-        return Where(self._names.get(self._stack[-1], "") if self._stack else "", source, line)
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            forward = self._forward.get(node._sequence_nr(), Where("", "", ""))
+            module = f"the backward of {forward.module}" if forward.module else ""
+            return Where(module, source or forward.source, line or forward.line)
+        here = Where(self._names.get(self._stack[-1], "") if self._stack else "", source, line)
+        # An operator that has no gradient takes no number: the first one to see it has it.
+        self._forward.setdefault(torch.autograd._get_sequence_nr() - 1, here)
+        return here
 
     def parameter(self, x: Tensor) -> str:
         """The name of the parameter or buffer in whose memory this tensor lies, with where in it; "" for others."""

@@ -222,3 +222,36 @@ def test_a_value_that_the_batch_shares_is_blamed_only_for_what_is_computed_with_
 
     found = finding_of(other, torch.randn(8, 16), relations=("I",)).finding.trace
     assert [found.ops[culprit.op].overload for culprit in found.culprits] == ["aten::amax"]
+
+
+class OfGemv(torch.autograd.Function):
+    """What is planted here is in the backward alone."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(w)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        (w,) = ctx.saved_tensors
+        return gemv(grad, w), None
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(64, 64), requires_grad=False)
+
+    def forward(self, x):
+        return OfGemv.apply(x, self.w)
+
+
+def test_a_gradient_is_traced_to_the_operator_in_the_backward_of_its_module():
+    torch.manual_seed(0)
+    record = finding_of(torch.nn.Sequential(torch.nn.Tanh(), Layer(), torch.nn.Tanh()), torch.randn(8, 64), relations=("G",))
+    found = record.finding.trace
+    op = found.ops[found.cause.op]
+    assert (op.overload, op.module, op.line) == (
+        "batchinv_mutants::gemv", "the backward of 1", "return gemv(grad, w), None",
+    )  # fmt: skip
