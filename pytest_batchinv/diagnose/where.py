@@ -55,7 +55,7 @@ class Places:
             handle.remove()
 
     def here(self) -> Where:
-        """Of the operator that is being dispatched; in a backward pass that of the forward operator whose gradient it computes."""
+        """Of the operator that is being dispatched; in a backward pass that of the operator whose gradient it computes."""
         source, line = _users_line()
         node = torch._C._current_autograd_node()
         if node is not None:
