@@ -50,8 +50,6 @@ def explained(finding: Finding, broken: Broken, relation: Relation, runs: Subjec
             named = ", ".join(ops) or "none"
             sections.append(Section("operators", (f"compiled alone, other bits than in eager code: {named}",)))
     traced = _guarded("trace", sections, lambda: _trace(broken, relation, runs))
-    if traced is None and relation.no_trace and not any(section.title == "trace" for section in sections):
-        sections.append(Section("trace", (relation.no_trace,)))
     return msgspec.structs.replace(finding, breakpoints=found, trace=traced, sections=tuple(sections))
 
 

@@ -26,6 +26,15 @@ class Pairs(NamedTuple):
     badge: Badge
 
 
+def align_parts(one: Sequence[Key], parts: Sequence[Sequence[Key]]) -> Pairs:
+    """Each part of the second side with the whole of the first, which is run at once."""
+    found = [align(one, part) for part in parts]
+    by_other = [there for pairs in found for there in pairs.by_other]
+    paired = set(by_other)
+    badge: Badge = "order" if all(pairs.badge == "order" for pairs in found) else "module"
+    return Pairs(by_other, [i for i in range(len(one)) if i not in paired], badge)
+
+
 def align(one: Sequence[Key], other: Sequence[Key]) -> Pairs:
     """By order where both sequences are the same; else the longest runs of equal keys, which keeps the order."""
     if list(one) == list(other):

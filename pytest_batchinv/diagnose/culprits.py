@@ -17,7 +17,7 @@ from pytest_batchinv import mode
 from pytest_batchinv.compare import first_difference, first_row_that_differs
 from pytest_batchinv.diagnose import kernels, reproducer, sizes
 from pytest_batchinv.diagnose.calls import Operator, writes_to_inputs
-from pytest_batchinv.diagnose.rows import Match, in_blocks
+from pytest_batchinv.diagnose.rows import Match, in_blocks, parts_of
 from pytest_batchinv.diagnose.trace import CUT, Called, Kept, TwoSides, Walk, described, row_of, traced_ops
 from pytest_batchinv.kernels import table
 from pytest_batchinv.relations.base import Relation, Side
@@ -50,6 +50,8 @@ def trace(relation: Relation, runs: SubjectRuns, case: BatchShape, position: int
     """
     eager, found, pairs = runs.subject.in_eager_mode(), None, list(relation.two_runs(runs, case, position))
     for one, other in pairs:
+        if other.case.steps and not parts_of(eager, other.case):
+            return Trace(ops=(), notes=("the subject does not tell what each of its forwards computes, so there is no trace",))
         found = TwoSides(eager, one, other)
         if (plain := _diverging(found)) is not None:
             return _told(found, plain)
@@ -77,6 +79,10 @@ def _of_compiled_code(subject: Subject, pairs: list[tuple[Side, Side]]) -> Trace
     from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode
 
     for one, other in pairs:
+        if parts_of(subject, other.case):
+            return Trace(
+                ops=(), notes=(_EAGER_IS_EQUAL, "of compiled code that runs in several forwards there is no trace yet")
+            )
         code = CompiledCode.of(subject, (one.case, other.case))
         found = TwoSides(subject, one, other, code)
         if code.has_unseen or not found.calls:

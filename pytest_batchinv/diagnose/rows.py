@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pytest_batchinv.compare import Difference, as_bits, first_difference
 from pytest_batchinv.relations.base import Side
-from pytest_batchinv.subjects.base import Subject
+from pytest_batchinv.shapes import BatchShape
+from pytest_batchinv.subjects.base import Part, Span, Subject
 
 _MOST_CHOICES = 64
 
@@ -70,12 +71,54 @@ def geometries(subject: Subject, side: Side) -> tuple[Geometry, ...]:
     return (Geometry(len(case), width, side.position, span.start, span.stop),)
 
 
-class Finder:
-    """Finds the row in pairs of tensors of two sides. carried: places that inputs of the same sizes were found at."""
+Pair = tuple[Geometry, Geometry]
 
-    def __init__(self, one: Sequence[Geometry], other: Sequence[Geometry]) -> None:
-        self._pairs = list(itertools.product(one, other))
+
+def parts_of(subject: Subject, case: BatchShape) -> list[Part]:
+    """The forwards of a case that is computed in several; empty for one that is computed at once."""
+    return subject.parts(case) if hasattr(subject, "parts") else []
+
+
+def finders(subject: Subject, one: Side, other: Side) -> list[Finder]:
+    """One for each forward of the second side: how to find the row in what it computes, in tensors of the two sides."""
+    parts = parts_of(subject, other.case)
+    if not parts:
+        return [Finder([[pair] for pair in itertools.product(geometries(subject, one), geometries(subject, other))])]
+    (whole,) = geometries(subject, one)
+    return [Finder(_pairs_of_part(whole, subject.spans(other.case)[other.position], part)) for part in parts]
+
+
+def _pairs_of_part(whole: Geometry, span: Span, part: Part) -> list[list[Pair]]:
+    """What of the row the part computes: as queries, and with what the cache holds of it as keys. Dimensions may be of both."""
+    start, stop = max(span.start, part.columns.start), min(span.stop, part.columns.stop)
+    if start >= stop or span.sequence not in part.sequences:
+        return []
+    n, sequence = len(part.sequences), span.sequence - part.sequences.start
+    moved = whole.start - span.start
+    queries = Geometry(n, part.width, sequence, start - part.columns.start, stop - part.columns.start)
+    keys = [Geometry(n, width, sequence, span.start, stop) for width in part.keys]
+    return [
+        [
+            (whole._replace(start=start + moved, stop=stop + moved), queries),
+            *((whole._replace(stop=stop + moved), geometry) for geometry in keys),
+        ]
+    ]
+
+
+class Finder:
+    """Finds the row in pairs of tensors of two sides.
+
+    groups: forms in which the two sides may hold the row; along each dimension a tensor has any one form of a group.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Pair]]) -> None:
+        self._groups = groups
+        self._pairs = [pair for group in groups for pair in group]
         self._several = any(max(a.n, b.n) > 1 for a, b in self._pairs)
+
+    @property
+    def has_row(self) -> bool:
+        return bool(self._pairs)
 
     def match(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection] = (), permuted: bool = False) -> Match:
         """The first selection under which the bytes agree; else the likeliest one, with what differs.
@@ -123,9 +166,9 @@ class Finder:
     ) -> list[Selection]:
         """known: the row's places along some dimensions."""
         found: dict[str, Selection] = {}
-        for a, b in self._pairs:
+        for group in self._groups:
             choices = [
-                [("columns", *known[dim])] if dim in known else list(_choices(i, j, a, b, dim, carried))
+                [("columns", *known[dim])] if dim in known else _distinct(_choices(i, j, group, dim, carried))
                 for dim, (i, j) in enumerate(zip(one, other, strict=True))
             ]
             for combination in itertools.islice(itertools.product(*choices), _MOST_CHOICES):
@@ -133,21 +176,29 @@ class Finder:
                 if kinds.count("batch") + kinds.count("tokens") > 1 or "tokens" in kinds and "columns" in kinds:
                     continue
                 dims = tuple((x, y) for _, x, y in combination)
-                finds_a_row = any(kind in ("batch", "tokens", "carried") for kind in kinds) or b.n == 1
+                finds_a_row = any(kind in ("batch", "tokens", "carried") for kind in kinds) or group[0][1].n == 1
                 lists = [(i, j) for (_, y), i, j in zip(dims, one, other, strict=True) if isinstance(y, tuple)]
                 by_content = bool(lists) and any(selection.by_content for selection in carried)
                 found.setdefault(repr(dims), Selection(dims, finds_a_row, by_content, (*lists, None)[0]))
         return sorted(found.values(), key=lambda selection: not selection.finds_a_row)
 
 
-def _choices(
-    one: int, other: int, a: Geometry, b: Geometry, dim: int, carried: tuple[Selection, ...]
-) -> Iterator[tuple[str, Places, Places]]:
+Choice = tuple[str, Places, Places]
+
+
+def _choices(one: int, other: int, group: Sequence[Pair], dim: int, carried: tuple[Selection, ...]) -> Iterator[Choice]:
     """The places that a dimension of these sizes may hold the row at."""
     for selection in carried:
         for x, y in selection.dims:
             if isinstance(y, tuple) and selection.permuted == (one, other):
                 yield "carried", x, y
+    for a, b in group:
+        yield from _places(one, other, a, b)
+    if one == other:
+        yield "whole", slice(None), slice(None)
+
+
+def _places(one: int, other: int, a: Geometry, b: Geometry) -> Iterator[Choice]:
     units = (
         ("batch", a.n, b.n, (a.sequence, a.sequence + 1), (b.sequence, b.sequence + 1)),
         ("tokens", a.n * a.width, b.n * b.width, _token_places(a), _token_places(b)),
@@ -162,8 +213,10 @@ def _choices(
         if kind == "columns" and times > 1 and b.n > 1:
             continue
         yield kind, slice(start_a * times, stop_a * times), slice(start_b * times, stop_b * times)
-    if one == other:
-        yield "whole", slice(None), slice(None)
+
+
+def _distinct(choices: Iterator[Choice]) -> list[Choice]:
+    return list({repr(choice): choice for choice in choices}.values())
 
 
 def _token_places(g: Geometry) -> tuple[int, int]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pytest_batchinv.compare import first_row_that_differs
-from pytest_batchinv.diagnose.align import Key, Pairs, align
+from pytest_batchinv.diagnose.align import Key, Pairs, align_parts
 from pytest_batchinv.diagnose.calls import Operator, base_name, gives_empty_memory, is_view, read, writes_to_inputs, written
 from pytest_batchinv.diagnose.recorder import Around, Recorder
-from pytest_batchinv.diagnose.rows import Finder, Match, Selection, geometries, put_in_place, through_indices, through_padding
+from pytest_batchinv.diagnose.rows import Finder, Match, Selection, finders, put_in_place, through_indices, through_padding
 from pytest_batchinv.diagnose.where import Places, Where, storage_of
 from pytest_batchinv.relations.base import Side
 from pytest_batchinv.report.record import Badge, TracedOp
@@ -92,10 +92,13 @@ class TwoSides:
 
     def __init__(self, subject: Subject, one: Side, other: Side, code: Code | None = None) -> None:
         self.subject, self.one, self.other, self.code = subject, one, other, code or EagerCode()
-        self.finder = Finder(geometries(subject, one), geometries(subject, other))
+        self._finders = finders(subject, one, other)
         self.kept, self.expected, self.is_cut = kept_calls(subject, one, self.code)
         self.calls = self._calls()
-        self.pairs: Pairs = align([call.key for call in self.kept], [call.key for call in self.calls])
+        by_part: list[list[Key]] = [[] for _ in self._finders]
+        for call in self.calls:
+            by_part[call.part].append(call.key)
+        self.pairs: Pairs = align_parts([call.key for call in self.kept], by_part)
 
     def walk(self, heals: Callable[[int], bool], permutations: bool = True) -> Walk:
         """Runs the second side. heals: whether a call's output gets the first side's bytes where it diverges by itself.
@@ -106,6 +109,16 @@ class TwoSides:
         with watch.places:
             outputs = self.subject.run(self.other.case, self.code.observer(watch))
         return Walk(watch.seen, outputs)
+
+    def part(self, places: Places) -> int:
+        """The forward of the second side that runs: -1 between those of a run in several, where the subject's own code is."""
+        if len(self._finders) == 1:
+            return 0
+        return places.n_forwards - 1 if places.is_inside else -1
+
+    def finder(self, number: int) -> Finder:
+        """Finds the row in what this call of the second side takes and gives."""
+        return self._finders[self.calls[number].part]
 
     def arguments(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Of this call of the second side, where all before it was fed what the first side was. Its tensors are copies."""
@@ -132,13 +145,16 @@ class TwoSides:
         places = self.code.places()
 
         def around(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            part = self.part(places)
+            if part < 0:
+                return func(*args, **kwargs)
             where, given = places.here(), read(func, args, kwargs)
             shapes = tuple(x.shape for x in given)
             out = func(*args, **kwargs)
             outs = written(func, args, kwargs, out)
             if not is_view(func, given, outs):
                 key = _key(func, places, where, given, outs)
-                calls.append(Called(func, key, where, tuple(map(described, given)), shapes))
+                calls.append(Called(func, key, where, tuple(map(described, given)), shapes, part))
             return out
 
         with places:
@@ -216,6 +232,8 @@ class _Watch:
         self._owners = _Owners()
 
     def __call__(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.sides.part(self.places) < 0:
+            return func(*args, **kwargs)
         given, number = self._owners.of(func, read(func, args, kwargs)), self._number + 1
         before = self._before(func, given, number) if writes_to_inputs(func) else None
         out = func(*args, **kwargs)
@@ -238,7 +256,10 @@ class _Watch:
         kept = self.sides.partner(number)
         if kept is None or kept.overload.name() != func.name() or not kept.outputs or gives_empty_memory(func):
             return None
-        return [self._compared(x, y, self._permuted.get(storage_of(y), ())) for x, y in zip(kept.inputs, given, strict=False)]
+        if not self.sides.finder(number).has_row:
+            return None
+        known = [self._permuted.get(storage_of(x), ()) for x in given]
+        return [self._compared(number, x, y, places) for x, y, places in zip(kept.inputs, given, known, strict=False)]
 
     def _forget(self, func: Operator, given: list[Tensor], outs: list[Tensor]) -> None:
         """What is known of memory that was not read is of a tensor that had it before."""
@@ -257,10 +278,12 @@ class _Watch:
         if gives_empty_memory(func):
             self._undefined.update(map(storage_of, outs))
 
-    def _compared(self, expected: Tensor, actual: Tensor, carried: Iterable[Selection], permuted: bool = False) -> Match:
+    def _compared(
+        self, number: int, expected: Tensor, actual: Tensor, carried: Iterable[Selection], permuted: bool = False
+    ) -> Match:
         if expected.data_ptr() == actual.data_ptr() and expected.shape == actual.shape and expected.stride() == actual.stride():
             return Match(Selection(((slice(None), slice(None)),) * actual.dim(), False), None)  # a parameter
-        return self.sides.finder.match(expected, actual, carried, permuted)
+        return self.sides.finder(number).match(expected, actual, carried, permuted)
 
     def _seen(self, before: list[Match], args: tuple[Any, ...], given: list[Tensor], outs: list[Tensor]) -> Seen:
         number, kept = self._number, self.sides.partner(self._number)
@@ -273,7 +296,7 @@ class _Watch:
         else:
             carried = [selection for selection in carried if not selection.by_content]
         carried = [*_through_padding(kept, args, before), *carried]
-        outputs = tuple(self._compared(x, y, carried, permuted) for x, y in zip(kept.outputs, outs, strict=False))
+        outputs = tuple(self._compared(number, x, y, carried, permuted) for x, y in zip(kept.outputs, outs, strict=False))
         for x, match in zip(outs, outputs, strict=False):
             if match.selection is not None and match.selection.permuted is not None:
                 self._permuted[storage_of(x)] = (match.selection,)
@@ -286,7 +309,7 @@ class _Watch:
         values = False
         for expected, actual, match in differ:
             assert match.selection is not None
-            if _is_index(actual) or not given or self.sides.finder.is_shared(match.selection):
+            if _is_index(actual) or not given or self.sides.finder(number).is_shared(match.selection):
                 origin = number if blamed is None else blamed
                 self._suspects.setdefault(storage_of(actual), origin)
             else:
@@ -319,13 +342,14 @@ class _Watch:
 
 
 class Called(NamedTuple):
-    """One call of the second side. inputs: the tensors that it took, in words; shapes: theirs."""
+    """One call of the second side. inputs: the tensors that it took, in words; shapes: theirs. part: in which forward."""
 
     overload: Operator
     key: Key
     where: Where
     inputs: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
+    part: int
 
 
 class _Keeper:

@@ -35,13 +35,17 @@ class Where(NamedTuple):
 
 
 class Places:
-    """Entered around a forward: keeps the path of the module that runs, and knows the parameters by their memory."""
+    """Entered around a run: keeps the path of the module that runs, and knows the parameters by their memory.
+
+    n_forwards: how often a module was entered from outside of any.
+    """
 
     def __init__(self) -> None:
         self._stack: list[nn.Module] = []
         self._forward: dict[int, Where] = {}  # by the number that autograd gave to the operator
         self._names: dict[nn.Module, str] = {}
         self.parameters: dict[int, str] = {}
+        self.n_forwards = 0
 
     def __enter__(self) -> Places:
         self._handles = [
@@ -53,6 +57,10 @@ class Places:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
+
+    @property
+    def is_inside(self) -> bool:
+        return bool(self._stack)
 
     def here(self) -> Where:
         """Of the operator that is being dispatched; in a backward pass that of the operator whose gradient it computes."""
@@ -77,6 +85,7 @@ class Places:
             self._names |= {child: name for name, child in module.named_modules()}
             held = [*module.named_parameters(), *module.named_buffers()]
             self.parameters |= {storage_of(x): name for name, x in held}
+        self.n_forwards += not self._stack
         self._stack.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

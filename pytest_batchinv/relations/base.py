@@ -77,8 +77,6 @@ class Relation:
     meaning: ClassVar[str]
     side_names: ClassVar[tuple[str, str]]
     share: ClassVar[int] = 1
-    no_trace: ClassVar[str] = ""
-    """Why a finding has no trace, as a sentence."""
     diagnoses: ClassVar[tuple[str, ...]] = ()
     """What explains a finding: "sizes" (at which batch sizes the bits change), "operators" (which diverge once compiled),
     "code" (a trace of compiled code beside eager code, not of two runs)."""

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import sequences as planted
-from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
+from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs, Side
 from pytest_batchinv.search import strategies, sweep
 from pytest_batchinv.shapes import BatchShape, Steps
 from pytest_batchinv.subjects.base import Space, Subject
 
-NO_TRACE = "of a run in several forwards there is no trace yet"
 _EVERY_BOUNDARY_UP_TO = 33
 _EDGES = (1, 16, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 _SIZES = (2, 3, 7, 16, 64)
@@ -28,7 +27,6 @@ class Chunks(Relation):
     meaning = "a row has other bits where it is computed in chunks with a cache (relation C, chunked prefill)"
     side_names = ("all at once", "in chunks")
     share = 5
-    no_trace = NO_TRACE
 
     def obstacle(self, subject: Subject) -> str:
         return no_cache(subject)
@@ -42,6 +40,9 @@ class Chunks(Relation):
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
         yield Comparison(runs.run(case.at_once()), runs.run(case))
+
+    def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
+        yield Side(case.at_once(), position), Side(case, position)
 
     def mutants(self) -> tuple[Mutant, ...]:
         return tuple(Mutant(name, make) for name, make in planted.CHUNKS.items())

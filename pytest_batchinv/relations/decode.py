@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import sequences as planted
-from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs
-from pytest_batchinv.relations.chunks import NO_TRACE, ends, fitting, no_cache, of_length, padded_cases
+from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs, Side
+from pytest_batchinv.relations.chunks import ends, fitting, no_cache, of_length, padded_cases
 from pytest_batchinv.search import sweep
 from pytest_batchinv.shapes import BatchShape, Steps
 from pytest_batchinv.subjects.base import Space, Subject
@@ -26,7 +26,6 @@ class Decode(Relation):
     meaning = "a row has other bits where it is decoded than where it is computed at once (relation D, decode)"
     side_names = ("all at once", "decoded")
     share = 10
-    no_trace = NO_TRACE
 
     def obstacle(self, subject: Subject) -> str:
         return no_cache(subject)
@@ -39,6 +38,9 @@ class Decode(Relation):
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
         yield Comparison(runs.run(case.at_once()), runs.run(case))
+
+    def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
+        yield Side(case.at_once(), position), Side(case, position)
 
     def mutants(self) -> tuple[Mutant, ...]:
         return tuple(Mutant(name, make) for name, make in planted.DECODE.items())

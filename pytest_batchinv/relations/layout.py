@@ -28,7 +28,6 @@ class Layout(Relation):
     meaning = "a row has other bits in another layout of the same batch (relation L, layout)"
     side_names = ("padded on the right", "in this layout")
     share = 5
-    no_trace = "of a run with a cache there is no trace yet"
 
     def obstacle(self, subject: Subject) -> str:
         return (
@@ -44,8 +43,7 @@ class Layout(Relation):
         yield Comparison(runs.run(case.plain()), runs.run(case))
 
     def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
-        if case.steps is None:
-            yield Side(case.plain(), position), Side(case, position)
+        yield Side(case.plain(), position), Side(case, position)
 
     def mutants(self) -> tuple[Mutant, ...]:
         return tuple(Mutant(name, make) for name, make in planted.LAYOUT.items())

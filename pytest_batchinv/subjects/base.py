@@ -57,6 +57,19 @@ class Span(NamedTuple):
     stop: int
 
 
+class Part(NamedTuple):
+    """What one forward of a run computes, of a case that is computed in several.
+
+    sequences, columns: those of the case whose results are kept. width: columns of the forward's tensors, with tokens that are
+    rejected later. keys: how many columns a tensor of keys may have.
+    """
+
+    sequences: range
+    columns: range
+    width: int
+    keys: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Space:
     """The batch shapes that a subject can run.

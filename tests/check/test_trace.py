@@ -13,7 +13,7 @@ from pytest_batchinv.mode import stock_torch
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.mutants.detection import is_located
 from pytest_batchinv.mutants.faults import FAULTS, gemv
-from pytest_batchinv.shapes import BatchShape, Row
+from pytest_batchinv.shapes import BatchShape, Row, Steps
 from pytest_batchinv.subjects.rows import RowsSubject
 from pytest_batchinv.subjects.transformers import TransformersSubject
 
@@ -255,3 +255,35 @@ def test_a_gradient_is_traced_to_the_operator_in_the_backward_of_its_module():
     assert (op.overload, op.module, op.line) == (
         "batchinv_mutants::gemv", "the backward of 1", "return gemv(grad, w), None",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("relation", "steps"),
+    [
+        ("D", Steps((3, 4, 9))),
+        ("L", Steps((4, 5), "static", spare=3)),
+        ("C", Steps((6, 7), rejected=2)),
+        ("C", Steps((7,), prefix=4)),
+    ],
+    ids=["decoded", "static", "rejected", "prefix"],
+)
+def test_a_run_in_steps_is_traced_to_the_operator_of_the_step(relation, steps, monkeypatch):
+    """Planted: a factor where few columns are computed at once, as those of a decoded token are."""
+    rows = tuple(Row(i, length) for i, length in enumerate((9, 12, 11)))
+    shape = BatchShape(rows, "right" if steps.prefix else "left").in_steps(steps)
+    with batch_invariant_mode():
+        subject = TransformersSubject("tiny-qwen3", device="cpu", dtype="fp32")
+        layer = subject.model.model.layers[1].mlp
+        stock = layer.forward
+
+        def forward(x):
+            return stock(x) * (1.0 + 3e-7 * (x.shape[1] < 4))
+
+        monkeypatch.setattr(layer, "forward", forward)
+        with pytest.raises(BatchVarianceError) as caught:
+            check_batch_invariant(subject, [relation], case=shape)
+    found = caught.value.finding.trace
+    op = found.ops[found.cause.op]
+    assert (op.overload, op.module) == ("aten::mul.Tensor", "model.layers.1.mlp"), found
+    assert [culprit.effect for culprit in found.culprits] == ["causes"]
+    assert not found.notes or found.notes == ("",)

@@ -16,12 +16,12 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from pytest_batchinv import gpu
 from pytest_batchinv.shapes import BatchShape, Row, Steps
-from pytest_batchinv.subjects.base import NotRun, Observer, RowOutputs, Space, Span, SubjectInfo
+from pytest_batchinv.subjects.base import NotRun, Observer, Part, RowOutputs, Space, Span, SubjectInfo
 from pytest_batchinv.subjects.compiled import CUDA_GRAPHS, compiled, compiling, origin_of
 from pytest_batchinv.subjects.gradients import GradientsOfModel
 from pytest_batchinv.subjects.presets import UnknownModel, is_preset
 from pytest_batchinv.subjects.transformers import attention, masks
-from pytest_batchinv.subjects.transformers.forward import Forward, Logprobs
+from pytest_batchinv.subjects.transformers.forward import Forward, Logprobs, parts
 from pytest_batchinv.subjects.transformers.layout import BatchLayout, lay_out
 from pytest_batchinv.subjects.transformers.probe import Probe, is_out_of_memory
 from pytest_batchinv.subjects.transformers.weights import build_preset
@@ -115,6 +115,11 @@ class TransformersSubject:
 
     def spans(self, case: BatchShape) -> list[Span]:
         return list(lay_out(case, self.vocabulary, self.outlier).spans)
+
+    def parts(self, case: BatchShape) -> list[Part]:
+        """The forwards of a case that is computed in several; empty for one that is computed at once."""
+        layout = lay_out(case, self.vocabulary, self.outlier)
+        return parts(case.steps, len(layout.tokens), len(layout.tokens[0])) if case.steps else []
 
     @property
     def attention_implementations(self) -> tuple[str, ...]:

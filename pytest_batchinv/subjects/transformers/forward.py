@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pytest_batchinv.shapes import Steps
-from pytest_batchinv.subjects.base import Observer, RowOutputs, observed
+from pytest_batchinv.subjects.base import Observer, Part, RowOutputs, observed
 from pytest_batchinv.subjects.gradients import trained
 from pytest_batchinv.subjects.transformers import attention, caches, masks
 from pytest_batchinv.subjects.transformers.attention import Packing
@@ -167,6 +167,19 @@ class _Batch:
             visible = {kind: masks.of_columns(mask, queries, *keys[kind]) for kind, mask in visible.items()}
         form = masks.additive(forward.dtype) if forward.attention == "eager" else masks.boolean
         return masks.formed(visible, form)
+
+
+def parts(steps: Steps, n_sequences: int, n_columns: int) -> list[Part]:
+    """The forwards of ``Forward.rows`` in these steps, in order."""
+
+    def part(sequences: range, start: int, stop: int) -> Part:
+        ahead = min(stop + steps.rejected, n_columns)
+        n_keys = n_columns + steps.spare if steps.cache == "static" else ahead
+        return Part(sequences, range(start, stop), ahead - start, (n_keys,))
+
+    prefixes = [part(range(i, i + 1), 0, steps.prefix) for i in range(n_sequences if steps.prefix else 0)]
+    bounds = zip((steps.prefix, *steps.ends), (*steps.ends, n_columns), strict=True)
+    return prefixes + [part(range(n_sequences), start, stop) for start, stop in bounds]
 
 
 def _next_tokens(layout: BatchLayout, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
