@@ -178,6 +178,10 @@ class Subject(Protocol):
         """Where each row lies in the tensors that the case is run with."""
         ...
 
+    def parts(self, case: BatchShape) -> list[Part]:
+        """The forwards of a case that is computed in several, for a trace; empty where it is computed at once, or is not told."""
+        return []
+
     def in_eager_mode(self) -> Subject:
         """The same subject with the same weights, run by eager code: itself, where nothing is compiled."""
         return self
