@@ -50,6 +50,7 @@ _keep_alive: list[torch.library.Library] = []
 def _define_all(library: torch.library.Library) -> dict[OpOverload, OpOverload]:
     attend = _define_own(library, attention.ATTENTION_SCHEMA, attention.attention, attention.attention_fake)
     _differentiate(library, "attention", attend, attention.attention_setup_context, attention.attention_backward)
+    _define_own(library, attention.BACKWARD_SCHEMA, attention.backward_kernel, attention.backward_fake)
     _define_own(library, reductions.MEAN_OF_SQUARES_SCHEMA, reductions.mean_of_squares, reductions.mean_of_squares_fake)
     _define_own(library, reductions.CHOSEN_LOGPROBS_SCHEMA, reductions.chosen_logprobs, reductions.chosen_logprobs_fake)
     _define_own(library, norms.NORM_BACKWARD_SCHEMA, norms.norm_backward, norms.norm_backward_fake)

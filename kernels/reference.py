@@ -214,6 +214,39 @@ def attention(
     return out, lse.to(accumulator_dtype(q.dtype)) if with_lse else None
 
 
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, where ``out, lse = attention(q, k, v, mask, is_causal, scale)``.
+
+    A mask must be boolean. Head dims up to 128, no float64 on CUDA. grad_out: like out -> like q, k and v.
+    ``P = exp(scale * q @ k.T - lse)``, 0 where hidden; ``dS = P * (grad_out @ v.T - sum(grad_out * out))``; the gradients are
+    ``scale * dS @ k``, ``scale * dS.T @ q`` and ``P.T @ grad_out``, the last two summed over the query heads that share them.
+    """
+    group = q.shape[1] // k.shape[1]
+    wide_q, wide_k, wide_v, grad, wide_out = (x.double() for x in (q, k, v, grad_out, out))
+    wide_k, wide_v = wide_k.repeat_interleave(group, 1), wide_v.repeat_interleave(group, 1)
+    scores = scale * (wide_q @ wide_k.transpose(-1, -2))
+    visible = torch.ones(scores.shape, dtype=torch.bool, device=q.device)
+    visible = visible.tril() if is_causal else visible
+    visible = visible if mask is None else visible & mask
+    weights = torch.where(visible, (scores - lse.double()[..., None]).exp(), 0.0)
+    delta = (grad * wide_out).sum(-1, keepdim=True)
+    of_scores = weights * (grad @ wide_v.transpose(-1, -2) - delta) * scale
+    grad_q = of_scores @ wide_k
+    grad_k = (of_scores.transpose(-1, -2) @ wide_q).unflatten(1, (-1, group)).sum(2)
+    grad_v = (weights.transpose(-1, -2) @ grad).unflatten(1, (-1, group)).sum(2)
+    return tuple(g.to(x.dtype).contiguous() for g, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
+
+
 def packed_attention(
     q: Tensor,
     k: Tensor,

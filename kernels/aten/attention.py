@@ -99,10 +99,49 @@ def attention_fake(query, key, value, mask, is_causal, scale, soft_cap=None, sin
 
 def attention_setup_context(ctx, inputs, output) -> None:
     query, key, value, mask, ctx.is_causal, ctx.scale, ctx.soft_cap, sinks = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, mask, sinks, *output)
 
 
-def attention_backward(ctx, grad_out: Tensor, grad_lse: Tensor | None):
+BACKWARD_SCHEMA = (
+    "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out, Tensor lse, "
+    "bool is_causal, float scale) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def backward_kernel(grad_out, query, key, value, mask, out, lse, is_causal, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.attention_backward`` on the tensors' device; the mask may be one that only broadcasts to [B, H, Sq, Skv]."""
+    if mask is not None:
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    return kernel_set(query).attention_backward(grad_out, query, key, value, mask, out, lse, is_causal, scale)
+
+
+def backward_fake(grad_out, query, key, value, *others) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def attention_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+    """By the kernel; by operators that have gradients themselves where those are asked for, or where it lacks this form."""
+    query, key, value, mask, sinks, out, lse = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 8
+    if torch.is_grad_enabled() or grad_lse is not None or sinks is not None or ctx.soft_cap is not None:
+        return _attention_backward_by_operators(ctx, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse)
+    if not _has_backward_kernel(query, value, mask):
+        return _attention_backward_by_operators(ctx, grad_out, grad_lse)
+    backward = torch.ops.batchinv.attention_backward.default
+    grads = backward(grad_out, query, key, value, mask, out, lse, ctx.is_causal, ctx.scale)
+    return *grads, None, None, None, None, None
+
+
+def _has_backward_kernel(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """On CUDA: boolean masks, head dims up to 128, no float64. On the CPU any head dim and float64, too."""
+    if mask is not None and mask.dtype != torch.bool:
+        return False
+    return not query.is_cuda or query.dtype != torch.float64 and max(query.shape[-1], value.shape[-1]) <= 128
+
+
+def _attention_backward_by_operators(ctx, grad_out: Tensor, grad_lse: Tensor | None):
     """The weights are computed again from the logsumexp: P = exp(S - lse), dS = P * (dO @ V.T - rowsum(dO * O) + dlse)."""
     query, key, value, mask, sinks, out, lse = ctx.saved_tensors
     wide = accumulator_dtype(query.dtype)

@@ -12,6 +12,8 @@ row sums           in float64: lane j of 32 sums the columns j, j + 32, j + 64, 
                    the same pairs after any rotation: no bit changes.
 softmax            ``exp(x - max)`` in float64, summed like a row. Columns of -inf before or after the others are zeros
                    there. log_softmax and logsumexp have the same sum.
+attention's        the weights again from the logsumexp, each product one chain as in gemm, for tensors made wide (float32, or
+gradients          float64 for float64); sums over the query heads of a key head ascending.
 gradients          of softmax and norms in float64, their sums over a row as those of a row; of weight and bias one chain
                    over the rows for each column, ascending, in float64. Rounded once.
 cumsum             one chain in float64, each partial sum rounded to the dtype.
@@ -30,6 +32,7 @@ Threads: as many as torch uses, and the same ones: the library needs ``libgomp.s
 from .ops import (
     KINDS,
     attention,
+    attention_backward,
     gemm,
     grouped_gemm,
     index_add,
@@ -53,6 +56,7 @@ from .ops import (
 __all__ = [
     "KINDS",
     "attention",
+    "attention_backward",
     "gemm",
     "grouped_gemm",
     "index_add",

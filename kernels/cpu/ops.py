@@ -179,6 +179,41 @@ def attention(
     return out, lse if with_lse else None
 
 
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Products as in :func:`gemm`, of B * Hkv matrices in wide: the query heads of a key head are one sum over queries."""
+    B, H, Sq, D = q.shape
+    Hkv, Skv, wide = k.shape[1], k.shape[2], accumulator_dtype(q.dtype)
+    if not q.numel() or not k.numel() or not v.numel():
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    # [B * Hkv, H // Hkv * Sq, ...]: the queries of all heads that share a key head, behind each other.
+    rows, grad, delta_of = (x.to(wide).reshape(B * Hkv, H // Hkv * Sq, x.shape[3]) for x in (q, grad_out, out))
+    keys, values = (x.to(wide).reshape(B * Hkv, Skv, x.shape[3]) for x in (k, v))
+    scores = gemm(rows, keys.transpose(1, 2)).mul_(scale).view(B, H, Sq, Skv)
+    lse = lse.to(wide)[..., None]
+    weights = (scores - torch.where(lse == -torch.inf, torch.inf, lse)).reshape(-1)
+    weights = pointwise(weights, "exp").view(scores.shape)
+    if is_causal:
+        weights.tril_()
+    if mask is not None:
+        weights.masked_fill_(~mask, 0.0)
+    weights = weights.view(B * Hkv, -1, Skv)
+    delta = row_sum((grad * delta_of).view(-1, grad.shape[2]), wide).view(B * Hkv, -1, 1)
+    of_scores = (gemm(grad, values.transpose(1, 2)) - delta).mul_(weights).mul_(scale)
+    grad_q, grad_k = gemm(of_scores, keys), gemm(of_scores.transpose(1, 2), rows)
+    grad_v = gemm(weights.transpose(1, 2), grad)
+    return tuple(g.view(x.shape).to(x.dtype) for g, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
+
+
 def packed_attention(
     q: Tensor,
     k: Tensor,

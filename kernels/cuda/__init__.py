@@ -3,7 +3,7 @@
 ``plan_<name>`` takes the descriptions of the tensors and the other arguments. What it returns takes tensors at such addresses.
 """
 
-from .attention import attention, packed_attention, plan_attention
+from .attention import attention, attention_backward, packed_attention, plan_attention
 from .matmul import gemm, grouped_gemm, plan_gemm
 from .norm import (
     plan_row_layer_norm,
@@ -41,6 +41,7 @@ from .softmax import (
 
 __all__ = [
     "attention",
+    "attention_backward",
     "gemm",
     "grouped_gemm",
     "index_add",

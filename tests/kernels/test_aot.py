@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from pytest_batchinv.kernels import cuda, table, tiles
 from pytest_batchinv.kernels.aten import common
 from pytest_batchinv.kernels.cuda import matmul, norm, reduce, rows, scatter, softmax
+from pytest_batchinv.kernels.cuda.attention import backward as attention_backward
 from pytest_batchinv.kernels.cuda.attention import kernel as attention_kernel
 from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
 from pytest_batchinv.kernels.cuda.attention import ranges as attention_ranges
@@ -32,6 +33,8 @@ ROW_MODULES = [rows, reduce, softmax, norm, scatter]
 # What widens a load or a store of a row. The order of a row's sum is written out, so it follows none of them.
 ROW = {"x_ptr", "n_cols", "x_row_stride", "x_col_stride"}
 GRADIENT = {"grad_ptr", "n_cols", "grad_row_stride", "grad_col_stride"}
+ATTENTION_GRADIENT = {f"stride_{dim}" for dim in "qb qh qm qd kb kh kn kd vb vh vn vd gb gh gm gd".split()}
+ATTENTION_GRADIENT |= {"q_ptr", "k_ptr", "v_ptr", "do_ptr"}
 # Strides and pointers of a product's factors: they choose how it is loaded into shared memory, and no order of sums.
 # N, K are the model's own. The bias and the result are read and written element by element.
 SPECIALISED = {
@@ -48,6 +51,10 @@ SPECIALISED = {
     "_softmax_backward_kernel": GRADIENT | {"y_ptr", "y_row_stride", "y_col_stride", "out_ptr"},
     "_norm_backward_sums_kernel": GRADIENT | ROW | {"weight_ptr", "weight_stride"},
     "_norm_backward_kernel": GRADIENT | ROW | {"weight_ptr", "weight_stride", "out_ptr"},
+    "_attention_delta_kernel": {"out_ptr", "do_ptr", "n_heads"}
+    | {f"stride_{dim}" for dim in "ob oh om od gb gh gm gd".split()},
+    "_attention_dkdv_kernel": ATTENTION_GRADIENT | {"n_key_heads", "dk_ptr", "dv_ptr"},
+    "_attention_dq_kernel": ATTENTION_GRADIENT | {"n_heads", "dq_ptr"},
     "_row_norm_kernel": ROW | {"weight_ptr", "weight_stride", "bias_ptr", "bias_stride", "y_ptr"},
     # The descriptors of the factors and the result are no arguments that Triton specialises.
     "_gemm_tma_kernel": {"N", "K", "stride_biasm", "stride_biasn", "bias_ptr"}
@@ -463,17 +470,34 @@ def test_the_gradients_of_norms_and_softmax_fuse_nothing_and_keep_to_registers(a
             assert "fma." not in binary.asm["ptx"]
 
 
+@BOTH
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 128)])
+def test_the_gradients_of_attention(arch, dtype, head_dim, compile_for):
+    q, k = tensor(1, 8, 1000, head_dim, dtype=dtype), tensor(1, 2, 1000, head_dim, dtype=dtype)
+    lse = tensor(1, 8, 1000, dtype=torch.float32)
+    masks = [None] if dtype == torch.float32 else [None, torch.ones(1, 1, 1000, 1000, dtype=torch.bool).expand(1, 8, -1, -1)]
+    for mask in masks:
+        binaries = compile_for(arch, lambda m=mask: cuda.attention_backward(q, q, k, k, m, q, lse, m is None, 0.1))
+        assert len(binaries) == (3 if mask is None else 4)
+        for binary in binaries:
+            assert_sound(binary, arch, MOST_SPILLED_BY_ATTENTION)
+            if binary.name in ("_attention_dq_kernel", "_attention_dkdv_kernel") and dtype == torch.bfloat16:
+                kind = "wgmma" if arch == 90 else "mma.sync"
+                assert {name.split("_async")[0][: len(kind)] for name in instructions(binary)} == {kind}
+                assert set(re.findall(r"kWidth = (\d+)", binary.asm["ttgir"])) <= {"2"}
+
+
 # --- what is specialised ---------------------------------------------------------------------------------------------
 
 
 def test_specialised_arguments_are_the_ones_named():
     kernels = [
         value
-        for module in [*ROW_MODULES, matmul, attention_kernel, attention_merge, attention_ranges]
+        for module in [*ROW_MODULES, matmul, attention_backward, attention_kernel, attention_merge, attention_ranges]
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.__module__ == module.__name__
     ]
-    assert len(kernels) == 17
+    assert len(kernels) == 20
     for kernel in kernels:
         assert type(kernel) is JITFunction, f"{kernel}: tuned or chosen at run time, by sizes that nobody lists"
         specialised = {

@@ -145,6 +145,81 @@ def test_sums_over_the_rows_have_the_bits_of_sums_of_the_transposed_matrix(dtype
     assert torch.equal(cuda.row_sum(x.t(), torch.float32)[:3], cuda.row_sum(x.t()[:3], torch.float32))
 
 
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_inputs(B, H, Hkv, Sq, Skv, D, Dv=None, dtype=torch.float32, mask=None, is_causal=True):
+    q, k, v = (randn(B, h, S, d, dtype=dtype) for h, S, d in ((H, Sq, D), (Hkv, Skv, D), (Hkv, Skv, Dv or D)))
+    mask = None if mask is None else mask.expand(B, H, Sq, Skv)
+    out, lse = reference.attention(q, k, v, mask, is_causal, 0.3)
+    return randn(*out.shape, dtype=dtype), q, k, v, mask, out, lse, is_causal, 0.3
+
+
+def randn(*shape, dtype):
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def visible(S, begin, end):
+    """The mask of a row of ``end - begin`` tokens with padding before and after it, causal."""
+    mask = torch.zeros(S, S, dtype=torch.bool)
+    mask[begin:end, begin:end] = torch.ones(end - begin, end - begin, dtype=torch.bool).tril()
+    return mask
+
+
+ATTENTIONS = {
+    "causal": ((1, 2, 1, 40, 40, 16), {}),
+    "grouped heads, of odd dims": ((2, 4, 2, 33, 33, 20, 12), {}),
+    "other keys": ((1, 2, 2, 5, 50, 16), {"is_causal": False}),
+    "left padding": ((1, 2, 1, 40, 40, 16), {"mask": visible(40, 7, 40), "is_causal": False}),
+    "a mask with holes": ((1, 2, 1, 40, 40, 16), {"mask": torch.arange(1600).view(40, 40) % 3 > 0, "is_causal": False}),
+    "a mask of keys, and causal": ((1, 2, 1, 40, 40, 16), {"mask": torch.arange(40)[None] < 30}),
+}
+
+
+@pytest.mark.parametrize(("sizes", "options"), ATTENTIONS.values(), ids=ATTENTIONS)
+def test_the_gradients_of_attention_are_those_of_the_reference(sizes, options):
+    inputs = attention_inputs(*sizes, **options)
+    assert_near(cuda.attention_backward(*inputs), reference.attention_backward(*inputs))
+
+
+def test_the_gradients_of_attention_of_16_bits_are_near_the_references():
+    inputs = attention_inputs(1, 2, 1, 70, 70, 16, dtype=torch.float16)
+    for found, wanted in zip(cuda.attention_backward(*inputs), reference.attention_backward(*inputs), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 9), (7, 0), (13, 21)])
+def test_padding_and_neighbours_change_no_bit_of_the_gradients_of_attention(before, after):
+    """The queries of the padding have no gradient; keys of the padding are hidden, whatever they hold."""
+    length = 37
+    grad, q, k, v, _, out, lse, *how = attention_inputs(1, 2, 1, length, length, 16)
+    alone = cuda.attention_backward(grad, q, k, v, None, out, lse, *how)
+
+    def padded(x, filled):
+        x = torch.nn.functional.pad(x, (0, 0, before, after)) if x.dim() == 4 else torch.nn.functional.pad(x, (before, after))
+        beside = torch.randn(x.shape) if filled else torch.zeros(x.shape)
+        both = torch.cat([beside, x])
+        if filled:
+            both[1, :, :before], both[1, :, before + length :] = 3.0, -5.0
+        return both
+
+    mask = torch.stack(
+        [
+            visible(before + length + after, 0, before + length + after),
+            visible(before + length + after, before, before + length),
+        ]
+    )
+    batch = [padded(x, filled) for x, filled in ((grad, False), (q, True), (k, True), (v, True), (out, False))]
+    lse = torch.cat(
+        [torch.zeros(1, 2, before + length + after), torch.nn.functional.pad(lse, (before, after), value=-torch.inf)]
+    )
+    mask = mask[:, None].expand(2, 2, -1, -1)
+    in_batch = cuda.attention_backward(*batch[:4], mask, batch[4], lse, False, 0.3)
+    for x, y in zip(in_batch, alone, strict=True):
+        assert torch.equal(x[1:, :, before : before + length], y)
+        assert not x[1, :, :before].any() and not x[1, :, before + length :].any()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_reaches_no_other_row(value):
     grad, x, mean, rstd, weight = norm_inputs(9, 40, torch.float32, True)

@@ -27,7 +27,7 @@ DEVICES = {
 """What the kernels' launchers would read off these GPUs, by compute capability."""
 
 _MODULES = (
-    *("attention.kernel", "attention.merge", "attention.plan", "attention.ranges"),
+    *("attention.backward", "attention.kernel", "attention.merge", "attention.plan", "attention.ranges"),
     *("matmul", "norm", "reduce", "rows", "scatter", "softmax"),
 )
 

@@ -18,6 +18,7 @@ References: merging of softmaxes, Milakov and Gimelshein, arXiv 1805.02867; its 
 2205.14135; splits of the keys, Dao et al., "Flash-Decoding" (2023); pages, Kwon et al., arXiv 2309.06180.
 """
 
+from .backward import attention_backward
 from .plan import attention, packed_attention, plan_attention
 
-__all__ = ["attention", "packed_attention", "plan_attention"]
+__all__ = ["attention", "attention_backward", "packed_attention", "plan_attention"]
