@@ -75,7 +75,7 @@ Pair = tuple[Geometry, Geometry]
 
 
 def parts_of(subject: Subject, case: BatchShape) -> list[Part]:
-    """The forwards of a case that is computed in several, where the subject tells; one need not derive from ``Subject``."""
+    """The forwards of a case that is computed in several, where the subject tells."""
     return subject.parts(case) if hasattr(subject, "parts") else []
 
 

@@ -58,7 +58,7 @@ class Span(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one forward of a run computes, of a case that is computed in several.
+    """What one forward of a run computes, of a case that is computed in several: a subject with a method ``parts(case)`` tells.
 
     sequences, columns: those of the case whose results are kept. width: columns of the forward's tensors, with tokens that are
     rejected later. keys: how many columns a tensor of keys may have.
@@ -177,10 +177,6 @@ class Subject(Protocol):
     def spans(self, case: BatchShape) -> list[Span]:
         """Where each row lies in the tensors that the case is run with."""
         ...
-
-    def parts(self, case: BatchShape) -> list[Part]:
-        """The forwards of a case that is computed in several, for a trace; empty where it is computed at once, or is not told."""
-        return []
 
     def in_eager_mode(self) -> Subject:
         """The same subject with the same weights, run by eager code: itself, where nothing is compiled."""
