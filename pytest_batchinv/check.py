@@ -118,6 +118,8 @@ def check_negative_control(
     this machine. Raises what the subject raises.
     """
     given = _Given("check_negative_control", subject, (relation,), max_examples, seed, None)
+    if subject.info.elsewhere:
+        raise ValueError(f"{subject.info.name} is computed by {subject.info.device}, where stock_torch() changes nothing")
     with mode.stock_torch():
         record, error = _check(given, given.relations[0], control=True)
     context.current().emit(record)
@@ -211,6 +213,7 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
         error = caught
     broken = search.broken
     counts, hits = runs.stats.counts(), _grown(before)  # before the diagnosis, which runs the subject again
+    notes = _notes(given, case)
     verdict = _verdict(broken, error, control)
     finding, ops = None, None
     try:
@@ -230,7 +233,7 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
         subject=runs.subject.info,
         relation=relation.letter,
         verdict=verdict,
-        mode=_mode(control),
+        mode="elsewhere" if runs.subject.info.elsewhere else _mode(control),
         control=control,
         counts=counts,
         covered=("the one batch that was given",) if case is not None else search.coverage.words(),
@@ -241,7 +244,7 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
         ops=ops,
         hits=hits,
         not_run=tuple(runs.stats.skipped),
-        notes=_notes(given, case),
+        notes=notes,
         seed=given.seed,
         machine=machine(),
         fingerprint=mode.fingerprint(),
@@ -282,7 +285,7 @@ def _mode(control: bool) -> Mode:
 
 def _op_coverage(subject: Subject, relation: Relation, error: BaseException | None) -> OpCoverage | None:
     """Which operators ran; None with the mode off, which vouches for none."""
-    if not mode.is_on() or error is not None:
+    if not mode.is_on() or error is not None or subject.info.elsewhere:
         return None
     space = subject.space
     try:
@@ -300,7 +303,7 @@ def _case_of(finding: Finding | None, error: BaseException | None, last: BatchSh
 
 
 def _notes(given: _Given, case: BatchShape | None) -> tuple[str, ...]:
-    left_out = given.runs.subject.space.left_out
+    left_out = (*given.runs.subject.space.left_out, *given.runs.subject.notes())
     if case is None or not case.pool or case.pool == (now := given.runs.subject.digest()):
         return left_out
     return (

@@ -49,7 +49,11 @@ def explained(finding: Finding, broken: Broken, relation: Relation, runs: Subjec
         if ops is not None:
             named = ", ".join(ops) or "none"
             sections.append(Section("operators", (f"compiled alone, other bits than in eager code: {named}",)))
-    traced = _guarded("trace", sections, lambda: _trace(broken, relation, runs))
+    if runs.subject.info.elsewhere:
+        traced = None
+        sections.append(Section("trace", ("another process computes, so no operator of it is seen here",)))
+    else:
+        traced = _guarded("trace", sections, lambda: _trace(broken, relation, runs))
     return msgspec.structs.replace(finding, breakpoints=found, trace=traced, sections=tuple(sections))
 
 

@@ -33,7 +33,7 @@ Fault = Callable[[Forward], bool]
 """Whether what this forward gives has other bits."""
 
 
-class Sequences:
+class Sequences(Subject):
     """Sums of the tokens so far, which are whole numbers, so that their order changes nothing."""
 
     info = SubjectInfo("sums of tokens", "sequences", "cpu", "fp32")

@@ -35,9 +35,22 @@ def _load(engine: str, url: str | None, **words: str) -> Any:
             from pytest_batchinv.subjects.transformers import TransformersSubject
 
             return TransformersSubject(**words)
+        if engine in ("http", "http-chat"):
+            return _served(url, engine, words["model"])
         from pytest_batchinv import extensions
 
         return extensions.load(extensions.ENGINES, engine)(url=url, **words)
+
+
+def _served(url: str | None, engine: str, model: str) -> Any:
+    try:
+        from pytest_batchinv.subjects.http import HttpSubject, ServerError
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the engine {engine} needs {error.name}: pip install 'pytest-batchinv[http]'") from None
+    try:
+        return HttpSubject(model, url or "", api="chat" if engine == "http-chat" else "completions")
+    except ServerError as error:
+        raise ValueError(str(error)) from None
 
 
 def in_compile_mode(subject: Any, compile_mode: str, engine: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from pytest_batchinv.letters import WORDS
 
 RELATIONS = {**WORDS, "N": "stock torch is caught"}
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "http", "http-chat")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 REPORTS = (".json", ".html")
@@ -87,6 +87,12 @@ def parse_switch(text: str) -> bool:
     return _SWITCH[text.lower()]
 
 
+def parse_url(text: str) -> str:
+    from pytest_batchinv.urls import checked_url
+
+    return checked_url(text)
+
+
 def parse_name(text: str) -> str:
     if not text.strip():
         raise ValueError("the name is empty")
@@ -140,7 +146,14 @@ OPTIONS = (
         f"What runs the model: {', '.join(ENGINES)}, or an engine that another package gives.",
         "NAME",
     ),
-    Option("url", parse_name, None, "The address of a served model, for an engine that asks one.", "URL"),
+    Option(
+        "url",
+        parse_url,
+        None,
+        "The address of a served model, for an engine that asks one, such as http://localhost:8000/v1. Its key, where it has "
+        "one, is in BATCHINV_API_KEY.",
+        "URL",
+    ),
     Option(
         "device",
         one_of(DEVICES),

@@ -39,6 +39,8 @@ def resolve(config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
     settings = Settings(**{option.name: _value(option, config, environ) for option in OPTIONS})
     if settings.url is not None and settings.engine == "transformers":
         raise ValueError(f"--batchinv-url: the engine {settings.engine} loads the model itself and takes no URL")
+    if settings.url is None and settings.engine in ("http", "http-chat"):
+        raise ValueError(f"--batchinv-engine: {settings.engine} asks a server; give its address with --batchinv-url")
     return settings
 
 
@@ -68,8 +70,8 @@ def _parse(option: Option, given: Any) -> Any:
     return option.parse(given) if isinstance(given, str) else given
 
 
-OTHER_VARIABLES = ("BATCHINV_CACHE_DIR",)
-"""Read elsewhere: where the CPU's kernels are kept."""
+OTHER_VARIABLES = ("BATCHINV_CACHE_DIR", "BATCHINV_API_KEY")
+"""Read elsewhere: where the CPU's kernels are kept, and the key of a served model."""
 
 
 def _refuse_unknown_names(config: Any, environ: Mapping[str, str]) -> None:

@@ -30,11 +30,8 @@ class Layout(Relation):
     share = 5
 
     def obstacle(self, subject: Subject) -> str:
-        return (
-            "a function of rows lays its rows out by itself, so there is no other layout to ask for"
-            if subject.space.pool
-            else ""
-        )
+        by_itself = subject.space.pool is not None or subject.space.lays_out
+        return f"{subject.info.name} lays its rows out by itself, so there is no other layout to ask for" if by_itself else ""
 
     def cases(self, space: Space) -> Cases:
         return Cases(_swept(space), [], _drawn(space))

@@ -16,6 +16,13 @@ _LONGEST_NAME = 44
 """Of a kernel: Inductor puts every operator in it."""
 
 
+_MODES = {
+    "off": "off: this is torch as it is",
+    "stock": "suspended, for the negative control",
+    "elsewhere": "out of reach: another process computes",
+}
+
+
 def describe(record: Record) -> str:
     """All of a finding, as lines."""
     from pytest_batchinv import relations  # imports torch, which the summary has no need of
@@ -49,7 +56,7 @@ def _parts(record: Record, found: Finding) -> Iterator[tuple[str, str]]:
     if found.trace is not None:
         yield from trace_parts(found.trace, found.sides)
     if record.mode != "on":
-        yield "mode", "off: this is torch as it is" if record.mode == "off" else "suspended, for the negative control"
+        yield "mode", _MODES[record.mode]
 
 
 def _at_operator(found: Finding) -> str:

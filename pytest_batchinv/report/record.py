@@ -21,8 +21,9 @@ Verdict = Literal["equal", "differs", "shape_differs", "error", "refused", "inte
 raised. refused: the mode does not cover an operator of the subject. interrupted: it was ended from outside before a verdict.
 not_run: no batch could run. Of a negative control: caught (stock torch varies here) or inconclusive."""
 
-Mode = Literal["on", "off", "stock"]
-"""Whether batch-invariant mode was on in the check; stock: it was suspended, for a negative control."""
+Mode = Literal["on", "off", "stock", "elsewhere"]
+"""Whether batch-invariant mode was on in the check; stock: it was suspended, for a negative control; elsewhere: another process
+computed, which the mode does not reach."""
 
 
 class Breakpoints(msgspec.Struct, frozen=True):

@@ -22,7 +22,12 @@ WORDS = {
 WORST_FIRST = (
     "differs", "shape_differs", "error", "refused", "interrupted", "inconclusive", "not_run", "caught", "equal",
 )  # fmt: skip
-MODES = {"on": "in batch-invariant mode", "off": "with the mode off", "stock": "with the mode suspended"}
+MODES = {
+    "on": "in batch-invariant mode",
+    "off": "with the mode off",
+    "stock": "with the mode suspended",
+    "elsewhere": "computed elsewhere",
+}
 
 
 def worst_verdict(records: Iterable[Record]) -> str:
@@ -34,7 +39,7 @@ def proven(checks: Iterable[Record]) -> list[Record]:
     checks = list(checks)
     broken = {(record.nodeid, record.subject) for record in checks if record.verdict not in ("equal", "not_run")}
     whole = [record for record in checks if (record.nodeid, record.subject) not in broken]
-    return [record for record in whole if record.verdict == "equal" and record.mode == "on"]
+    return [record for record in whole if record.verdict == "equal" and record.mode in ("on", "elsewhere")]
 
 
 def proven_words(equal: list[Record]) -> str:

@@ -57,7 +57,7 @@ def cases(draw: st.DrawFn, space: Space) -> BatchShape:
     few = draw(st.sampled_from((1, 2, 3, 5, len(palette))))
     start = draw(st.integers(0, len(palette) - 1))
     chosen = [palette[(start + i) % len(palette)] for i in range(min(few, len(palette)))]
-    return _laid_out(draw, chosen, n_rows, space.layouts, max_tokens if space.pool is None else 0)
+    return _laid_out(draw, chosen, n_rows, space.layouts, max_tokens if space.pool is None and not space.lays_out else 0)
 
 
 def _laid_out(draw: st.DrawFn, palette: Sequence[Row], n_rows: int, layouts: Sequence[str], max_tokens: int) -> BatchShape:

@@ -28,7 +28,7 @@ def boundary_cases(space: Space) -> list[BatchShape]:
     for n_rows in space.boundaries():
         chosen = space.layouts if n_rows <= IN_EVERY_LAYOUT else (next(layouts),)
         cases += [batch(space, n_rows, start, layout) for start, layout in enumerate(chosen)]
-    padded = [layout for layout in space.layouts if layout != "packed" and space.pool is None]
+    padded = [layout for layout in space.layouts if layout != "packed" and space.pool is None and not space.lays_out]
     for columns, layout, n_rows in itertools.product(PADDINGS, padded, (1, 3)):
         cases.append(BatchShape(batch(space, n_rows, columns, layout).rows, layout, columns))
     return [case for case in dict.fromkeys(cases) if space.fits(case)]

@@ -33,7 +33,7 @@ class SubjectInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """Words that name a subject in records.
 
     kind: "function" or "module" for functions of rows; "transformers", or another word for what else runs sequences. attention:
-    "" where it has none.
+    "" where it has none. elsewhere: another process computes it, which neither the mode nor a trace reaches.
     """
 
     name: str
@@ -42,6 +42,7 @@ class SubjectInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     dtype: str
     attention: str = ""
     compile_mode: str = "eager"
+    elsewhere: bool = False
 
     @property
     def is_model(self) -> bool:
@@ -78,7 +79,9 @@ class Space:
     identity can be made. palette: distinct rows that a search takes its batches from, so that each runs alone only once.
     alike: for a pool of ragged rows, a word for the shapes of each; rows of one word may stand for each other.
     max_position: tokens that have a position, 0 where the subject is told none. caches: what it can compute in steps with.
-    window: of its sliding attention, 0 for none. left_out: what it cannot do, as sentences for the record.
+    window: of its sliding attention, 0 for none. lays_out: a batch says which rows there are, and the subject lays them out by
+    itself: no padding can be asked for, and rows of one length need not have the same shapes. left_out: what it cannot do, as
+    sentences for the record.
     """
 
     palette: tuple[Row, ...]
@@ -91,6 +94,7 @@ class Space:
     max_position: int = 0
     caches: tuple[str, ...] = ()
     window: int = 0
+    lays_out: bool = False
     left_out: tuple[str, ...] = ()
 
     def sizes(self) -> range:
@@ -164,11 +168,8 @@ class RowOutputs(Sequence[RowOutput]):
 class Subject(Protocol):
     """A subject that is ready to run. A class that derives from it has the methods that are written out here."""
 
-    @property
-    def info(self) -> SubjectInfo: ...
-
-    @property
-    def space(self) -> Space: ...
+    info: SubjectInfo
+    space: Space
 
     def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
         """The outputs of each row of the case, in the order of ``case.rows``. Raises NotRun, Refused, ValueError."""
@@ -189,6 +190,10 @@ class Subject(Protocol):
     def digest(self) -> str:
         """Names the pool's content; empty where rows are made from the case alone."""
         return ""
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the runs since it was last asked, for the record."""
+        return ()
 
 
 @contextlib.contextmanager

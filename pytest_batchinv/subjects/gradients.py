@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pytest_batchinv.shapes import BatchShape
-from pytest_batchinv.subjects.base import NotRun, Observer, RowOutputs, Space, Span, SubjectInfo, observed
+from pytest_batchinv.subjects.base import NotRun, Observer, RowOutputs, Space, Span, Subject, SubjectInfo, observed
 from pytest_batchinv.subjects.compiled import compiling
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pytest_batchinv.subjects.transformers import TransformersSubject
 
 
-class GradientsOfRows:
+class GradientsOfRows(Subject):
     """The gradients of a function of rows: of each float input, row by row, and of a module's parameters."""
 
     def __init__(self, subject: RowsSubject) -> None:
@@ -65,7 +65,7 @@ class GradientsOfRows:
         return self.subject.digest()
 
 
-class GradientsOfModel:
+class GradientsOfModel(Subject):
     """The gradients of a model: of the embeddings of each row's tokens, and of the weights."""
 
     def __init__(self, subject: TransformersSubject) -> None:

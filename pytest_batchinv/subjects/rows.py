@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pytest_batchinv.compare import as_bits, refuse_uncomparable
 from pytest_batchinv.shapes import BatchShape, Row
-from pytest_batchinv.subjects.base import NoGradients, NotRun, Observer, RowOutputs, Space, Span, SubjectInfo, observed
+from pytest_batchinv.subjects.base import NoGradients, NotRun, Observer, RowOutputs, Space, Span, Subject, SubjectInfo, observed
 from pytest_batchinv.subjects.compiled import compiled, compiling, eager_of, origin_of, short_dtype
 from pytest_batchinv.subjects.gradients import GradientsOfRows, float_tensors, no_gradient
 
@@ -23,7 +23,7 @@ Arguments = list[Any] | dict[str, Any]
 """Of a call: by position, or by name."""
 
 
-class RowsSubject:
+class RowsSubject(Subject):
     """A function of rows over a pool of them.
 
     inputs: tensors whose ``batch_dim`` indexes the pool, given to fn side by side; with ``collate`` lists of the pool's

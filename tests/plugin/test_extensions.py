@@ -1,12 +1,14 @@
 """Engines and relations of other packages: the example in tests/examples runs as an installed package would."""
 
 import importlib
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from openai_server import serving
 
 from pytest_batchinv import extensions
 from pytest_batchinv.plugin import options
@@ -70,6 +72,24 @@ def test_the_example_gives_an_engine_and_a_relation_that_finds_its_fault(pyteste
     said = run("first-row-counts-more")
     assert "a row has other bits where the batch stands in the opposite order (relation O, order)" in said
     assert "--batchinv-engine smoothing" in said.partition("replay")[2].partition("\n")[0]
+
+
+def test_a_served_model_is_asked_by_its_address_and_a_finding_is_replayed_there(pytester, monkeypatch):
+    pytester.makeconftest("")
+    pytester.makepyfile(TESTS)
+    monkeypatch.setenv("BATCHINV_API_KEY", "sk-very-secret")
+    with serving("follows its batch") as server:
+        engine = ["--batch-invariant", "--batchinv-engine=http-chat", f"--batchinv-url={server.url}"]
+        command = [sys.executable, "-P", "-m", "pytest", "-p", "no:logging", *engine, "--batchinv-max-examples=5"]
+        said = subprocess.run([*command, "--batchinv-relations=I"], cwd=pytester.path, capture_output=True, text=True).stdout
+        replay = next(line.partition("replay")[2].strip() for line in said.splitlines() if "replay  " in line)
+        assert f"--batchinv-url {server.url}" in replay
+        assert "secret" not in said
+        again = [sys.executable, "-P", "-m", *shlex.split(replay), "-p", "no:logging", "--batchinv-relations=I"]
+        said = subprocess.run(again, cwd=pytester.path, capture_output=True, text=True).stdout
+    assert "1 failed" in said
+    assert "relation I" in said
+    assert "load: up to 3 requests" in " ".join(said.split())
 
 
 def test_names_of_other_packages_are_taken_by_the_options_and_listed(installed):

@@ -16,7 +16,9 @@ USAGE = pytest.ExitCode.USAGE_ERROR
     "option, says",
     [
         ("--batchinv-dtype=int8", "--batchinv-dtype: 'int8' is not among the choices: auto, bf16, fp16, fp32, fp64"),
-        ("--batchinv-engine=vllm", "--batchinv-engine: 'vllm' is not among the choices: transformers"),
+        ("--batchinv-engine=vllm", "--batchinv-engine: 'vllm' is not among the choices: transformers, http, http-chat"),
+        ("--batchinv-engine=http", "--batchinv-engine: http asks a server; give its address with --batchinv-url"),
+        ("--batchinv-url=http://me:key@host", "--batchinv-url: an address holds no user, key or query*"),
         ("--batchinv-device=tpu", "--batchinv-device: 'tpu' is not among the choices: auto, cpu, cuda"),
         ("--batchinv-relations=R,Z", "--batchinv-relations: no such relation as 'Z'; ask for one or more of R *"),
         ("--batchinv-max-examples=many", "--batchinv-max-examples: 'many' is not a whole number from 1 on"),

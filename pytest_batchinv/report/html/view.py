@@ -269,7 +269,7 @@ def _cell(records: list[Record], ids: Mapping[int, str]) -> Cell:
 
 def _tone(record: Record) -> str:
     if record.verdict == "equal":
-        return "good" if record.mode == "on" else "plain"  # stock torch that was equal is no proof of the mode
+        return "good" if record.mode in ("on", "elsewhere") else "plain"  # stock torch that was equal is no proof of the mode
     tones = {"caught": "good", "not_run": "none", "inconclusive": "unsure", "refused": "unsure", "interrupted": "unsure"}
     return tones.get(record.verdict, "bad")
 

@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from pytest_batchinv import gpu
 from pytest_batchinv.shapes import BatchShape, Row, Steps
-from pytest_batchinv.subjects.base import NotRun, Observer, Part, RowOutputs, Space, Span, SubjectInfo
+from pytest_batchinv.subjects.base import NotRun, Observer, Part, RowOutputs, Space, Span, Subject, SubjectInfo
 from pytest_batchinv.subjects.compiled import CUDA_GRAPHS, compiled, compiling, origin_of
 from pytest_batchinv.subjects.gradients import GradientsOfModel
 from pytest_batchinv.subjects.presets import UnknownModel, is_preset
@@ -34,7 +34,7 @@ _PALETTE_LENGTHS = (1, 13, 5, 16, 17, 31, 33, 2, 7, 64, 65, 100, 128, 200, 257, 
 _PALETTE_CONTENTS = ("random", "random", "extreme", "random", "repeated")
 
 
-class TransformersSubject:
+class TransformersSubject(Subject):
     """A causal language model under one attention implementation and one compile mode.
 
     model: a preset, a local path or a hub id. attn: "auto" takes "batch_invariant" where it covers the model, else

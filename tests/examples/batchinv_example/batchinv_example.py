@@ -16,9 +16,6 @@ MODELS = ("steady", "first-row-counts-more")
 class Smoothing(Subject):
     """``pytest --batch-invariant --batchinv-engine smoothing --batchinv-model steady``."""
 
-    info: SubjectInfo = None  # type: ignore[assignment]
-    space: Space = None  # type: ignore[assignment]
-
     def __init__(self, *, model: str, device: str, dtype: str, attn: str, url: str | None) -> None:
         if model not in MODELS:
             raise ValueError(f"there is no model {model!r} to smooth with; use one of {', '.join(MODELS)}")
