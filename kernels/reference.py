@@ -40,6 +40,20 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return out
 
 
+def grouped_gemm_over_k(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """Of group g the product of its columns of a and its rows of b, as [G, M, N].
+
+    a: [M, T]; b: [T, N] of the same dtype; offs: int32 [G], where each group ends. An empty group gives zeros; what is behind
+    the last group is in no product. k ascends from the group's first row, wherever that is.
+    """
+    out = a.new_zeros(offs.shape[0], a.shape[0], b.shape[1])
+    start = 0
+    for group, end in enumerate(offs.tolist()):
+        out[group] = (a[:, start:end].double() @ b[start:end].double()).to(a.dtype)
+        start = end
+    return out
+
+
 def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Sum of each row. x: [rows, n_cols] -> [rows]."""
     return x.double().sum(-1).to(out_dtype)

@@ -208,10 +208,8 @@ def grouped_mm(
         return kernel_set(self).grouped_gemm(self, mat2, offs)
     if self.dim() == 3 and mat2.dim() == 2:  # groups of columns: the rows of the transposed product
         return kernel_set(self).grouped_gemm(mat2.t(), self.transpose(1, 2), offs).t().contiguous()
-    raise Refused(
-        "batch-invariant mode covers _grouped_mm with groups of rows or of columns, not groups of the summed dimension: "
-        f"{list(self.shape)} by {list(mat2.shape)}. Those are gradients of a grouped product's weights."
-    )
+    # Groups of the summed dimension: the gradients of the weights of a product by groups of rows.
+    return kernel_set(self).grouped_gemm_over_k(self, mat2, offs)
 
 
 _GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

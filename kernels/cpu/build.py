@@ -30,6 +30,7 @@ _P, _D, _B, _I, _A = ctypes.c_char_p, ctypes.c_double, ctypes.c_bool, ctypes.c_i
 _SIGNATURES = {
     "gemm": (_P, _P, _P, _D, _D, _P),
     "grouped_gemm": (_P, _P, _A, _I, _P),
+    "grouped_gemm_over_k": (_P, _P, _A, _I, _P),
     "row_sum": (_P, _P),
     "row_mean": (_P, _P),
     "row_norm": (_P, _D, _P),

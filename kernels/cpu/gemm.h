@@ -1,4 +1,4 @@
-// Matrix products: gemm and grouped_gemm.
+// Matrix products: gemm, grouped_gemm and grouped_gemm_over_k.
 #pragma once
 
 #include "common.h"
@@ -220,6 +220,26 @@ EXPORT const char* gemm(const Tensor<3>* a, const Tensor<3>* b, const Tensor<3>*
       problems[i] = {matrix<T>(*a, {i}), matrix<T>(*b, {i}), added, result, M, N, K};
     }
     solve_all(problems, alpha, beta, threads);
+  });
+  return nullptr;
+}
+
+EXPORT const char* grouped_gemm_over_k(const Tensor<2>* a, const Tensor<2>* b, const std::int32_t* offs, int64 n_offs,
+                                       const Tensor<3>* out, int threads) {
+  int64 M = a->size[0], rows = a->size[1], N = b->size[1], start = 0;
+  if (b->size[0] != rows || b->dtype != a->dtype)
+    return "grouped_gemm_over_k needs a of shape [M, T], b of shape [T, N] and the same dtype, and offs of shape [G].";
+  for (int64 g = 0; g < n_offs; start = offs[g++])
+    if (offs[g] < start || offs[g] > rows) return "grouped_gemm_over_k needs offs that ascend from 0 to the number of rows.";
+  with_type(a->dtype, [&](auto type) {
+    using T = decltype(type);
+    std::vector<Problem<T>> problems;
+    int64 begin = 0;
+    for (int64 g = 0; g < n_offs; begin = offs[g++]) {
+      T* result = reinterpret_cast<T*>(out->data) + g * M * N;
+      problems.push_back({matrix<T>(*a).from(0, begin), matrix<T>(*b).from(begin, 0), {}, result, M, N, offs[g] - begin});
+    }
+    solve_all(problems, 1.0, 1.0, threads);
   });
   return nullptr;
 }

@@ -53,6 +53,14 @@ def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return out
 
 
+def grouped_gemm_over_k(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """The chain of :func:`gemm` over the rows of each group."""
+    out = torch.empty((offs.numel(), a.shape[0], b.shape[1]), dtype=a.dtype)
+    offs = offs.to(torch.int32).contiguous()
+    call("grouped_gemm_over_k", _arg(a), _arg(b), offs.data_ptr(), offs.numel(), _arg(out))
+    return out
+
+
 def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """The sum of each row: 32 lanes in float64, then a tree."""
     out = torch.empty(x.shape[0], dtype=out_dtype)

@@ -4,7 +4,7 @@
 """
 
 from .attention import attention, attention_backward, packed_attention, plan_attention
-from .matmul import gemm, grouped_gemm, plan_gemm
+from .matmul import gemm, grouped_gemm, grouped_gemm_over_k, plan_gemm
 from .norm import (
     plan_row_layer_norm,
     plan_row_norm_backward,
@@ -44,6 +44,7 @@ __all__ = [
     "attention_backward",
     "gemm",
     "grouped_gemm",
+    "grouped_gemm_over_k",
     "index_add",
     "packed_attention",
     "plan_attention",

@@ -1,4 +1,4 @@
-"""Matrix products: ``gemm`` and ``grouped_gemm``.
+"""Matrix products: ``gemm``, ``grouped_gemm`` and ``grouped_gemm_over_k``.
 
 Every element of a result is one chain of sums over K, ascending, in one accumulator (fp32; fp64 for fp64): the order is
 the same for every tile, so the tile may follow M. There is no split-K and no atomic. Triton specialises the operands'
@@ -541,6 +541,88 @@ def _plan_grouped_gemm(a: Description, b: Description, offs: Description) -> Cal
 
     def call(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
         out = a.new_zeros((T, N))
+        with on_device(a):
+            launch(a, b, offs, out)
+        return out
+
+    return call
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["offs_ptr"])
+def _grouped_gemm_over_k_kernel(
+    a_ptr,
+    b_ptr,
+    offs_ptr,
+    out_ptr,
+    T,
+    M,
+    N,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """out[g] = a[:, start:end] @ b[start:end] for one tile of one group: k ascending from ``start``, in one accumulator.
+
+    Only the last block of K is masked; after the group's end there are zeros. Columns and rows after the edges read the first
+    ones again, and are not stored.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    end = tl.minimum(tl.load(offs_ptr + group), T)
+    start = tl.minimum(tl.load(offs_ptr + group - 1, mask=group > 0, other=0), T)
+    pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    first = start.to(tl.int64) + offs_k
+    a_ptrs = a_ptr + (offs_m % M).to(tl.int64)[:, None] * stride_am + first[None, :] * stride_ak
+    b_ptrs = b_ptr + first[:, None] * stride_bk + (offs_n % N).to(tl.int64)[None, :] * stride_bn
+    a_step, b_step = tl.full([], BLOCK_K, tl.int64) * stride_ak, tl.full([], BLOCK_K, tl.int64) * stride_bk
+    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    whole = tl.maximum(end - start, 0) // BLOCK_K
+    for _ in range(0, whole):
+        acc = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs), acc, input_precision="ieee", out_dtype=ACC)
+        a_ptrs += a_step
+        b_ptrs += b_step
+    left = end - start - whole * BLOCK_K
+    if left > 0:
+        a = tl.load(a_ptrs, mask=(offs_k < left)[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=(offs_k < left)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=ACC)
+    out_ptrs = out_ptr + (group * M + offs_m)[:, None] * N + offs_n[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+def grouped_gemm_over_k(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """``reference.grouped_gemm_over_k`` on the GPU. ``offs`` stays there: nothing waits for it."""
+    offs = offs.contiguous()
+    return _plan_grouped_gemm_over_k(describe(a), describe(b), describe(offs))(a, b, offs)
+
+
+@plan
+def _plan_grouped_gemm_over_k(a: Description, b: Description, offs: Description) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    (M, T), N, G = a.shape, b.shape[1], offs.shape[0]
+    if 0 in (M, N, G, T):
+        return lambda a, b, offs: a.new_zeros((G, M, N))
+    if Sizes.of(a.shape, a.strides, b.shape, b.strides).are_long() or G > LONGEST_AXIS:
+        sizes = f"{list(a.shape)} by {list(b.shape)} in {G} groups"
+        raise ValueError(
+            f"grouped_gemm_over_k takes fewer than {INT32_END - MARGIN} rows, columns and terms and up to {LONGEST_AXIS} "
+            f"groups, not {sizes}."
+        )
+    tile = gemm_tile(a.dtype, M, N, ceil_div(T, G), G, a.device)
+    strides = [0 if n == 1 else stride for n, stride in zip((*a.shape, *b.shape), (*a.strides, *b.strides), strict=True)]
+    arguments = (T, M, N, *strides, accumulator(a.dtype), *tile[:3], GROUP_M)
+    grid = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n), G, 1
+    launch = _launch(_grouped_gemm_over_k_kernel, grid, arguments, tile)
+
+    def call(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        out = a.new_empty((G, M, N))
         with on_device(a):
             launch(a, b, offs, out)
         return out

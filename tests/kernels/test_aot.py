@@ -42,6 +42,7 @@ SPECIALISED = {
     | {"stride_biasb", "stride_biasm", "stride_biasn", "a_ptr", "b_ptr", "bias_ptr", "out_ptr"},
     "_grouped_gemm_kernel": {"N", "K", "stride_am", "stride_ak", "stride_bg", "stride_bk", "stride_bn"}
     | {"a_ptr", "b_ptr", "out_ptr"},
+    "_grouped_gemm_over_k_kernel": {"M", "N", "stride_am", "stride_ak", "stride_bk", "stride_bn", "a_ptr", "b_ptr", "out_ptr"},
     "_row_partials_kernel": ROW,
     "_row_reduce_kernel": ROW,
     "_row_cumsum_kernel": ROW | {"out_ptr"},
@@ -265,6 +266,15 @@ def test_gemm_odd_and_grouped(arch, compile_for):
         (binary,) = compile_for(arch, launch)
         assert_sound(binary, arch, MOST_SPILLED)
         assert instructions(binary) == {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}
+
+
+@BOTH
+def test_gemm_over_the_rows_of_groups(arch, compile_for):
+    a, b = tensor(1000, 256, dtype=torch.bfloat16).t(), tensor(1000, 512, dtype=torch.bfloat16)
+    (binary,) = compile_for(arch, lambda: cuda.grouped_gemm_over_k(a, b, torch.zeros(8, dtype=torch.int32)))
+    assert_sound(binary, arch, MOST_SPILLED)
+    kind = "wgmma" if arch == 90 else "mma.sync"
+    assert {name.split("_async")[0][: len(kind)] for name in instructions(binary)} == {kind}
 
 
 @BOTH
@@ -497,7 +507,7 @@ def test_specialised_arguments_are_the_ones_named():
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.__module__ == module.__name__
     ]
-    assert len(kernels) == 20
+    assert len(kernels) == 21
     for kernel in kernels:
         assert type(kernel) is JITFunction, f"{kernel}: tuned or chosen at run time, by sizes that nobody lists"
         specialised = {

@@ -12,7 +12,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.compare import first_difference
 from pytest_batchinv.kernels.aten import reductions
-from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import stock_torch
 
 HIDDEN, EXPERTS, TOP_K = 48, 8, 3
@@ -228,10 +227,62 @@ def test_groups_of_columns_have_the_bits_of_their_own_products(dtype, device):
     same(out[:, 8:].contiguous(), a[2] @ b[:, 8:])
 
 
-def test_groups_of_the_summed_dimension_are_refused(device):
-    a, b = (randn(16, 16, seed=i, dtype=torch.bfloat16, device=device) for i in range(2))
-    with pytest.raises(Refused, match="groups of rows or of columns"):
-        torch.nn.functional.grouped_mm(a, b, offs=torch.tensor([16], dtype=torch.int32, device=device))
+@pytest.mark.parametrize("dtype", DTYPES)
+@examples(15)
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=5), seed=seeds)
+def test_groups_of_the_summed_dimension_follow_their_own_rows_wherever_they_begin(dtype, device, counts, seed):
+    a, b = (randn(sum(counts) + 3, n, seed=seed + n, dtype=dtype, device=device) for n in (16, 24))
+    ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    out = torch.nn.functional.grouped_mm(a.t(), b, offs=ends)
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        same(a[start:end].t() @ b[start:end], out[group])
+        start = end
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_a_token_is_its_own_and_those_of_experts_follow_the_order_of_the_tokens(implementation, dtype, device):
+    moe = block(implementation, dtype, device)
+    tokens = randn(23, HIDDEN, seed=1, dtype=dtype, device=device)
+
+    def gradients(x):
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            out = run(moe, x)
+            return torch.autograd.grad(out, [x, *moe.parameters()], out.detach().cos())
+
+    of_tokens, *of_weights = gradients(tokens)
+    for i in (0, 11, 22):
+        same(gradients(tokens[i : i + 1])[0], of_tokens[i : i + 1])
+    again = gradients(tokens)[1:]
+    for one, other in zip(of_weights, again, strict=True):
+        same(one, other)
+    assert all(g.abs().sum() > 0 for g in of_weights)
+    with stock_torch():
+        for mine, stock in zip((of_tokens, *of_weights), gradients(tokens), strict=True):
+            scale = float(stock.double().abs().max())
+            torch.testing.assert_close(mine, stock, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 4e-2))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_train(implementation, device):
+    moe = block(implementation, torch.float32, device).train()
+    tokens, wanted = (randn(40, HIDDEN, seed=i, dtype=torch.float32, device=device) for i in (1, 2))
+    optimizer = torch.optim.AdamW(moe.parameters(), lr=3e-3, foreach=True)
+    losses = []
+    with torch.enable_grad():
+        for _ in range(30):
+            loss = (run(moe, tokens) - wanted).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(moe.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
