@@ -11,7 +11,7 @@ import msgspec
 from pytest_batchinv import context
 from pytest_batchinv.compare import first_row_that_differs
 from pytest_batchinv.diagnose import culprits, diverging, sizes
-from pytest_batchinv.relations.base import Relation
+from pytest_batchinv.relations.base import Relation, Side
 from pytest_batchinv.report.record import Breakpoints, Finding, Section, Trace
 from pytest_batchinv.search.runs import SubjectRuns
 from pytest_batchinv.shapes import BatchShape
@@ -72,7 +72,7 @@ def _trace(broken: Broken, relation: Relation, runs: SubjectRuns) -> Trace | Non
     if "code" in relation.diagnoses:
         from pytest_batchinv.diagnose import crossed  # loads Inductor, which eager code has no need of
 
-        return crossed.trace(runs, case, position)
+        return crossed.trace(runs.subject, Side(case, position))
     return culprits.trace(relation, runs, case, position)
 
 

@@ -26,8 +26,7 @@ class _TooLong(Exception):
 
 def told(subject: Subject, holds: Callable[[Subject], bool]) -> str:
     """Which part of the compiler parts the bits, as a sentence. holds: whether they are equal in a subject compiled anew."""
-    again = getattr(subject, "in_compile_mode", None)
-    if again is None or subject.info.compile_mode not in COMPILE_MODES:
+    if not hasattr(subject, "in_compile_mode") or subject.info.compile_mode not in COMPILE_MODES:
         return "it cannot be bisected: only what is compiled by its compile mode can be compiled again in parts"
     deadline = time.monotonic() + SECONDS
 
@@ -35,7 +34,7 @@ def told(subject: Subject, holds: Callable[[Subject], bool]) -> str:
         if time.monotonic() > deadline:
             raise _TooLong
         torch._dynamo.reset()
-        return holds(again(subject.info.compile_mode))
+        return holds(subject.in_eager_mode().in_compile_mode(subject.info.compile_mode))  # type: ignore[attr-defined]
 
     log = io.StringIO()
     try:

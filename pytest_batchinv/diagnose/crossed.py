@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -25,11 +26,10 @@ from pytest_batchinv.diagnose.trace import CUT, EagerCode, Kept, described, kept
 from pytest_batchinv.diagnose.where import Where, storage_of
 from pytest_batchinv.relations.base import Side
 from pytest_batchinv.report.record import Agreement, Culprit, Trace, TracedOp
-from pytest_batchinv.search.runs import SubjectRuns
-from pytest_batchinv.shapes import BatchShape
-from pytest_batchinv.subjects.base import RowOutputs
+from pytest_batchinv.subjects.base import RowOutputs, Subject
 
 MOST = 8
+EQUAL = "under the trace no kernel parted from the operators"
 _NEAR = 2.0**-5
 """Of the largest value: a result that is farther from an operator's is another one."""
 
@@ -129,25 +129,28 @@ class _Walk:
         self.events.append(_Event(func.name(), where, inputs, agreement, shown, shapes_of(outs)))
 
 
-def trace(runs: SubjectRuns, case: BatchShape, position: int) -> Trace:
-    """The kernels of the compiled run of this case beside the operators of the eager one."""
-    subject, side = runs.subject, Side(case, position)
-    eager = subject.in_eager_mode()
-    code = CompiledCode.of(subject, (case,))
-    calls, expected, is_cut = kept_calls(eager, side, EagerCode())
+def trace(subject: Subject, side: Side) -> Trace:
+    """The kernels of the compiled run of this batch beside the operators of the eager one; or what bisection tells."""
+    told = beside_eager_code(subject, side)
+    if told.culprits or EQUAL in told.notes:
+        return told
+    expected = row_of(subject.in_eager_mode().run(side.case), side.position)
+    bisected = bisection.told(subject, lambda again: not _differs(expected, row_of(again.run(side.case), side.position)))
+    return msgspec.structs.replace(told, notes=(*told.notes, bisected))
+
+
+def beside_eager_code(subject: Subject, side: Side) -> Trace:
+    code = CompiledCode.of(subject, (side.case,))
+    calls, expected, is_cut = kept_calls(subject.in_eager_mode(), side, EagerCode())
     results = _Results(calls)
 
     def walk(heals: Callable[[int], bool]) -> tuple[_Walk, RowOutputs]:
         watch = _Walk(code, results, heals)
-        return watch, row_of(subject.run(case, code.observer(watch)), position)
+        return watch, row_of(subject.run(side.case, code.observer(watch)), side.position)
 
     healed, at_the_end = walk(lambda number: True)
-
-    def bisected() -> str:
-        return bisection.told(subject, lambda again: not _differs(expected, row_of(again.run(case), position)))
-
     if code.has_unseen or not healed.events:
-        return Trace(ops=(), notes=(UNSEEN, bisected()))
+        return Trace(ops=(), notes=(UNSEEN,))
     parted = [number for number, event in enumerate(healed.events) if event.agreement == "differs"]
 
     def effect(number: int) -> str:
@@ -166,9 +169,8 @@ def trace(runs: SubjectRuns, case: BatchShape, position: int) -> Trace:
     notes = [CUT] * is_cut
     if _differs(expected, at_the_end):
         notes.append("with the operators' bytes in place of all that parted the output still differs: part of it was not seen")
-        notes += [bisected()] * (not parted)
     elif not parted:
-        notes.append("under the trace no kernel parted from the operators")
+        notes.append(EQUAL)
     return Trace(
         ops=tuple(_traced(calls, i, event) for i, event in enumerate(healed.events)), culprits=culprits, notes=tuple(notes)
     )

@@ -17,6 +17,7 @@ from pytest_batchinv import mode
 from pytest_batchinv.compare import first_difference, first_row_that_differs
 from pytest_batchinv.diagnose import kernels, reproducer, sizes
 from pytest_batchinv.diagnose.calls import Operator, writes_to_inputs
+from pytest_batchinv.diagnose.recorder import tensors_of
 from pytest_batchinv.diagnose.rows import Match, in_blocks, parts_of
 from pytest_batchinv.diagnose.trace import CUT, Called, Kept, TwoSides, Walk, described, row_of, traced_ops
 from pytest_batchinv.kernels import table
@@ -70,12 +71,13 @@ def _diverging(sides: TwoSides) -> Walk | None:
     return None
 
 
+_BESIDE_EAGER = "the two sides run other graphs: the kernels of the second one are set beside eager code"
 _EAGER_IS_EQUAL = "eager code gives the row equal bits on both sides: what Inductor made of it does not"
 
 
 def _of_compiled_code(subject: Subject, pairs: list[tuple[Side, Side]]) -> Trace:
     # They load Inductor, which eager code has no need of.
-    from pytest_batchinv.diagnose import bisection
+    from pytest_batchinv.diagnose import bisection, crossed
     from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode
 
     for one, other in pairs:
@@ -91,6 +93,9 @@ def _of_compiled_code(subject: Subject, pairs: list[tuple[Side, Side]]) -> Trace
             told = _told(found, plain)
         else:
             continue
+        if not told.culprits and told.ops:  # the two sides run other graphs, and eager code stands between them
+            beside = crossed.beside_eager_code(subject, other)
+            told = msgspec.structs.replace(beside, notes=(*beside.notes, _BESIDE_EAGER)) if beside.culprits else told
         bisected = () if told.culprits else (bisection.told(subject, _has_equal_bits(one, other)),)
         return msgspec.structs.replace(told, notes=(_EAGER_IS_EQUAL, *told.notes, *bisected))
     return Trace(ops=(), notes=(_EAGER_IS_EQUAL, "under the trace of compiled code it does, too"))
@@ -230,8 +235,7 @@ class OwnRows:
 
     def first(self, n_rows: int) -> Tensor:
         """What the first of so many rows is given."""
-        out = called(self._kept, self.inputs(n_rows))
-        first: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+        first = tensors_of(called(self._kept, self.inputs(n_rows)))[0]
         return first.select(self._out_dim, 0).clone()
 
     def inputs(self, n_rows: int) -> list[Tensor]:

@@ -98,7 +98,7 @@ def main():
 
 
 def listed(result):
-    return result if isinstance(result, (tuple, list)) else [result]
+    return [x for x in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(x, torch.Tensor)]
 
 
 OUTPUTS = {outputs}

@@ -76,3 +76,12 @@ def test_what_cannot_be_written_down_says_why():
     trace = trace_of(fn, pool)
     assert not trace.script
     assert any(note.startswith("no script of the operator alone: the call writes to") for note in trace.notes)
+
+
+def test_a_result_that_is_none_is_left_out():
+    """As attention on a GPU gives its logsumexp where no gradient asks for it."""
+    library = torch.library.Library("batchinv_tests_none", "DEF")
+    library.define("first(Tensor x) -> (Tensor, Tensor, Tensor)")
+    library.impl("first", lambda x: (None, x * 1.0 if len(x) == 1 else x * (1 + 3e-7), None), "CPU")
+    trace = trace_of(lambda x: torch.ops.batchinv_tests_none.first(x)[1], torch.randn(8, 16))
+    assert "torch.ops.batchinv_tests_none.first.default(" in trace.script

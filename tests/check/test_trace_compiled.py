@@ -7,7 +7,7 @@ import torch
 
 from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_batch_invariant
 from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode, graphs
-from pytest_batchinv.mutants.compiled import COMPILED, steady
+from pytest_batchinv.mutants.compiled import COMPILED, contracted, steady
 from pytest_batchinv.mutants.detection import is_located
 from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects.rows import RowsSubject
@@ -103,3 +103,17 @@ def test_code_that_cannot_be_watched_is_bisected_to_the_lowering():
     assert found.notes[1].startswith("what was compiled runs without Python")
     assert found.notes[2].startswith("bisection: the bits part with torch's backend 'inductor', at number ")
     assert found.notes[2].endswith("of its lowerings: var")
+
+
+def test_two_graphs_of_the_two_sides_are_set_beside_eager_code():
+    """Planted: compiled, a batch of one row is another graph, and a batch of more is scaled."""
+    w = torch.rand(16, 16)
+
+    def fn(x):
+        if torch.compiler.is_compiling() and x.shape[0] > 1:
+            return contracted(steady(x.abs() + 0.5, w)) * 2.0
+        return steady(x.abs() + 0.5, w) * 2.0
+
+    found = finding_of(fn, torch.rand(8, 16), ("I",), "default").finding.trace
+    assert "contracted" in found.ops[found.cause.op].overload, found
+    assert any(note.startswith("the two sides run other graphs") for note in found.notes)
