@@ -3,8 +3,8 @@
     python -m pytest_batchinv.suite.rl_step --model tiny-qwen3 --dtype bf16
 
 The sampler decodes a batch token by token, with a static cache, left padding and no gradients. The trainer computes the
-logprobs of the same tokens again, packed, in micro-batches of other sizes, with gradients, and takes optimizer steps, after each
-of which both are asked again. On policy the ratio of the two probabilities is 1. In the mode it is 1 bit for bit.
+logprobs of the same tokens again, packed, in micro-batches of other sizes, with gradients, and takes optimizer steps. After
+each, both are asked again. On policy the ratio of the two probabilities is 1. In the mode it is 1 bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Agreement(NamedTuple):
     outside: int
 
 
-def run(model: nn.Module, how: Step, seed: int = 0) -> Iterator[Agreement]:
+def run(model: Any, how: Step, seed: int = 0) -> Iterator[Agreement]:
     """Samples, computes again and updates the model, ``how.updates`` times, and samples and computes again at the end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.learning_rate, foreach=True)
     for update in range(how.updates + 1):
@@ -74,7 +74,7 @@ def run(model: nn.Module, how: Step, seed: int = 0) -> Iterator[Agreement]:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: list[Tensor], new_tokens: int, seed: int) -> Rollout:
+def sample(model: Any, prompts: list[Tensor], new_tokens: int, seed: int) -> Rollout:
     """Decodes all prompts as one batch, token by token."""
     device, width = prompts[0].device, max(map(len, prompts))
     total = width + new_tokens
@@ -103,7 +103,7 @@ def sample(model: nn.Module, prompts: list[Tensor], new_tokens: int, seed: int) 
     return Rollout(whole, [len(prompt) for prompt in prompts], torch.cat(logprobs, 1))
 
 
-def train(model: nn.Module, rollout: Rollout, how: Step, optimizer: torch.optim.Optimizer | None, seed: int) -> Tensor:
+def train(model: Any, rollout: Rollout, how: Step, optimizer: torch.optim.Optimizer | None, seed: int) -> Tensor:
     """The logprobs of the answers again, and an update by them: the ratio's gradient, weighted by an advantage a row."""
     advantages = torch.randn(len(rollout.tokens), generator=torch.Generator().manual_seed(seed)).to(rollout.logprobs.device)
     again = []
@@ -121,9 +121,10 @@ def train(model: nn.Module, rollout: Rollout, how: Step, optimizer: torch.optim.
     return torch.cat(again)
 
 
-def packed_logprobs(model: nn.Module, rows: list[Tensor], answers: list[int]) -> Tensor:
+def packed_logprobs(model: Any, rows: list[Tensor], answers: list[int]) -> Tensor:
     """The logprobs of each row's answer [rows, new tokens], the rows behind each other in one sequence."""
-    device, lengths = rows[0].device, [len(row) for row in rows]
+    device = rows[0].device
+    lengths = [len(row) for row in rows]
     starts = [0, *accumulate(lengths)]
     number = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)).to(device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
@@ -131,8 +132,8 @@ def packed_logprobs(model: nn.Module, rows: list[Tensor], answers: list[int]) ->
     packing = {}
     if model.config._attn_implementation == attention.NAME:
         columns = torch.full((len(rows), max(lengths)), -1)
-        for row, length in enumerate(lengths):
-            columns[row, :length] = torch.arange(starts[row], starts[row + 1])
+        for place, length in enumerate(lengths):
+            columns[place, :length] = torch.arange(starts[place], starts[place + 1])
         packing = {"packing": (columns.to(device), number * max(lengths) + positions)}
     logits = model(
         input_ids=torch.cat(rows)[None],
@@ -149,7 +150,7 @@ def packed_logprobs(model: nn.Module, rows: list[Tensor], answers: list[int]) ->
     return torch.stack(of_rows)
 
 
-def _prompts(model: nn.Module, rows: int, seed: int) -> list[Tensor]:
+def _prompts(model: Any, rows: int, seed: int) -> list[Tensor]:
     """Of 1 to 9 tokens, all different."""
     draw = torch.Generator().manual_seed(seed)
     lengths = [1 + i % 9 for i in range(rows)]
@@ -157,10 +158,10 @@ def _prompts(model: nn.Module, rows: int, seed: int) -> list[Tensor]:
     return [torch.randint(0, model.config.vocab_size - 1, (length,), generator=draw).to(device) for length in lengths]
 
 
-def built(name: str, device: str, dtype: str, in_mode: bool) -> nn.Module:
+def built(name: str, device: str, dtype: str, in_mode: bool) -> Any:
     """The preset with our attention for the mode, and with transformers' sdpa for stock torch."""
     attention.register()
-    model = build_preset(name, device, DTYPES[dtype])
+    model: Any = build_preset(name, device, DTYPES[dtype])
     model.set_attn_implementation(attention.NAME if in_mode else "sdpa")
     return model
 
