@@ -157,7 +157,13 @@ _IN_SEVERAL_STEPS = (
     *("ldexp.Tensor", "linspace", "logspace", "linalg_cross", "mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"),
     *("binary_cross_entropy_with_logits", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "col2im"),
     *("grid_sampler_2d", "grid_sampler_3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d"),
-    *("upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    *(
+        "_weight_norm_interface",
+        "_weight_norm_interface_backward",
+        "upsample_trilinear3d",
+        "_upsample_bilinear2d_aa",
+        "_upsample_bicubic2d_aa",
+    ),
     *("upsample_linear1d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "upsample_trilinear3d.vec"),
 )
 AS_IN_EAGER_CODE = {
