@@ -166,8 +166,9 @@ def page(
 
 
 def _letters(checks: Iterable[Record]) -> list[str]:
-    """The relations that this version knows, and after them any other one of the records."""
-    return list(dict.fromkeys([*letters.WORDS, *sorted(record.relation for record in checks)]))
+    """The relations that were asked, in the order of this version, and after them any other one of the records."""
+    asked = sorted({record.relation for record in checks})
+    return [letter for letter in letters.WORDS if letter in asked] + [letter for letter in asked if letter not in letters.WORDS]
 
 
 def _headline(checks: list[Record], controls: list[Record]) -> tuple[str, str]:
@@ -244,6 +245,8 @@ def _line(records: list[Record], mode: str, columns: list[str], ids: Mapping[int
     cells = [_cell([record for record in checks if record.relation == letter], ids) for letter in columns]
     cells.append(_cell([record for record in records if record.control], ids))
     tests = dict.fromkeys(record.nodeid for record in records if record.nodeid)
+    if not info.is_model:  # their names may be alike
+        about += dict.fromkeys(test.rpartition("::")[2] for test in tests)
     modes = {"on": "on", "off": "off", "stock": "suspended"}
     return Line(
         name=message.short_name(info),
