@@ -14,6 +14,7 @@ from pytest_batchinv.kernels.aten import (
     attention,
     convolution,
     distances,
+    fourier,
     losses,
     norms,
     pointwise,
@@ -74,6 +75,9 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "_embedding_bag": scatter.embedding_bag,
     "_embedding_bag_forward_only": scatter.embedding_bag,
     "_cdist_forward": distances.cdist_forward,
+    "_fft_c2c": fourier.fft_c2c,
+    "_fft_r2c": fourier.fft_r2c,
+    "_fft_c2r": fourier.fft_c2r,
     "nll_loss_forward": losses.nll_loss_forward,
     "nll_loss2d_forward": losses.nll_loss2d_forward,
     # gradients
@@ -186,7 +190,7 @@ FLOATS_OF_INTEGERS = {*_OF_ANY_DTYPE, "pow", "logsumexp"}
 
 COMPLEX = {
     *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot"),
-    *("convolution", "convolution_backward", "index_add", "scatter_add"),
+    *("convolution", "convolution_backward", "index_add", "scatter_add", "_fft_c2c", "_fft_c2r"),
     *("index_put", "_index_put_impl", "_unsafe_index_put", "embedding_dense_backward"),
     *("sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "cumsum", "prod", "cumprod"),
 }

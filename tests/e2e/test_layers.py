@@ -67,6 +67,10 @@ FUNCTIONS = {
         lambda x: F.embedding_bag(x, POINTS.repeat(4, 1), mode="sum", per_sample_weights=x / 7),
         BAGS,
     ),
+    "fft": (lambda x: torch.view_as_real(torch.fft.fft(torch.complex(x, x.flip(1)))), VECTORS),
+    "rfft": (lambda x: torch.view_as_real(torch.fft.rfft(x, norm="ortho")), VECTORS),
+    "irfft": (lambda x: torch.fft.irfft(torch.complex(x, x.flip(1))), VECTORS),
+    "rfft2": (lambda x: torch.view_as_real(torch.fft.rfft2(x)), IMAGES),
     **{f"cdist {p}": (lambda x, p=p: torch.cdist(x, POINTS, p), VECTORS) for p in (0.0, 1.0, 2.0, 3.0, float("inf"))},
     "multi_dot": (lambda x: torch.linalg.multi_dot([x, A, B]), VECTORS),
     "chain_matmul": (lambda x: torch.chain_matmul(x, A, B), VECTORS),
@@ -100,10 +104,11 @@ def test_a_row_has_torchs_values_and_equal_bits_in_every_batch(name):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Dynamo, where it breaks a graph
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_compiled_code_has_the_bits_of_eager_code(dtype):
-    # Dynamo breaks the graph at recurrent layers, and calls them as they are.
+    # Dynamo breaks the graph at recurrent layers, and calls them as they are; Inductor warns of complex numbers.
     names = [name for name in FUNCTIONS if not name.startswith(("bags", "a packed", "LSTM", "GRU", "RNN"))]
     modules = {name for name in names if isinstance(FUNCTIONS[name][0], nn.Module)}
-    names = [name for name in names if dtype == torch.float32 or name in modules or FUNCTIONS[name][1] is IMAGES]
+    of_images = {name for name in names if FUNCTIONS[name][1] is IMAGES and name != "rfft2"}
+    names = [name for name in names if dtype == torch.float32 or name in modules | of_images]
     inputs = [FUNCTIONS[name][1][:5].to(dtype) for name in names]
     functions = [FUNCTIONS[name][0] for name in names]
     with batch_invariant_mode():
@@ -115,6 +120,8 @@ def test_compiled_code_has_the_bits_of_eager_code(dtype):
 
 
 GRADIENTS = {
+    "rfft": lambda x: torch.view_as_real(torch.fft.rfft(x)),
+    "irfft": lambda x: torch.fft.irfft(torch.complex(x, x)),
     "prod": lambda x: x.prod(-1),
     "cumprod": lambda x: x.cumprod(-1),
     "logcumsumexp": lambda x: x.logcumsumexp(-1),
@@ -138,6 +145,29 @@ def test_products_of_several_are_written_where_the_caller_wants_them():
             torch.linalg.multi_dot([VECTORS, A, B], out=torch.empty(0, dtype=torch.float64))
         with pytest.raises(RuntimeError, match="vectors only at the two ends"):
             torch.linalg.multi_dot([VECTORS, A[0], B])
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 37, 64, 75, 400])
+def test_fourier_transforms_of_any_length_are_no_less_accurate_than_torchs(n):
+    x = torch.randn(5, n)
+    calls = {
+        "fft": torch.complex(x, x.flip(1)),
+        "ifft": torch.complex(x, x.flip(1)),
+        "rfft": x,
+        **({"irfft": torch.complex(x, x.flip(1))} if n > 1 else {}),
+    }
+    for name, values in calls.items():
+        transform = getattr(torch.fft, name)
+        exact, stock = transform(values.to(torch.complex128 if values.is_complex() else torch.float64)), transform(values)
+        with batch_invariant_mode():
+            ours = transform(values)
+        assert ours.dtype == stock.dtype
+        assert (ours - exact).abs().max() <= (stock - exact).abs().max() * 1.01 + 1e-9, name
+
+
+def test_a_transform_without_factors_is_refused_where_its_matrix_would_be_too_large():
+    with batch_invariant_mode(), pytest.raises(Refused, match="pad the 8191 values"):
+        torch.fft.rfft(torch.ones(2, 8191))
 
 
 def test_training_keeps_the_running_statistics_of_torch():

@@ -52,6 +52,9 @@ CALLS = {
     "cumprod": (torch.cumprod, (B3, 1)),
     "logcumsumexp": (torch.logcumsumexp, (B3, 1)),
     "_cdist_forward": (torch.ops.aten._cdist_forward, (B3, B3 + 1, 1.0, None)),
+    "_fft_r2c": (torch.ops.aten._fft_r2c, (A, [1], 0, True)),
+    "_fft_c2c": (torch.ops.aten._fft_c2c, (A + 0j, [0, 1], 1, False)),
+    "_fft_c2r": (torch.ops.aten._fft_c2r, (A + 0j, [1], 2, 12)),
     "cdist": (torch.cdist, (B3, B3 + 1)),
     "_embedding_bag": (torch.ops.aten._embedding_bag, (A, torch.tensor([3, 0, 3, 1]), torch.tensor([0, 2, 2]))),
     "_embedding_bag_forward_only": (

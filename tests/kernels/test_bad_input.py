@@ -34,7 +34,17 @@ from pytest_batchinv.mode import stock_torch
 
 EXAMPLES = 40  # calls of each entry
 # Their tests are in tests/e2e/test_layers.py: they take lists, running statistics, or what torch's own kernel checks.
-TESTED_AS_LAYERS = ("batch_norm", "_embedding_bag", "linalg_multi_dot", "chain_matmul", "lstm", "gru", "rnn_tanh", "rnn_relu")
+TESTED_AS_LAYERS = (
+    "batch_norm",
+    "_embedding_bag",
+    "_fft",
+    "linalg_multi_dot",
+    "chain_matmul",
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+)
 NAMES = tuple(
     name for name in (*table.BACKEND_KERNELS, *table.COMPOSITES, *table.POINTWISE) if not name.startswith(TESTED_AS_LAYERS)
 )
