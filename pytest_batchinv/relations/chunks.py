@@ -87,11 +87,11 @@ def _batches(space: Space) -> Iterator[BatchShape]:
     """Batches of rows of several lengths, in chunks of one size, on either side of the padding."""
     layouts = [layout for layout in space.layouts if layout != "packed"]
     for start, size in enumerate(_SIZES):
+        short = tuple(row for row in space.palette if row.length <= size * _MOST_CHUNKS)
         for layout in layouts:
-            case = sweep.batch(space, 3 + start % 3, 4 + start, layout)
+            case = sweep.batch(replace(space, palette=short or space.palette[:1]), 3 + start % 3, 4 + start, layout)
             for cache in space.caches:
-                if 0 < (case.width - 1) // size <= _MOST_CHUNKS:
-                    yield case.in_steps(Steps(ends(size, size, case.width), cache))
+                yield case.in_steps(Steps(ends(size, size, case.width), cache))
 
 
 def _prefixes(space: Space) -> Iterator[BatchShape]:

@@ -41,9 +41,16 @@ def _simpler(case: BatchShape) -> Iterator[BatchShape]:
         if rank < (LAYOUTS.index(case.layout), case.extra_padding):
             yield from _changed(case, layout=simple.layout, extra_padding=simple.extra_padding)
     for position, row in enumerate(case.rows):
-        for simple in (Row(0), Row(row.id), Row(row.id, 1, row.content), Row(row.id, row.length)):
+        for simple in _simpler_rows(row, case.steps):
             if (simple.length, simple.content != "random", simple.id) < (row.length, row.content != "random", row.id):
                 yield from _with_rows(case, [*case.rows[:position], simple, *case.rows[position + 1 :]])
+
+
+def _simpler_rows(row: Row, steps: Steps | None) -> Iterator[Row]:
+    """Of one token, or where there are steps of one token after the last of them."""
+    shortest = 1 if steps is None else (steps.prefix, *steps.ends)[-1] + 1
+    yield from (Row(0, shortest), Row(row.id, shortest), Row(row.id, shortest, row.content))
+    yield from (Row(0, row.length), Row(row.id, row.length))
 
 
 def _computed_simpler(case: BatchShape) -> Iterator[BatchShape]:

@@ -65,8 +65,8 @@ def test_a_finding_is_shrunk_to_the_step_that_shows_it_and_says_why_there_is_no_
     with pytest.raises(BatchVarianceError, match="a static cache with 3 spare keys, in steps that end at column 2, 4, 8"):
         check_batch_invariant(subject, ("C",), case=BatchShape(ROWS, "left", 7).in_steps(Steps((2, 4, 8), "static", spare=3)))
     with pytest.raises(BatchVarianceError) as caught:
-        check_batch_invariant(Sequences(lambda forward: 0 < forward.start == 16), ("C",))
-    assert caught.value.shape == BatchShape((Row(0, caught.value.shape.width),)).in_steps(Steps((16,)))
+        check_batch_invariant(Sequences(lambda forward: forward.start == 14), ("C",))
+    assert caught.value.shape == BatchShape((Row(0, 15),)).in_steps(Steps((14,)))
     assert "the subject does not tell what each of its forwards computes" in message.describe(caught.value.record)
 
 

@@ -125,10 +125,11 @@ def test_a_failed_connection_is_tried_again_and_said_and_an_answer_is_never_aske
         assert len(subject.run(BATCH)) == 5
         assert len(server.seen) == 7
         assert "2 of them sent again after the connection failed" in subject.load.words()
-    with serving("garbage") as server:
-        with pytest.raises(ServerError):
-            HttpSubject("served", server.url, limits=LIMITS).run(BATCH.alone(0))
-        assert len(server.seen) == 1
+    for fault in ("garbage", "dies", "500"):
+        with serving(fault) as server:
+            with pytest.raises(ServerError):
+                HttpSubject("served", server.url, limits=LIMITS).run(BATCH.alone(0))
+            assert len(server.seen) == 1, fault
 
 
 def test_nobody_at_the_address_is_an_error_after_the_retries():
