@@ -31,10 +31,14 @@ def _load(engine: str, url: str | None, **words: str) -> Any:
     from pytest_batchinv.kernels import counters
 
     with counters.counting_apart():  # to build a model is no test of it
-        if engine == "transformers":
+        if engine in ("transformers", "transformers-generate"):
             from pytest_batchinv.subjects.transformers import TransformersSubject
 
-            return TransformersSubject(**words)
+            if engine == "transformers":
+                return TransformersSubject(**words)
+            from pytest_batchinv.subjects.transformers.generation import Generation
+
+            return Generation(TransformersSubject(**words))
         if engine in ("http", "http-chat"):
             return _served(url, engine, words["model"])
         from pytest_batchinv import extensions
@@ -99,7 +103,7 @@ def batchinv_engine(request: pytest.FixtureRequest, batchinv_settings: Settings,
     dtype, model = batchinv_settings.dtype, batchinv_settings.model
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
-    if model == "auto" and batchinv_settings.engine == "transformers":
+    if model == "auto" and batchinv_settings.loads_a_model:
         model = DEFAULT_MODELS[device][0]
     from pytest_batchinv.plugin.seeds import heavy_imports
 

@@ -14,7 +14,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def check(settings: Settings, config: Any) -> None:
     no_reruns(config)
-    if settings.engine == "transformers":  # what a model is to another engine, that engine says
+    if settings.loads_a_model:  # what a model is to another engine, that engine says
         model_can_be_meant(settings.model)
     device_is_there(settings.device)
     for path in settings.report:

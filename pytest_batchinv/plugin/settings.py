@@ -29,6 +29,11 @@ class Settings:
     shape: "BatchShape | None"
     report: tuple[Path, ...]
 
+    @property
+    def loads_a_model(self) -> bool:
+        """Whether the engine is of transformers, so that the model is a preset, a path or a hub id."""
+        return self.engine in ("transformers", "transformers-generate")
+
 
 DEFAULTS = Settings(**{option.name: option.default for option in OPTIONS})
 
@@ -37,7 +42,7 @@ def resolve(config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
     """The settings of a pytest config. Raises ValueError that names the source of a bad value."""
     _refuse_unknown_names(config, environ)
     settings = Settings(**{option.name: _value(option, config, environ) for option in OPTIONS})
-    if settings.url is not None and settings.engine == "transformers":
+    if settings.url is not None and settings.loads_a_model:
         raise ValueError(f"--batchinv-url: the engine {settings.engine} loads the model itself and takes no URL")
     if settings.url is None and settings.engine in ("http", "http-chat"):
         raise ValueError(f"--batchinv-engine: {settings.engine} asks a server; give its address with --batchinv-url")

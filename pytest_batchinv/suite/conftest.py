@@ -52,7 +52,7 @@ def _compiles(item: pytest.Item) -> bool:
 
 
 def _models(settings: Settings) -> tuple[str, ...]:
-    if settings.model != "auto" or settings.engine != "transformers":
+    if settings.model != "auto" or not settings.loads_a_model:
         return (settings.model,)
     if not settings.enabled:
         return DEFAULT_MODELS["cpu"]

@@ -16,7 +16,10 @@ USAGE = pytest.ExitCode.USAGE_ERROR
     "option, says",
     [
         ("--batchinv-dtype=int8", "--batchinv-dtype: 'int8' is not among the choices: auto, bf16, fp16, fp32, fp64"),
-        ("--batchinv-engine=vllm", "--batchinv-engine: 'vllm' is not among the choices: transformers, http, http-chat"),
+        (
+            "--batchinv-engine=vllm",
+            "--batchinv-engine: 'vllm' is not among the choices: transformers, transformers-generate, http, http-chat",
+        ),
         ("--batchinv-engine=http", "--batchinv-engine: http asks a server; give its address with --batchinv-url"),
         ("--batchinv-url=http://me:key@host", "--batchinv-url: an address holds no user, key or query*"),
         ("--batchinv-device=tpu", "--batchinv-device: 'tpu' is not among the choices: auto, cpu, cuda"),
