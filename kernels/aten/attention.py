@@ -15,7 +15,7 @@ ATTENTION_SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, "
     "float? soft_cap=None, Tensor? sinks=None) -> (Tensor, Tensor)"
 )
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 Operand = Tensor | Description
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -26,7 +26,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """``reference.attention`` on the tensors' device; the mask may be one that only broadcasts to [B, H, Sq, Skv].
 
-    Raises Refused for head dims above 256.
+    Raises Refused for head dims above 512. Where Triton compiles no kernel for them, it is :func:`_by_operators`.
     """
     described = describe(query), describe(key), describe(value), describe(mask)
     attend = _plan_attention(*described, is_causal, scale, soft_cap, sinks is not None, with_lse)
@@ -48,10 +48,10 @@ def _plan_attention(
     head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > MAX_HEAD_DIM:
         raise Refused(f"batch-invariant attention covers head dims up to {MAX_HEAD_DIM}, not {head_dim}.")
-    if head_dim > 128 and q.dtype == torch.float64 and q.is_cuda:
-        raise Refused("batch-invariant attention in float64 covers head dims up to 128 on CUDA: Triton compiles no larger.")
     scores = (*q.shape[:3], k.shape[2])
     expanded = None if mask is None else mask.expand(scores)
+    if q.is_cuda and head_dim > (128 if q.dtype == torch.float64 else 256):
+        return lambda q, k, v, mask, sinks: _by_operators(q, k, v, mask, is_causal, scale, soft_cap, sinks, with_lse)
     if reads_addresses(q) and soft_cap is None and not has_sinks and 0 not in (*q.shape, *k.shape, *v.shape):
         return _plan_launch(q, k, v, expanded, is_causal, scale, with_lse)
     options = {"soft_cap": soft_cap, "with_lse": with_lse}
@@ -62,6 +62,32 @@ def _plan_attention(
         return kernel(q, k, v, mask, is_causal, scale, sinks=sinks, **options)
 
     return call
+
+
+def _by_operators(q, k, v, mask, is_causal, scale, soft_cap, sinks, with_lse) -> tuple[Tensor, Tensor | None]:
+    """``reference.attention`` by products and a softmax, in the accumulator's dtype. The order counts from the first key.
+
+    So keys that are hidden behind the others change no bit, and those before them may.
+    """
+    kernels, wide, group = kernel_set(q), accumulator_dtype(q.dtype), q.shape[1] // k.shape[1]
+    query, key, value = (
+        x.to(wide).reshape(-1, *x.shape[2:]) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+    )
+    scores = kernels.gemm(query, key.transpose(1, 2)).view(*q.shape[:3], k.shape[2]) * scale
+    if soft_cap is not None:
+        scores = soft_cap * (scores / soft_cap).tanh()
+    if is_causal:
+        hidden = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    rows = scores.reshape(-1, scores.shape[-1])
+    weights = kernels.row_softmax(rows, False, wide).masked_fill((rows == -math.inf).all(1, keepdim=True), 0.0)
+    out = kernels.gemm(weights.view(query.shape[0], q.shape[2], -1)[..., : k.shape[2]], value)
+    lse = kernels.row_logsumexp(rows, wide).view(q.shape[:3]) if with_lse else None
+    return out.view(*q.shape[:3], v.shape[3]).to(q.dtype), lse
 
 
 def _plan_launch(
