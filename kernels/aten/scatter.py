@@ -129,7 +129,7 @@ def embedding_dense_backward(
     index = _checked(indices.reshape(-1).long(), num_weights, IndexError)
     n_cols = grad_output.shape[-1]
     index = torch.where(index == padding_idx, num_weights, index) if padding_idx >= 0 else index
-    table = grad_output.new_zeros(num_weights + (padding_idx >= 0), n_cols)
+    table = grad_output.new_zeros(()).expand(num_weights + (padding_idx >= 0), n_cols)  # of one value, which is not read again
     rows = grad_output.reshape(index.numel(), n_cols)
     return kernel_set(grad_output).index_add(table, index, rows, 1.0)[:num_weights]
 

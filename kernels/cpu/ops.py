@@ -214,8 +214,8 @@ def attention_backward(
         weights.tril_()
     if mask is not None:
         weights.masked_fill_(~mask, 0.0)
-    weights = weights.view(B * Hkv, -1, Skv)
-    delta = row_sum((grad * delta_of).view(-1, grad.shape[2]), wide).view(B * Hkv, -1, 1)
+    weights = weights.reshape(B * Hkv, -1, Skv)
+    delta = row_sum((grad * delta_of).reshape(-1, grad.shape[2]), wide).view(B * Hkv, -1, 1)
     of_scores = (gemm(grad, values.transpose(1, 2)) - delta).mul_(weights).mul_(scale)
     grad_q, grad_k = gemm(of_scores, keys), gemm(of_scores.transpose(1, 2), rows)
     grad_v = gemm(weights.transpose(1, 2), grad)

@@ -588,6 +588,14 @@ def test_specialised_launches_are_remembered_by_all_that_their_binary_depends_on
                     for with_rstd in (False, True):
                         cuda.row_rms_norm(x[:rows, :n_cols], weight, 1e-6, with_rstd)
         ROW_LAUNCHES["sum"](x[:3, 1:241])
+        rstd = tensor(32, dtype=torch.float32)
+        for start in (0, 1):
+            y, other = x[:32, start : start + 112], tensor(32, 112, dtype=x.dtype)
+            cuda.row_sum(y.t(), x.dtype)
+            cuda.row_softmax_backward(y, other, True, x.dtype)
+            for weight in (None, x[0, :112], x[0, start : start + 112].float()):
+                cuda.row_norm_backward(y, other, None, rstd, weight, True, True, False)
+            cuda.grouped_gemm_over_k(x[:5, start : start + 64].t(), x[:5, :72], torch.arange(1, 3, dtype=torch.int32))
         for T, G, K, N in ((1, 2, 64, 64), (9, 2, 64, 64), (9, 3, 72, 64), (32, 2, 64, 72), (32, 1, 65, 63)):
             a, b, offs = x[:T, :K], tensor(G, N, K, dtype=x.dtype), torch.arange(1, G + 1)
             for dtype in (torch.int32, torch.int64):
