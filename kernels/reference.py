@@ -238,8 +238,10 @@ def attention_backward(
     lse: Tensor,
     is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, where ``out, lse = attention(q, k, v, mask, is_causal, scale)``.
+    wants_q: bool = True,
+    wants_kv: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of q, k and v, None for those not wanted, where ``out, lse = attention(q, k, v, mask, is_causal, scale)``.
 
     A mask must be boolean. Head dims up to 128, no float64 on CUDA. grad_out: like out -> like q, k and v.
     ``P = exp(scale * q @ k.T - lse)``, 0 where hidden; ``dS = P * (grad_out @ v.T - sum(grad_out * out))``; the gradients are
@@ -258,7 +260,8 @@ def attention_backward(
     grad_q = of_scores @ wide_k
     grad_k = (of_scores.transpose(-1, -2) @ wide_q).unflatten(1, (-1, group)).sum(2)
     grad_v = (weights.transpose(-1, -2) @ grad).unflatten(1, (-1, group)).sum(2)
-    return tuple(g.to(x.dtype).contiguous() for g, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
+    grads = ((grad_q, q, wants_q), (grad_k, k, wants_kv), (grad_v, v, wants_kv))
+    return tuple(g.to(x.dtype).contiguous() if wanted else None for g, x, wanted in grads)
 
 
 def packed_attention(

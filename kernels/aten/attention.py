@@ -131,19 +131,25 @@ def attention_setup_context(ctx, inputs, output) -> None:
 
 BACKWARD_SCHEMA = (
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out, Tensor lse, "
-    "bool is_causal, float scale) -> (Tensor, Tensor, Tensor)"
+    "bool is_causal, float scale, bool wants_query, bool wants_key_and_value) -> (Tensor, Tensor, Tensor)"
 )
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of query, key and value; None for those that nobody needs."""
 
 
-def backward_kernel(grad_out, query, key, value, mask, out, lse, is_causal, scale) -> tuple[Tensor, Tensor, Tensor]:
+def backward_kernel(
+    grad_out, query, key, value, mask, out, lse, is_causal, scale, wants_query, wants_key_and_value
+) -> Gradients:
     """``reference.attention_backward`` on the tensors' device; the mask may be one that only broadcasts to [B, H, Sq, Skv]."""
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    return kernel_set(query).attention_backward(grad_out, query, key, value, mask, out, lse, is_causal, scale)
+    wants = wants_query, wants_key_and_value
+    return kernel_set(query).attention_backward(grad_out, query, key, value, mask, out, lse, is_causal, scale, *wants)
 
 
-def backward_fake(grad_out, query, key, value, *others) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def backward_fake(grad_out, query, key, value, mask, out, lse, is_causal, scale, wants_query, wants_key_and_value) -> Gradients:
+    wanted = (query, wants_query), (key, wants_key_and_value), (value, wants_key_and_value)
+    return tuple(x.new_empty(x.shape) if wants else None for x, wants in wanted)
 
 
 def attention_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
@@ -156,7 +162,8 @@ def attention_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
     if not _has_backward_kernel(query, value, mask):
         return _attention_backward_by_operators(ctx, grad_out, grad_lse)
     backward = torch.ops.batchinv.attention_backward.default
-    grads = backward(grad_out, query, key, value, mask, out, lse, ctx.is_causal, ctx.scale)
+    wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    grads = backward(grad_out, query, key, value, mask, out, lse, ctx.is_causal, ctx.scale, *wants)
     return *grads, None, None, None, None, None
 
 

@@ -197,12 +197,14 @@ def attention_backward(
     lse: Tensor,
     is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    wants_q: bool = True,
+    wants_kv: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Products as in :func:`gemm`, of B * Hkv matrices in wide: the query heads of a key head are one sum over queries."""
     B, H, Sq, D = q.shape
     Hkv, Skv, wide = k.shape[1], k.shape[2], accumulator_dtype(q.dtype)
     if not q.numel() or not k.numel() or not v.numel():
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        return tuple(x.new_zeros(x.shape) if w else None for x, w in ((q, wants_q), (k, wants_kv), (v, wants_kv)))
     # [B * Hkv, H // Hkv * Sq, ...]: the queries of all heads that share a key head, behind each other.
     rows, grad, delta_of = (x.to(wide).reshape(B * Hkv, H // Hkv * Sq, x.shape[3]) for x in (q, grad_out, out))
     keys, values = (x.to(wide).reshape(B * Hkv, Skv, x.shape[3]) for x in (k, v))
@@ -217,9 +219,10 @@ def attention_backward(
     weights = weights.reshape(B * Hkv, -1, Skv)
     delta = row_sum((grad * delta_of).reshape(-1, grad.shape[2]), wide).view(B * Hkv, -1, 1)
     of_scores = (gemm(grad, values.transpose(1, 2)) - delta).mul_(weights).mul_(scale)
-    grad_q, grad_k = gemm(of_scores, keys), gemm(of_scores.transpose(1, 2), rows)
-    grad_v = gemm(weights.transpose(1, 2), grad)
-    return tuple(g.view(x.shape).to(x.dtype) for g, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
+    grad_q = gemm(of_scores, keys) if wants_q else None
+    grad_k = gemm(of_scores.transpose(1, 2), rows) if wants_kv else None
+    grad_v = gemm(weights.transpose(1, 2), grad) if wants_kv else None
+    return tuple(None if g is None else g.view(x.shape).to(x.dtype) for g, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
 
 
 def packed_attention(

@@ -126,6 +126,20 @@ def test_a_frozen_weight_has_no_gradient_and_changes_no_bit_of_the_others(block)
     assert first_difference(every[0], alone) is None
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_queries_alone_may_need_a_gradient(compiled):
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+
+    def fn(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    run = torch.compile(fn) if compiled else fn
+    with batch_invariant_mode():
+        (alone,) = torch.autograd.grad(run(q.requires_grad_(), k, v).sum(), q)
+        (beside, _) = torch.autograd.grad(fn(q, k.requires_grad_(), v).sum(), (q, k))
+    assert first_difference(beside, alone) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "layer_norm", "rms_norm", "attention", "silu", "gelu", "linear"])
 def test_gradients_are_no_less_accurate_than_stock_torchs(name, dtype):

@@ -182,6 +182,14 @@ def test_the_gradients_of_attention_are_those_of_the_reference(sizes, options):
     assert_near(cuda.attention_backward(*inputs), reference.attention_backward(*inputs))
 
 
+@pytest.mark.parametrize("wants", [(True, False), (False, True)])
+def test_a_gradient_of_attention_that_is_not_wanted_is_none_and_changes_no_bit_of_the_others(wants):
+    inputs = attention_inputs(1, 2, 1, 40, 40, 16)
+    every, some = cuda.attention_backward(*inputs), cuda.attention_backward(*inputs, *wants)
+    for wanted, x, y in zip((wants[0], wants[1], wants[1]), every, some, strict=True):
+        assert torch.equal(x, y) if wanted else y is None
+
+
 def test_the_gradients_of_attention_of_16_bits_are_near_the_references():
     inputs = attention_inputs(1, 2, 1, 70, 70, 16, dtype=torch.float16)
     for found, wanted in zip(cuda.attention_backward(*inputs), reference.attention_backward(*inputs), strict=True):

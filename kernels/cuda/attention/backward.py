@@ -327,10 +327,12 @@ def attention_backward(
     lse: Tensor,
     is_causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    wants_q: bool = True,
+    wants_kv: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``reference.attention_backward`` on the GPU, for boolean masks and head dims up to 128. Raises ValueError for others."""
     described = [describe(x) for x in (grad_out, q, k, v, mask, out, lse)]
-    return _plan_backward(*described, is_causal, scale)(grad_out, q, k, v, mask, out, lse)
+    return _plan_backward(*described, is_causal, scale, wants_q, wants_kv)(grad_out, q, k, v, mask, out, lse)
 
 
 def covers(q: Description | Tensor, v: Description | Tensor, mask: Description | Tensor | None) -> bool:
@@ -350,7 +352,9 @@ def _plan_backward(
     lse: Description,
     is_causal: bool,
     scale: float,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    wants_q: bool,
+    wants_kv: bool,
+) -> Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]:
     if not covers(q, v, mask):
         raise ValueError(
             f"attention_backward takes no mask or a boolean one, head dims up to {MAX_HEAD_DIM} and no float64, not {q.dtype} "
@@ -358,7 +362,8 @@ def _plan_backward(
         )
     (B, H, Sq, D), (_, Hkv, Skv, _), DV = q.shape, k.shape, v.shape[3]
     if 0 in (*q.shape, *k.shape, *v.shape):
-        return lambda grad_out, q, k, v, *others: tuple(x.new_zeros(x.shape) for x in (q, k, v))
+        wants = wants_q, wants_kv, wants_kv
+        return lambda grad_out, *qkv: tuple(x.new_zeros(x.shape) if w else None for x, w in zip(qkv, wants, strict=False))
     acc, wide = accumulator(q.dtype), torch.float32
     block_d, block_dv = max(16, next_power_of_2(D)), max(16, next_power_of_2(DV))
     ranges, range_strides = None, RangeStrides()
@@ -386,14 +391,17 @@ def _plan_backward(
     grid = ceil_div(Sq, of_queries.block_own), B * H, 1
     add_keys = launch(_attention_dq_kernel, grid, (Sq, Skv, H), of_queries, (of_queries.block_own, of_queries.block_other))
 
-    def call(grad_out, q, k, v, mask, out, lse) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    def call(grad_out, q, k, v, mask, out, lse) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dq = q.new_empty(q.shape) if wants_q else None
+        dk, dv = (x.new_empty(x.shape) if wants_kv else None for x in (k, v))
         delta = q.new_empty((B, H, Sq), dtype=wide)
         with on_device(q):
             seen = (None, None, None) if ranges is None else ranges(mask)
             sum_delta(out, grad_out, delta)
-            add_queries(q, k, v, grad_out, lse, delta, *seen, dk, dv)
-            add_keys(q, k, v, grad_out, lse, delta, *seen, dq)
+            if wants_kv:
+                add_queries(q, k, v, grad_out, lse, delta, *seen, dk, dv)
+            if wants_q:
+                add_keys(q, k, v, grad_out, lse, delta, *seen, dq)
         return dq, dk, dv
 
     return call
