@@ -126,6 +126,34 @@ def test_a_frozen_weight_has_no_gradient_and_changes_no_bit_of_the_others(block)
     assert first_difference(every[0], alone) is None
 
 
+IDS = torch.tensor([[0, 3, 3], [1, 3, 0]])
+CHECKED = {
+    "softmax": (lambda x: x.softmax(1), (3, 4, 2)),
+    "log_softmax": (lambda x: x.log_softmax(-1), (3, 7)),
+    "cross_entropy": (lambda x: F.cross_entropy(x, torch.tensor([1, 0, -100])), (3, 7)),
+    "group_norm": (lambda x, w: F.group_norm(x, 2, w, w), (2, 4, 3), (4,)),
+    "conv1d": (lambda x, w, b: F.conv1d(x, w, b, stride=2, padding=1, groups=2), (2, 4, 7), (6, 2, 3), (6,)),
+    "conv_transpose2d": (lambda x, w: F.conv_transpose2d(x, w, stride=2, output_padding=1), (1, 2, 3, 3), (2, 3, 2, 2)),
+    "embedding": (lambda w: F.embedding(IDS, w), (5, 3)),
+    "index": (lambda x: x[:, IDS, :, IDS[0, 0]], (2, 5, 3, 4)),
+    "linear": (lambda x, w, b: F.linear(x, w, b), (2, 3, 5), (4, 5), (4,)),
+    "silu": (F.silu, (9,)),
+    "gelu": (F.gelu, (9,)),
+    "mish": (F.mish, (9,)),
+    "elu": (F.elu, (9,)),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_gradients_and_their_gradients_are_those_of_the_function(name):
+    torch.manual_seed(0)
+    fn, *shapes = CHECKED[name]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    with batch_invariant_mode():
+        assert torch.autograd.gradcheck(fn, inputs)
+        assert torch.autograd.gradgradcheck(fn, inputs)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_queries_alone_may_need_a_gradient(compiled):
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
