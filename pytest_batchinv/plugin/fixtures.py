@@ -31,11 +31,11 @@ def _load(engine: str, url: str | None, **words: str) -> Any:
     from pytest_batchinv.kernels import counters
 
     with counters.counting_apart():  # to build a model is no test of it
-        if engine in ("transformers", "transformers-generate"):
+        if engine in ("transformers", "transformers-generate", "transformers-hidden"):
             from pytest_batchinv.subjects.transformers import TransformersSubject
 
-            if engine == "transformers":
-                return TransformersSubject(**words)
+            if engine != "transformers-generate":
+                return TransformersSubject(**words, **({"hidden": True} if engine == "transformers-hidden" else {}))
             from pytest_batchinv.subjects.transformers.generation import Generation
 
             return Generation(TransformersSubject(**words))

@@ -11,17 +11,17 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from pytest_batchinv import gpu
 from pytest_batchinv.shapes import BatchShape, Row, Steps
-from pytest_batchinv.subjects.base import NotRun, Observer, Part, RowOutputs, Space, Span, Subject, SubjectInfo
+from pytest_batchinv.subjects.base import NoGradients, NotRun, Observer, Part, RowOutputs, Space, Span, Subject, SubjectInfo
 from pytest_batchinv.subjects.compiled import CUDA_GRAPHS, compiled, compiling, origin_of
 from pytest_batchinv.subjects.gradients import GradientsOfModel
 from pytest_batchinv.subjects.presets import UnknownModel, is_preset
 from pytest_batchinv.subjects.transformers import attention, masks
-from pytest_batchinv.subjects.transformers.forward import Forward, Logprobs, parts
+from pytest_batchinv.subjects.transformers.forward import Forward, Hidden, Logprobs, parts
 from pytest_batchinv.subjects.transformers.layout import BatchLayout, lay_out
 from pytest_batchinv.subjects.transformers.probe import Probe, is_out_of_memory
 from pytest_batchinv.subjects.transformers.weights import build_preset
@@ -38,17 +38,20 @@ class TransformersSubject(Subject):
     """A causal language model under one attention implementation and one compile mode.
 
     model: a preset, a local path or a hub id. attn: "auto" takes "batch_invariant" where it covers the model, else
-    "eager". Raises UnknownModel, or ValueError with what is allowed.
+    "eager". hidden: the model is an encoder or an encoder-decoder, and its last hidden states are compared; it gets 2-d masks
+    and no positions, has no cache, and for "auto" transformers' sdpa. Raises UnknownModel, or ValueError with what is allowed.
     """
 
-    def __init__(self, model: str, *, device: str, dtype: str, attn: str = "auto", compile_mode: str = "eager") -> None:
+    def __init__(
+        self, model: str, *, device: str, dtype: str, attn: str = "auto", compile_mode: str = "eager", hidden: bool = False
+    ) -> None:
         _require(dtype in DTYPES, f"there is no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
         _require_device(device)
         if device.startswith("cuda"):
             gpu.take_share()
         attention.register()
-        self.model = _load(model, device, DTYPES[dtype])
-        attn = _choose_attention(self.model, device, dtype, attn)
+        self.model = _load(model, device, DTYPES[dtype], hidden)
+        attn = _choose_attention(self.model, device, dtype, attn, hidden)
         self.info = SubjectInfo(model, "transformers", device, dtype, attn)
         self.model.set_attn_implementation(attn)
         if dtype == "fp64" and self.model._can_set_experts_implementation():
@@ -58,17 +61,18 @@ class TransformersSubject(Subject):
         self.vocabulary: int = config.vocab_size
         self.outlier = self.vocabulary - 1 if is_preset(model) else _outlier_token(self.model)
         self._origin = origin_of(self.model)
-        self._logprobs = Logprobs(self.model)
-        parameters = inspect.signature(self.model.forward).parameters
+        self._head = Hidden(self.model) if hidden else Logprobs(self.model)
+        self._output = "hidden states" if hidden else "logprobs"
+        parameters = {} if hidden else inspect.signature(self.model.forward).parameters
         self._forward = Forward(
             model=self.model,
-            run=self._logprobs,
+            run=self._head,
             dtype=DTYPES[dtype],
             device=device,
             attention=attn,
             takes_positions="position_ids" in parameters,
             is_compiled=False,
-            windows=None if _is_flash(attn) else masks.windows_of(config),
+            windows=None if hidden or _is_flash(attn) else masks.windows_of(config),
         )
         length, tokens = _bounds(config, device, graphs=False)
         probe = Probe(model, self._forward, self.vocabulary, self.outlier, length)
@@ -100,7 +104,7 @@ class TransformersSubject(Subject):
         return self.in_compile_mode("eager")
 
     def _set_compile_mode(self, compile_mode: str) -> None:
-        run = compiled(self._logprobs, compile_mode)
+        run = compiled(self._head, compile_mode)
         self._forward = replace(self._forward, run=run, is_compiled=compile_mode != "eager")
         self.info = msgspec.structs.replace(self.info, compile_mode=compile_mode)
         graphs = compile_mode in CUDA_GRAPHS
@@ -135,11 +139,13 @@ class TransformersSubject(Subject):
 
         def rows(layout: BatchLayout) -> RowOutputs:
             rows = self._rows(layout, case.steps, observer)
-            return RowOutputs(rows=[{"logprobs": row} for row in rows])
+            return RowOutputs(rows=[{self._output: row} for row in rows])
 
         return self._where_memory_suffices(case, rows)
 
     def with_gradients(self) -> GradientsOfModel:
+        if isinstance(self._head, Hidden):
+            raise NoGradients(f"{self.info.name} is asked for hidden states, and has no loss")
         return GradientsOfModel(self)
 
     def run_with_gradients(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
@@ -198,23 +204,26 @@ def attention_implementations(model: nn.Module, device: str, dtype: str) -> tupl
     return tuple(names)
 
 
-def _load(name: str, device: str, dtype: torch.dtype) -> nn.Module:
+def _load(name: str, device: str, dtype: torch.dtype, hidden: bool) -> nn.Module:
     if is_preset(name):
+        _require(not hidden, f"the presets are causal language models, and {name!r} is one; give the path or id of an encoder")
         return build_preset(name, device, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="eager")
+        model = (AutoModel if hidden else AutoModelForCausalLM).from_pretrained(name, dtype=dtype, attn_implementation="eager")
     except (OSError, ValueError) as error:
         raise UnknownModel(name, str(error).strip().partition("\n")[0]) from error
     return model.to(device).eval()
 
 
-def _choose_attention(model: nn.Module, device: str, dtype: str, asked: str) -> str:
+def _choose_attention(model: nn.Module, device: str, dtype: str, asked: str, hidden: bool) -> str:
     """Ours only where it computes what the model's own attention does."""
     offered = attention_implementations(model, device, dtype)
     if asked != "auto":
         _require(asked in offered, f"this model has no attention implementation {asked!r}; use auto or {', '.join(offered)}")
-    if asked not in ("auto", attention.NAME):
+    if asked not in ("auto", attention.NAME) or (hidden and asked != "auto"):
         return asked
+    if hidden:
+        return "sdpa" if "sdpa" in offered else "eager"
     if attention.NAME not in offered:
         return "eager"
     length, _ = _bounds(model.config.get_text_config(), device, graphs=False)

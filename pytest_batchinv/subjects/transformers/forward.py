@@ -40,10 +40,25 @@ class Logprobs(nn.Module):
         return torch.log_softmax(logits.to(wide), -1)
 
 
+class Hidden(nn.Module):
+    """What is compiled for a model without logits: the last hidden states of all positions, of an encoder-decoder those of its
+    decoder, which gets the same tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, tokens: Tensor, mask: Any, positions: Tensor | None, packing: Packing | None, cache: Any = None
+    ) -> Tensor:
+        decoder = {"decoder_input_ids": tokens, "decoder_attention_mask": mask} if self.model.config.is_encoder_decoder else {}
+        return self.model(input_ids=tokens, attention_mask=mask, **decoder).last_hidden_state
+
+
 @dataclass(frozen=True)
 class Forward:
-    """How layouts are run. run: ``Logprobs``, or what torch.compile made of it. windows: None for a model that wants the 2-d
-    mask. takes_positions: whether it is told positions."""
+    """How layouts are run. run: ``Logprobs`` or ``Hidden``, or what torch.compile made of it. windows: None for a model that
+    wants the 2-d mask. takes_positions: whether it is told positions."""
 
     model: nn.Module
     run: Run
