@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import tempfile
 import time
@@ -70,7 +71,7 @@ def asked(name: str, relations: list[Relation], dtype: str, device: str, n_cases
         with batch_invariant_mode():
             line["relations"] = {relation.letter: _of_relation(relation, subject, n_cases) for relation in relations}
     except Exception as error:  # an architecture that fails is a line of the table, and the next one follows
-        line["error"] = _words(error)
+        line["error"] = re.sub(r"/\S*/tmp\w+", name, _words(error))
     return line | {"seconds": round(time.perf_counter() - started, 1)}
 
 

@@ -73,5 +73,6 @@ def _drawn(draw: st.DrawFn, space: Space) -> BatchShape:
     if case.layout != "packed" and space.pads_both_sides:
         changes["opposite_padding"] = draw(st.integers(0, 40))
     if case.layout != "packed" and "static" in space.caches and draw(st.booleans()):
-        changes["steps"] = Steps(cache="static", spare=draw(st.integers(0, 300)))
+        room = max(0, min(300, space.max_keys - msgspec.structs.replace(case, **changes).width))
+        changes["steps"] = Steps(cache="static", spare=draw(st.integers(0, room)))
     return msgspec.structs.replace(case, **changes)

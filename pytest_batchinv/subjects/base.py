@@ -78,10 +78,10 @@ class Space:
     pool: for a function of rows, the length of each row of its pool, and ``palette`` is that pool; None where rows of any
     identity can be made. palette: distinct rows that a search takes its batches from, so that each runs alone only once.
     alike: for a pool of ragged rows, a word for the shapes of each; rows of one word may stand for each other.
-    max_position: tokens that have a position, 0 where the subject is told none. caches: what it can compute in steps with.
-    window: of its sliding attention, 0 for none. lays_out: a batch says which rows there are, and the subject lays them out by
-    itself: no padding can be asked for, and rows of one length need not have the same shapes. left_out: what it cannot do, as
-    sentences for the record.
+    max_position: tokens that have a position, 0 where the subject is told none. max_keys: that a cache holds. caches: what it
+    can compute in steps with. window: of its sliding attention, 0 for none. lays_out: a batch says which rows there are, and
+    the subject lays them out by itself: no padding can be asked for, and rows of one length need not have the same shapes.
+    left_out: what it cannot do, as sentences for the record.
     """
 
     palette: tuple[Row, ...]
@@ -92,6 +92,7 @@ class Space:
     max_tokens: int = 1 << 30
     alike: tuple[str, ...] = ()
     max_position: int = 0
+    max_keys: int = 1 << 30
     caches: tuple[str, ...] = ()
     window: int = 0
     lays_out: bool = False
@@ -132,6 +133,8 @@ class Space:
             return ""
         if case.steps.cache not in self.caches:
             return f"the subject keeps no {case.steps.cache} cache, only {', '.join(self.caches) or 'none at all'}"
+        if case.width + case.steps.spare > self.max_keys:
+            return f"its cache has room for {case.width + case.steps.spare} keys, the subject takes {self.max_keys}"
         shortest = min(row.length for row in case.rows)
         if case.steps.prefix and (case.layout != "right" or case.opposite_padding or case.steps.prefix >= shortest):
             return "a prefix comes before padding on the right, and is shorter than each row"

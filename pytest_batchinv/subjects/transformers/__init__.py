@@ -85,6 +85,7 @@ class TransformersSubject(Subject):
             max_length=length,
             max_tokens=tokens,
             max_position=_max_position(config) if self._forward.takes_positions else 0,
+            max_keys=_max_position(config),
             caches=self._caches,
             window=masks.window_of(config),
             left_out=tuple(probe.left_out),
@@ -258,7 +259,7 @@ def _bounds(config: Any, device: str, graphs: bool) -> tuple[int, int]:
 
 def _max_position(config: Any) -> int:
     """Tokens that have a position; some configurations say -1 where there is no limit."""
-    given = getattr(config, "max_position_embeddings", None)
+    given = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return given if given is not None and given > 0 else 1 << 30
 
 
