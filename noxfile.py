@@ -92,6 +92,7 @@ _PROJECT = (
     "msgspec",
     "numpy",
     "packaging",
+    "expecttest",
     "jinja2",
     "matplotlib",
 )

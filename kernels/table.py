@@ -68,6 +68,7 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "native_layer_norm": norms.native_layer_norm,
     "native_group_norm": norms.native_group_norm,
     "_fused_rms_norm": norms.fused_rms_norm,
+    "_weight_norm_interface": norms.weight_norm_interface,
     "_scaled_dot_product_flash_attention_for_cpu": attention.flash_attention_for_cpu,
     "_scaled_dot_product_efficient_attention": attention.efficient_attention,
     "index_add": scatter.index_add,
@@ -75,6 +76,7 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "_embedding_bag": scatter.embedding_bag,
     "_embedding_bag_forward_only": scatter.embedding_bag,
     "_cdist_forward": distances.cdist_forward,
+    "addr": pointwise.addr,
     "_fft_c2c": fourier.fft_c2c,
     "_fft_r2c": fourier.fft_r2c,
     "_fft_c2r": fourier.fft_c2r,
@@ -154,7 +156,7 @@ _ON_THE_CPU = (
     *("special_scaled_modified_bessel_k0", "special_scaled_modified_bessel_k1"),
     *(f"special_chebyshev_polynomial_{kind}" for kind in "tuvw"),
     *("special_hermite_polynomial_h", "special_hermite_polynomial_he", "special_laguerre_polynomial_l"),
-    *("log_sigmoid_forward", "round.decimals", "remainder.Tensor", "remainder.Scalar", "addr"),
+    *("log_sigmoid_forward", "round.decimals", "remainder.Tensor", "remainder.Scalar"),
 )
 _IN_SEVERAL_STEPS = (
     *("add.Tensor", "sub.Tensor", "div.Tensor_mode", "floor_divide", "lerp.Tensor", "addcmul", "addcdiv", "glu", "nextafter"),
@@ -162,7 +164,6 @@ _IN_SEVERAL_STEPS = (
     *("binary_cross_entropy_with_logits", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "col2im"),
     *("grid_sampler_2d", "grid_sampler_3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d"),
     *(
-        "_weight_norm_interface",
         "_weight_norm_interface_backward",
         "upsample_trilinear3d",
         "_upsample_bilinear2d_aa",

@@ -42,6 +42,10 @@ class BatchVarianceError(AssertionError):
         return self.finding.breakpoints.sizes if self.finding.breakpoints else ()
 
 
+class UnverifiedError(RuntimeError):
+    """Every row kept its bits, but operators ran that nobody vouches for, and the check is strict."""
+
+
 def check_batch_invariant(
     subject: Subject,
     relations: Sequence[str] = ("R", "S", "I", "X"),
@@ -227,6 +231,8 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
                 "about it. Look for what redirects these operators: stock_torch(), another library's mode, a dispatch key."
             )
             verdict = "error"
+        elif verdict == "equal" and context.current().strict and (doubt := _doubt(ops)):
+            error, verdict = UnverifiedError(doubt), "error"
     except KeyboardInterrupt as interruption:
         error = interruption
     record = Record(
@@ -277,6 +283,23 @@ def _is_refusal(error: BaseException | None) -> bool:
             return True
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return False
+
+
+def _doubt(ops: OpCoverage | None) -> str:
+    """Why the mode does not vouch for all that ran; "" where it does, or where it is off and vouches for nothing."""
+    if ops is None:
+        return ""
+    if ops.error:
+        return f"it is not known which operators ran ({ops.error}), and --batchinv-strict asks for all of them to be known."
+    if not ops.unverified:
+        return ""
+    what_to_do = (
+        ops.not_scanned or "docs/coverage.md says what the scan saw of them. Use others, or leave --batchinv-strict out"
+    )
+    return (
+        f"{', '.join(ops.unverified)} ran, which are neither in the table nor known to keep the bits of a row, and "
+        f"--batchinv-strict allows no such operator: {what_to_do}."
+    )
 
 
 def _mode(control: bool) -> Mode:

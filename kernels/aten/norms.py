@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from pytest_batchinv.kernels.aten.common import FLOATS, Refused, Step, after, kernel_set, merged, planned, shape_of
-from pytest_batchinv.kernels.aten.reductions import sum_dim
+from pytest_batchinv.kernels.aten.reductions import sum_dim, vector_norm
 from pytest_batchinv.kernels.plans import Description, describe, plan
 from pytest_batchinv.kernels.reference import accumulator_dtype
 
@@ -120,6 +120,13 @@ def _update_running(running_mean, running_var, mean: Tensor, var: Tensor, n: int
     for running, of_batch in ((running_mean, mean), (running_var, unbiased)):
         if running is not None:
             running.copy_(running * (1 - momentum) + of_batch * momentum)
+
+
+def weight_norm_interface(v, g, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """``v * (g / |v|)``, the norm over all dims but one by ``vector_norm``; and the norm, in the accumulator's dtype."""
+    wide = accumulator_dtype(v.dtype)
+    norms = vector_norm(v.to(wide), 2, [d for d in range(v.dim()) if d != dim % v.dim()], True)
+    return (v.to(wide) * (g.to(wide) / norms)).to(v.dtype), norms
 
 
 def fused_rms_norm(input, normalized_shape, weight, eps) -> tuple[Tensor, Tensor]:

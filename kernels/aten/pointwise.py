@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pytest_batchinv.kernels.aten import vectors
-from pytest_batchinv.kernels.aten.common import as_floats
+from pytest_batchinv.kernels.aten.common import as_floats, shape_of
 
 
 def _pointwise(x: Tensor, kind: str, *params: float) -> Tensor:
@@ -18,6 +18,15 @@ def unary(kind: str) -> Callable[[Tensor], Tensor]:
     """A pointwise operator without further arguments. Complex numbers go to torch's own kernel, in whole vectors."""
     of_complex = vectors.whole_vectors(kind)
     return lambda self: of_complex(self) if self.is_complex() else _pointwise(self, kind)
+
+
+def addr(self: Tensor, vec1: Tensor, vec2: Tensor, *, beta: complex = 1, alpha: complex = 1) -> Tensor:
+    """``beta * self + alpha * (vec1[:, None] * vec2)``, each step rounded."""
+    if vec1.dim() != 1 or vec2.dim() != 1:
+        raise RuntimeError(f"addr: expected two vectors, but got shapes {shape_of(vec1)} and {shape_of(vec2)}")
+    added = alpha * (vec1[:, None] * vec2)
+    out = added if beta == 0 else beta * self.expand(added.shape) + added
+    return out.contiguous()
 
 
 def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
+from typing import Literal
 
 from torch._ops import OpOverload
 
 from pytest_batchinv.diagnose.recorder import Call, Recorder
-from pytest_batchinv.kernels import counters, overloads, rowlocal, table
+from pytest_batchinv.kernels import counters, overloads, scanned, table
 from pytest_batchinv.report.record import OpCoverage
 from pytest_batchinv.shapes import BatchShape
 from pytest_batchinv.subjects.base import NotRun, Subject
@@ -38,23 +39,44 @@ def op_coverage(subject: Subject, cases: Iterable[BatchShape]) -> OpCoverage:
 def sort_calls(calls: Iterable[Call], answered: Counter[str]) -> OpCoverage:
     """answered: calls by overload that reached the table."""
     covered: Counter[str] = Counter()
-    row_local, unverified, bypassed = set(), set(), set()
+    row_local, unverified, bypassed, devices = set(), set(), set(), set()
     for call in calls:
-        name, on_cpu = call.overload.name(), call.device == "cpu"
-        if call.overload.namespace == "batchinv" or call.overload in _covered(on_cpu):
+        name, device = call.overload.name(), call.device or "cpu"
+        state = vouched(call.overload, call.name, device, call.dtype, scanned.scan_of(device))
+        devices.add(device)
+        if state == "covered":
             covered[name] += 1
             if call.gives_floats and not answered[name]:
                 bypassed.add(name)
-        elif rowlocal.is_row_local(call.overload):
+        elif state == "row-local":
             row_local.add(name)
         else:
-            unverified.add(name)
+            unverified.add(call.name)
     return OpCoverage(
         covered=dict(sorted(covered.items())),
-        row_local=tuple(sorted(row_local)),
+        row_local=tuple(sorted(row_local - unverified)),
         unverified=tuple(sorted(unverified)),
         bypassed=tuple(sorted(bypassed)),
+        not_scanned=" ".join(filter(None, map(scanned.what_is_missing, sorted(devices)))) if unverified else "",
     )
+
+
+def vouched(
+    overload: OpOverload, name: str, device: str, dtype: str, scan: scanned.Scan | None
+) -> Literal["covered", "row-local"] | None:
+    """How the mode vouches for an operator in this dtype, as the scan has it; None: it is unverified.
+
+    An entry of the table whose rows the scan saw vary is not covered. name: of the operator's cell. dtype: "" for a call
+    without floats: whole numbers are not rounded, so no order changes them.
+    """
+    state = None if scan is None else scan.state(name, dtype)
+    if state == scanned.VARIES:
+        return None
+    if overload.namespace == "batchinv" or overload in _covered(device == "cpu"):
+        return "covered"
+    if scanned.is_exact(overload, dtype) or scanned.computes_nothing(overload) or state in (scanned.ROW_LOCAL, scanned.COVERED):
+        return "row-local"
+    return None
 
 
 @cache

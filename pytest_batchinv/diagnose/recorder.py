@@ -10,13 +10,21 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_batchinv.kernels import scanned
+
 
 @dataclass
 class Call:
-    """One operator of a forward. args, kwargs: copies of its inputs; empty unless they were kept."""
+    """One operator of a forward. args, kwargs: copies of its inputs; empty unless they were kept.
+
+    name, dtype: what the scan's data knows it under (``kernels/scanned.py``). dtype is "" for one that neither takes nor gives
+    floats.
+    """
 
     overload: OpOverload
     device: str
+    name: str = ""
+    dtype: str = ""
     gives_floats: bool = False
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -44,12 +52,14 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        call = Call(func, _device(args, kwargs))
+        call = Call(func, _device(args, kwargs), scanned.cell_name(func, kwargs), scanned.dtype_of((args, kwargs)))
+        takes_floats = scanned.has_floats((args, kwargs))
         if self._keeps_inputs is not None and self._keeps_inputs(func, args):
             call.args, call.kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         self.calls.append(call)
         out = func(*args, **kwargs) if self._around is None else self._around(func, args, kwargs)
-        call.gives_floats = any(x.is_floating_point() or x.is_complex() for x in tensors_of(out))
+        call.gives_floats = scanned.has_floats(out)
+        call.dtype = scanned.dtype_of_call(call.dtype, takes_floats, out)
         return out
 
 

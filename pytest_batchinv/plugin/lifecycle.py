@@ -93,6 +93,7 @@ def begin(item: Any) -> None:
         max_examples=settings.max_examples,
         case=settings.shape,
         seed=settings.seed,
+        strict=settings.strict,
         emit=lambda record: _keep(item, record),
         progress=run.stack.enter_context(progress.told(item)),
         replay=lambda info, case: replay_command(item, info, case),

@@ -206,6 +206,14 @@ OPTIONS = (
         "JSON",
     ),
     Option(
+        "strict",
+        parse_switch,
+        False,
+        "An operator that nobody vouches for is an error: one that ran in a check and is neither in the table nor row-local by "
+        "the scan of this torch and device.",
+        form="switch",
+    ),
+    Option(
         "report",
         parse_report,
         (),

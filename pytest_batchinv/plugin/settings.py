@@ -27,6 +27,7 @@ class Settings:
     max_examples: int
     seed: int | None
     shape: "BatchShape | None"
+    strict: bool
     report: tuple[Path, ...]
 
     @property

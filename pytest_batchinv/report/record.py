@@ -154,13 +154,15 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 class OpCoverage(msgspec.Struct, frozen=True):
     """Operators that ran in the subject's forward, by how the mode vouches for them; calls by overload for ``covered``.
 
-    bypassed: covered operators that ran, and that the table did not answer. error: why nothing is known.
+    bypassed: covered operators that ran, and that the table did not answer. not_scanned: that this torch and device have no
+    data of the scan, and how it is made. error: why nothing is known.
     """
 
     covered: dict[str, int] = {}
     row_local: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()
+    not_scanned: str = ""
     error: str = ""
 
 

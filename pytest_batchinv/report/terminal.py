@@ -199,6 +199,8 @@ def _unverified(records: list[Record]) -> Iterator[str]:
         yield f"UNVERIFIED: {counted(len(by_op), 'operator')} ran as stock torch has them, neither replaced nor known to work"
         yield "on each row by itself; the mode does not vouch for what they touched:"
         yield from (f"  {name}  in {', '.join(sorted(subjects))}" for name, subjects in sorted(by_op.items()))
+        for why in sorted({record.ops.not_scanned for record in records if record.ops is not None} - {""}):
+            yield from textwrap.wrap(why, WIDTH)
         yield ""
     for record in records:
         if record.ops is not None and record.ops.error:

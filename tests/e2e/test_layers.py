@@ -137,6 +137,15 @@ def test_gradients_are_those_of_the_function(name):
         assert torch.autograd.gradcheck(GRADIENTS[name], [torch.randn(3, 5, dtype=torch.float64).requires_grad_()])
 
 
+def test_what_torch_decomposes_early_is_back_after_the_mode():
+    key, bilinear = torch._C.DispatchKey.Autograd, torch.ops.aten.upsample_bilinear2d.vec
+    before = dict(bilinear.py_kernels)
+    assert key in before
+    with batch_invariant_mode():
+        assert key not in bilinear.py_kernels
+    assert bilinear.py_kernels == before
+
+
 def test_products_of_several_are_written_where_the_caller_wants_them():
     with batch_invariant_mode():
         expected, out = torch.linalg.multi_dot([VECTORS, A, B]), torch.empty(0)

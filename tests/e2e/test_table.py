@@ -55,6 +55,8 @@ CALLS = {
     "_fft_r2c": (torch.ops.aten._fft_r2c, (A, [1], 0, True)),
     "_fft_c2c": (torch.ops.aten._fft_c2c, (A + 0j, [0, 1], 1, False)),
     "_fft_c2r": (torch.ops.aten._fft_c2r, (A + 0j, [1], 2, 12)),
+    "_weight_norm_interface": (torch.ops.aten._weight_norm_interface, (IMAGE, torch.randn(2, 1, 1))),
+    "addr": (torch.addr, (A, A[:, 0], V), {"beta": 0.5, "alpha": 2}),
     "cdist": (torch.cdist, (B3, B3 + 1)),
     "_embedding_bag": (torch.ops.aten._embedding_bag, (A, torch.tensor([3, 0, 3, 1]), torch.tensor([0, 2, 2]))),
     "_embedding_bag_forward_only": (

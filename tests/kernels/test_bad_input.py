@@ -44,6 +44,8 @@ TESTED_AS_LAYERS = (
     "gru",
     "rnn_tanh",
     "rnn_relu",
+    "addr",
+    "_weight",
 )
 NAMES = tuple(
     name for name in (*table.BACKEND_KERNELS, *table.COMPOSITES, *table.POINTWISE) if not name.startswith(TESTED_AS_LAYERS)
