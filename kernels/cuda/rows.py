@@ -295,8 +295,8 @@ def _row_partials_kernel(
 # --- sums over the rows ----------------------------------------------------------------------------------------------
 
 
-NEIGHBOURS, LATER_NEIGHBOURS = 32, 128
-"""Neighbours that one program of ``_column_sums_kernel`` adds: five levels of the tree, and then seven."""
+NEIGHBOURS = tl.constexpr(32)
+"""Neighbours that one program of ``_column_sums_kernel`` adds: five levels of the tree."""
 
 
 @triton.jit
@@ -325,14 +325,13 @@ def _column_sums_kernel(
     LAST: tl.constexpr,
     MEAN: tl.constexpr,
     ACC: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sums over the rows of x [n_terms, n_cols]: the order of ``chunk_sum``, for sums whose terms lie ``stride`` apart.
 
-    terms_of_chunk terms are a chunk. FOLD: the upper half of a chunk is first added to the lower half. A program adds so many
-    NEIGHBOURS of a chunk, level by level: out[chunk * blocks + block]. LAST: a chunk has no more of them, and the chunks' sums
-    are added ascending; MEAN: and divided by their number. A sum is never -0.
+    terms_of_chunk terms are a chunk. FOLD: the upper half of a chunk is first added to the lower half. A program adds 32
+    neighbours of a chunk, level by level: out[chunk * blocks + block]. LAST: a chunk has no more than 32, and the chunks'
+    sums are added ascending; MEAN: and divided by their number. A sum is never -0.
     """
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], ACC)
@@ -353,8 +352,6 @@ def _column_sums_kernel(
         level2 = total
         level3 = total
         level4 = total
-        level5 = total
-        level6 = total
         for i in tl.static_range(NEIGHBOURS):
             # What is behind the lower half is there already, as the upper half of another term.
             x = _load_terms(x_ptr, term + i, cols, n_cols, stride, end, FOLD, ACC)
@@ -379,14 +376,6 @@ def _column_sums_kernel(
                                 level4 = x
                             else:
                                 x = level4 + x
-                                if i // 32 % 2 == 0:
-                                    level5 = x
-                                else:
-                                    x = level5 + x
-                                    if i // 64 % 2 == 0:
-                                        level6 = x
-                                    else:
-                                        x = level6 + x
         total = total + (x + 0.0)
     if MEAN:
         total = divide(total, tl.full([], divisor, ACC), ACC)
@@ -409,20 +398,19 @@ class ColumnSums:
         fold = folded if chunk > folded and n_terms > folded else 0
         chunks, terms = max(1, ceil_div(n_terms, chunk)), chunk
         of_chunk = min(n_terms, fold or chunk)  # what is left of a chunk where it has been folded
-        block, neighbours = 256, NEIGHBOURS
+        block = 256
         self._levels: list[tuple[Launch, tuple[int, int]]] = []
         while True:
-            blocks = max(1, ceil_div(of_chunk, neighbours))
+            blocks = max(1, ceil_div(of_chunk, NEIGHBOURS.value))
             is_last = blocks == 1
             grid = ceil_div(n_cols, block), 1 if is_last else chunks * blocks, 1
             numbers = (n_cols, stride, n_terms, terms, chunks, blocks, float(x.shape[0]))
-            arguments = (*numbers, fold, is_last, is_last and mean, acc, neighbours, block)
+            arguments = (*numbers, fold, is_last, is_last and mean, acc, block)
             launch = Launch(_column_sums_kernel, grid, arguments, num_warps=1, enable_fp_fusion=False)
             self._levels.append((launch, (grid[1], n_cols)))
             if is_last:
                 return
             n_terms, stride, terms, of_chunk, fold = chunks * blocks, n_cols, blocks, blocks, 0
-            block, neighbours = 64, LATER_NEIGHBOURS
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
         for launch, shape in self._levels:
