@@ -476,7 +476,7 @@ def _grouped_gemm_kernel(
     """out[t] = a[t] @ b[g] for one tile of the rows of one group, in the order of ``_gemm_kernel``.
 
     The grid has as many programs as any offs can need row tiles, cdiv(T, BLOCK_M) + G. A program counts the tiles of
-    the groups before it (in integers, exactly) to find its own; programs after the last tile write the zeros behind the groups.
+    the groups before it (in integers, exactly) to find its own; programs after the last tile have nothing to do.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // tiles_n
@@ -515,12 +515,6 @@ def _grouped_gemm_kernel(
         out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n.to(tl.int64)[None, :]
         inside = (offs_m < end)[:, None] & (offs_n < N)[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        offs_m = tl.max(ends, 0) + (pid_m - tl.max(tiles_up_to, 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n.to(tl.int64)[None, :]
-        nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.float32).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptrs, nothing, mask=(offs_m < T)[:, None] & (offs_n < N)[None, :])
 
 
 def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
@@ -546,7 +540,7 @@ def _plan_grouped_gemm(a: Description, b: Description, offs: Description) -> Cal
     launch = _launch(_grouped_gemm_kernel, (programs, 1, 1), arguments, tile)
 
     def call(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
-        out = a.new_empty((T, N))
+        out = a.new_zeros((T, N))
         with on_device(a):
             launch(a, b, offs, out)
         return out
