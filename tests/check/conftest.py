@@ -3,6 +3,7 @@
 import hypothesis
 import pytest
 from hypothesis.database import InMemoryExampleDatabase
+from scan_data import scanned_data  # noqa: F401
 
 from pytest_batchinv import context
 from pytest_batchinv.search import sweep
