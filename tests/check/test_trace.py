@@ -287,3 +287,51 @@ def test_a_run_in_steps_is_traced_to_the_operator_of_the_step(relation, steps, m
     assert (op.overload, op.module) == ("aten::mul.Tensor", "model.layers.1.mlp"), found
     assert [culprit.effect for culprit in found.culprits] == ["causes"]
     assert not found.notes or found.notes == ("",)
+
+
+class Lazy(torch.nn.Module):
+    """Its table is zeros until the first call fills it: what a run captures at start-up is no run like the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(64, 64), requires_grad=False)
+        self.register_buffer("table", torch.zeros(64))
+
+    def forward(self, x):
+        if not self.table.any():
+            self.table += torch.arange(64.0)
+        return gemv(x + self.table, self.w)
+
+
+@torch.library.custom_op("batchinv_tests::two_results", mutates_args=())
+def two_results(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x * 1.0, x * (2.0 + 3e-7 * (len(x) > 1))
+
+
+def with_residual(x):
+    """Alone hidden and residual are added before the norm, in a batch within one operator more: one is the sum, one is not."""
+    hidden = torch.nn.functional.silu(x)
+    if len(x) == 1:
+        total = hidden + x
+        return torch.nn.functional.layer_norm(total, (64,)).exp()
+    hidden = hidden * (1 + 3e-7)
+    total = torch.add(hidden, x)
+    return torch.nn.functional.layer_norm(total, (64,)).exp()
+
+
+def test_values_of_the_start_up_are_not_blamed():
+    torch.manual_seed(0)
+    found = finding_of(Lazy(), torch.randn(8, 64), relations=("I",)).finding.trace
+    assert [found.ops[culprit.op].overload for culprit in found.culprits] == ["batchinv_mutants::gemv"]
+
+
+def test_an_operator_is_blamed_for_its_second_result_and_not_the_one_that_reads_it():
+    found = finding_of(lambda x: sum(y.exp() for y in two_results(x)), torch.randn(8, 64), relations=("I",)).finding.trace
+    assert [found.ops[culprit.op].overload for culprit in found.culprits] == ["batchinv_tests::two_results"]
+
+
+def test_a_sum_is_not_compared_with_its_parts():
+    found = finding_of(with_residual, torch.randn(8, 64), relations=("I",)).finding.trace
+    blamed = [found.ops[culprit.op].overload for culprit in found.culprits]
+    assert not {"aten::native_layer_norm", "aten::exp", "aten::silu"} & set(blamed), blamed
+    assert any("only the second side calls aten::mul" in line for line in found.control_flow)
