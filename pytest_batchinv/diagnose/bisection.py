@@ -25,7 +25,10 @@ class _TooLong(Exception):
 
 
 def told(subject: Subject, holds: Callable[[Subject], bool]) -> str:
-    """Which part of the compiler parts the bits, as a sentence. holds: whether they are equal in a subject compiled anew."""
+    """Which part of the compiler parts the bits, as a sentence. holds: whether they are equal in a subject compiled anew.
+
+    Drops Dynamo's compiled code, that of other subjects, too: the bisector is asked when code is compiled, and never later.
+    """
     if not hasattr(subject, "in_compile_mode") or subject.info.compile_mode not in COMPILE_MODES:
         return "it cannot be bisected: only what is compiled by its compile mode can be compiled again in parts"
     deadline = time.monotonic() + SECONDS
@@ -43,6 +46,8 @@ def told(subject: Subject, holds: Callable[[Subject], bool]) -> str:
     except _TooLong:
         last = (log.getvalue().strip().splitlines() or [""])[-1]
         return f"bisection took longer than {SECONDS:.0f} s; it had come to: {last}"
+    except Exception as error:  # of the subject, compiled in a part of the compiler that no one compiles it in
+        return f"bisection failed: {type(error).__name__}: {error}"
     finally:
         torch._dynamo.reset()
     if found is None:

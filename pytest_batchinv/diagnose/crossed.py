@@ -140,6 +140,7 @@ def trace(subject: Subject, side: Side) -> Trace:
 
 
 def beside_eager_code(subject: Subject, side: Side) -> Trace:
+    """The kernels of the compiled run of this batch, and the operators of the eager one that their results stand for."""
     code = CompiledCode.of(subject, (side.case,))
     calls, expected, is_cut = kept_calls(subject.in_eager_mode(), side, EagerCode())
     results = _Results(calls)

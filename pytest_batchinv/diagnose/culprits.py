@@ -267,8 +267,9 @@ def _sizes(rows: OwnRows) -> Breakpoints:
 def _elsewhere(rows: OwnRows) -> tuple[tuple[str, Breakpoints], ...]:
     """Its sizes in other dtypes, and with one thread; what the operator does not take is left out."""
     found = []
+    gives_floats = rows.first(1).is_floating_point()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if dtype != rows.dtype and rows.first(1).is_floating_point():
+        if dtype != rows.dtype and gives_floats:
             with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):
                 found.append((short_dtype(dtype), _sizes(rows.in_dtype(dtype))))
     threads = torch.get_num_threads()

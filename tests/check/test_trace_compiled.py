@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_batch_invariant
+from pytest_batchinv.diagnose import bisection
 from pytest_batchinv.diagnose.generated import UNSEEN, CompiledCode, graphs
 from pytest_batchinv.mutants.compiled import COMPILED, contracted, steady
 from pytest_batchinv.mutants.detection import is_located
@@ -117,3 +118,17 @@ def test_two_graphs_of_the_two_sides_are_set_beside_eager_code():
     found = finding_of(fn, torch.rand(8, 16), ("I",), "default").finding.trace
     assert "contracted" in found.ops[found.cause.op].overload, found
     assert any(note.startswith("the two sides run other graphs") for note in found.notes)
+
+
+def test_a_bisection_that_fails_leaves_the_rest_of_the_trace(monkeypatch):
+    pool = torch.randn(40, 37, generator=torch.Generator().manual_seed(0))
+
+    def crash(*_):
+        raise ValueError("planted")
+
+    monkeypatch.setattr(bisection.CompilerBisector, "do_bisect", crash)
+    with torch._inductor.config.patch(cpp_wrapper=True), pytest.raises(BatchVarianceError) as caught:
+        assert_batch_invariant(
+            lambda x: x.std(1), pool, relations=("I",), compile_mode="default", case=BatchShape((Row(0), Row(4)))
+        )
+    assert caught.value.finding.trace.notes[1:] == (UNSEEN, "bisection failed: ValueError: planted")
