@@ -62,7 +62,8 @@ def not_proven(checks: list[Record], controls: list[Record]) -> list[str]:
     if unsure := sum(record.verdict == "inconclusive" for record in controls):
         words.append(f"{counted(unsure, 'control')} INCONCLUSIVE")
     asked = {record.relation for record in checks}
-    words.append(f"not asked: {', '.join(x for x in letters.WORDS if x not in asked) or 'no relation'}")
+    if others := [letter for letter in letters.WORDS if letter not in asked]:
+        words.append(f"not asked: {', '.join(others)}")
     words.append("tensor parallel and other machines")
     return words
 
