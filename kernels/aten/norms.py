@@ -203,6 +203,13 @@ def _plan_norm_backward(
     n_dims = _check_normalized("norm_backward", x, normalized_shape, weight)
     if grad.shape != x.shape or grad.device != x.device:
         raise RuntimeError(f"norm_backward: expected a gradient like the input {shape_of(x)}, but got {shape_of(grad)}")
+    rows = math.prod(x.shape[: len(x.shape) - n_dims])
+    for statistic in (mean, rstd):
+        if statistic is not None and (math.prod(statistic.shape) != rows or statistic.device != x.device):
+            raise RuntimeError(
+                f"norm_backward: expected a mean and an rstd for each of {rows} rows on {x.device}, but got "
+                f"{shape_of(statistic)} on {statistic.device}"
+            )
     brought = [_rows(grad, n_dims), _rows(x, n_dims), _flat(mean), _flat(rstd), _flat(weight)]
     rows, steps = zip(*brought, strict=True)
     return after(steps, planned("row_norm_backward", rows, *wants, shape=(x.shape, normalized_shape)))
@@ -215,6 +222,8 @@ def norm_backward_fake(grad, input, normalized_shape, mean, rstd, weight, output
 
 
 def native_layer_norm_backward(grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask) -> Gradients:
+    if bias is not None and tuple(bias.shape) != tuple(normalized_shape):
+        raise RuntimeError(f"layer_norm: expected a bias of shape {tuple(normalized_shape)}, but got {shape_of(bias)}")
     return norm_backward(grad_out, input, normalized_shape, mean, rstd, weight, output_mask)
 
 

@@ -60,7 +60,8 @@ LAYOUTS = ("contiguous", "transposed", "strided", "shifted", "expanded", "overla
 
 # --- good calls -----------------------------------------------------------------------------------------------------------
 
-# The tensors of an entry: a letter is a size, "*" any shape, "?" may be None. Several forms are divided by "|".
+# The tensors of an entry: a letter is a size, "1" is one, "?" may be None. Several forms are divided by "|". Tensors that are
+# not named have one shape, whatever it is.
 TENSORS = {
     "mm": "self:mk mat2:kn",
     "addmm": "self:mn mat1:mk mat2:kn|self:n mat1:mk mat2:kn",
@@ -76,6 +77,9 @@ TENSORS = {
     "layer_norm": "input:xyz weight?:z bias?:z|input:z weight?:z bias?:z",
     "rms_norm": "input:xyz weight?:z|input:z weight?:z",
     "native_group_norm": "input:bcl weight?:c bias?:c",
+    "native_layer_norm_backward": "grad_out:xyz input:xyz mean:xy1 rstd:xy1 weight?:z bias?:z",
+    "_fused_rms_norm_backward": "grad_out:xyz input:xyz rstd:xy1 weight?:z",
+    "native_group_norm_backward": "grad_out:bcl input:bcl mean:b1 rstd:b1 weight?:c",
     "_scaled_dot_product_flash_attention_for_cpu": "query:bhsd key:bhkd value:bhkd attn_mask?:bhsk",
     "_scaled_dot_product_efficient_attention": "query:bhsd key:bhkd value:bhkd attn_bias?:bhsk",
     "scaled_dot_product_attention": "query:bhsd key:bhkd value:bhkv attn_mask?:sk",
@@ -127,6 +131,8 @@ OTHERS = {
     "N": lambda size: size["b"],
     "C": lambda size: size["c"],
     "HxW": lambda size: size["l"],
+    "output_mask": st.lists(flags, min_size=3, max_size=3),
+    "_fused_rms_norm_backward.output_mask": st.lists(flags, min_size=2, max_size=2),
 }
 
 
@@ -239,7 +245,7 @@ def good_calls(draw, name: str) -> Call:
     sibling = draw(st.sampled_from([None, None, *siblings]))
     form = draw(st.sampled_from(TENSORS.get(SAME.get(packet, packet), "").split("|")))
     shapes = dict(part.split(":") for part in form.split())
-    size = {c: draw(sizes) * (8 if c.isupper() else 1) for c in sorted({*"".join(shapes.values())})}
+    size = {c: 1 if c == "1" else draw(sizes) * (8 if c.isupper() else 1) for c in sorted({*"".join(shapes.values())})}
     any_shape = tuple(draw(st.lists(sizes, max_size=4)))
     dtypes = (*FLOATS, *(COMPLEX if packet in table.COMPLEX else ()))
     if name.endswith(".dtype") or packet == "_grouped_mm":
@@ -252,10 +258,13 @@ def good_calls(draw, name: str) -> Call:
             shape = any_shape if letters is None else tuple(size[c] for c in letters)
             arguments[a.name] = None if absent else draw(good_tensors(a.name, shape, dtype, packet, arguments))
         elif a.name == "dim":
-            dims = range(-(len(arguments["self"].shape) or 1), len(arguments["self"].shape) or 1)
+            rank = len(next(iter(arguments.values())).shape) or 1
+            dims = range(-rank, rank)
             which = [0] if form.endswith("source:in") else [1] if form.endswith("source:mi") else dims
             many = st.lists(st.sampled_from(which[: len(dims) // 2]), max_size=2, unique=True)
             arguments["dim"] = draw(many if "List" in str(a.type) else st.sampled_from(which))
+        elif a.name == "input_dtype":
+            arguments["input_dtype"] = dtype
         elif a.name == "k":
             arguments["k"] = draw(st.integers(0, min(any_shape, default=1)))
         else:
@@ -380,8 +389,8 @@ def run(call: Call, device: str, likes: tuple[torch.Tensor, ...] | None, wide: b
         written.add("self")
     elif likes is not None and call.outs:
         names = [a.name for a in overload._schema.arguments if a.is_out]
-        for name, out, like in zip(names, call.outs, [*likes, *[torch.empty(0)] * len(names)], strict=False):
-            memory[name] = _out(out, like, memory)
+        for name, out, like in zip(names, call.outs, [*likes, *[None] * len(names)], strict=False):
+            memory[name] = _out(out, torch.empty(0) if like is None else like, memory)
             built[name] = memory[name][1]
             written.add(name)
     before = {name: (buffer.clone(), _places(buffer, view)) for name, (buffer, view) in memory.items()}
@@ -436,6 +445,8 @@ EXTENSIONS = [
     ("linear", "must match the existing size", "a bias broadcasts to the result, whatever the rank and strides of input"),
     ("norm", "Expected out tensor to have dtype", "dtype= may be complex, and gives the real dtype of its parts"),
     ("cdist", "not implemented for", "distances of 16 bits, as of any float"),
+    ("native_layer_norm_backward", "does not have a device", "a gradient may be asked of a weight that is not given"),
+    ("native_group_norm_backward", "does not have a device", "a gradient may be asked of a weight that is not given"),
     ("convolution", "not implemented for 'Complex", "complex numbers do not depend on the strides"),
 ]
 
