@@ -106,6 +106,8 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "linalg_multi_dot.out": products.multi_dot_out,
     "chain_matmul": products.chain_matmul,
     "chain_matmul.out": products.chain_matmul_out,
+    "cross": pointwise.cross,
+    "cross.out": pointwise.cross_out,
     "lstm_cell": recurrent.lstm_cell,
     "gru_cell": recurrent.gru_cell,
     **{

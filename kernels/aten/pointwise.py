@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from pytest_batchinv.kernels.aten import vectors
-from pytest_batchinv.kernels.aten.common import as_floats, shape_of
+from pytest_batchinv.kernels.aten.common import Refused, as_floats, shape_of
 
 
 def _pointwise(x: Tensor, kind: str, *params: float) -> Tensor:
@@ -27,6 +28,29 @@ def addr(self: Tensor, vec1: Tensor, vec2: Tensor, *, beta: complex = 1, alpha: 
     added = alpha * (vec1[:, None] * vec2)
     out = added if beta == 0 else beta * self.expand(added.shape) + added
     return out.contiguous()
+
+
+def cross(self: Tensor, other: Tensor, dim: int | None = None) -> Tensor:
+    """``linalg_cross``. Raises Refused without ``dim`` where torch would choose one of several dims."""
+    return torch.linalg.cross(self, other, dim=_dim_of_cross(self, dim))
+
+
+def cross_out(self: Tensor, other: Tensor, dim: int | None = None, *, out: Tensor) -> Tensor:
+    return torch.linalg.cross(self, other, dim=_dim_of_cross(self, dim), out=out)
+
+
+def _dim_of_cross(self: Tensor, dim: int | None) -> int:
+    if dim is not None:
+        return dim
+    threes = [d for d, size in enumerate(self.shape) if size == 3]
+    if not threes:
+        raise RuntimeError("no dimension of size 3 in input")
+    if len(threes) > 1:
+        raise Refused(
+            f"batch-invariant mode does not cover torch.cross of {shape_of(self)} without dim: torch takes the first dimension "
+            "of size 3, which in a batch of 3 rows is that of the rows. Give it dim."
+        )
+    return threes[0]
 
 
 def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:

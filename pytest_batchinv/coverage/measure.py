@@ -85,42 +85,24 @@ def _trusts_places(call: Call, leaves: list[Tensor]) -> bool:
     return places and ("_backward" in call.name or call.name.partition(".")[0] in _UNCHECKED)
 
 
-_UNCHECKED = {"aten::lu_unpack", "aten::linalg_lu_solve", "aten::linalg_ldl_solve", "aten::max_unpool2d", "aten::max_unpool3d"}
+_UNCHECKED = {"aten::lu_unpack", "aten::linalg_ldl_solve", "aten::max_unpool2d", "aten::max_unpool3d"}
 
 
 def _compared(call: Call, layout: Layout, threads: tuple[int, ...], is_brief: bool) -> Outcome:
     """Whether there are rows in this layout, and the first change of bits in words."""
     found = False
     for number, sizes in enumerate(itertools.islice(widths(call, layout), 2 if is_brief else None)):
-        batches = found_rows(call, sizes, layout)
+        batches, why = found_rows(call, sizes, layout)
         if batches is None:
             if not sizes:
-                break
+                return Outcome(scanned.NO_ROWS, why)
             continue
         found = True
         sizes_to_run = FEW if is_brief else (*SIZES, GRAIN) if number < 2 else SOME
         difference = _first_difference(batches, threads, sizes_to_run)
         if difference:
-            if _is_another_function_at_each_position(call, layout):
-                return Outcome(scanned.NO_ROWS, f"what it makes of a row follows its position in dim {layout.dim}")
             return Outcome(scanned.VARIES, f"rows in dim {layout.dim}, {_words(sizes)}{difference}")
     return Outcome(scanned.ROW_LOCAL if found else scanned.NO_ROWS)
-
-
-def _is_another_function_at_each_position(call: Call, layout: Layout) -> bool:
-    """Whether equal rows differ by more than rounding where no vector has a tail: ``triu``, say, whose dim 0 is no batch.
-
-    This tells a batch dimension from another, and no verdict on bits comes from it: what it finds leaves a cell unverified.
-    """
-    for sizes in list(widths(call, layout))[2:3] or [{}]:
-        batches = found_rows(call, sizes, layout)
-        if batches is None:
-            continue
-        for out in batches.run(torch.zeros(4, dtype=torch.int64)):
-            values = out.to(torch.complex128).abs().nan_to_num() if out.is_complex() else out.double().nan_to_num()
-            if float((values - values[:1]).abs().max()) > 0.1 * float(values.abs().max()):
-                return True
-    return False
 
 
 def _first_difference(batches: Batches, threads: tuple[int, ...], every: tuple[int, ...]) -> str:

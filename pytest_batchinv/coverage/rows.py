@@ -62,6 +62,7 @@ class Batches:
                 self._leaves[i] = sizes[leaf]
         self.row_values = max((pool.numel() // POOL for pool in self._pools.values()), default=0)
         self.followed: tuple[tuple[int, int], ...] = ()
+        self.why = ""
 
     def run(self, ids: Tensor, offset: int = 0) -> list[Tensor]:
         outputs = self._outputs(ids, offset)
@@ -72,47 +73,81 @@ class Batches:
         return n_rows * self.row_values <= (MOST_VALUES if self.row_values < LARGE_ROW else MOST_VALUES_OF_LARGE_ROWS)
 
     def find_rows(self) -> bool:
-        """Whether outputs follow the rows, and no row the content of the others. Raises what the call raises."""
-        small, large = torch.arange(3) % POOL, torch.arange(5) % POOL
-        three, five = self._outputs(small), self._outputs(large)
+        """Whether outputs follow the rows, and each row is what it is alone, and at any place beside any others.
+
+        Where it is not, ``why`` has the reason. Numbers that the call draws are no such reason. Raises what the call raises.
+        """
+        three, five = self._outputs(torch.arange(3)), self._outputs(torch.arange(5))
         if len(three) != len(five):
             return False
         pairs = enumerate(zip(three, five, strict=True))
         self.followed = tuple((i, dim) for i, (a, b) in pairs if (dim := _grown(a, b)) is not None)
-        return bool(self.followed) and not self._rows_mix(large)
+        if not self.followed or self._rows_mix():
+            return False
+        if not self._draws():
+            self.why = self._what_is_no_row()
+        return not self.why
 
-    def _rows_mix(self, ids: Tensor) -> bool:
-        """At one size: a row keeps its content, and all others get another."""
+    def _rows_mix(self) -> bool:
+        """At one size: a row keeps its content, and all others get another. True where there is no other content."""
+        pools = [bits_of_rows(pool) for pool in self._pools.values()]
+        steps = (POOL // 2, 3, 2, 1)
+        differing = [sum(int((bits[:5] != bits[step : 5 + step]).any(1).sum()) for bits in pools) for step in steps]
+        if not max(differing):
+            return True
+        step = steps[differing.index(max(differing))]
+        ids = torch.arange(5)
         before = [bits_of_rows(x) for x in self.run(ids)]
         for position in (0, 1, len(ids) - 1):
-            others = (ids + 3) % POOL
+            others = ids + step
             others[position] = ids[position]
             after = [bits_of_rows(x) for x in self.run(others)]
             if any(not torch.equal(a[position], b[position]) for a, b in zip(before, after, strict=True)):
                 return True
         return False
 
-    def _outputs(self, ids: Tensor, offset: int = 0) -> list[Tensor]:
+    def _what_is_no_row(self) -> str:
+        """Whether a row is another at another place, or alone, by more than rounding; in words.
+
+        This tells a batch dimension from another, and no verdict on bits comes from it: what it finds leaves a cell unverified.
+        """
+        for row in (0, POOL // 2):
+            if any(_is_another(out[:1].expand_as(out), out) for out in self.run(torch.full((4,), row))):
+                return f"what it makes of a row follows its position in dim {self._layout.dim}"
+        batch = self.run(torch.arange(5))
+        for row in (0, 4):
+            alone = self.run(torch.tensor([row]))
+            pairs = zip(alone, batch, strict=True)
+            if any(_is_another(y.index_copy(0, torch.tensor([row], device=y.device), x), y) for x, y in pairs):
+                return f"what it makes of a row follows the number of rows in dim {self._layout.dim}"
+        return ""
+
+    def _draws(self) -> bool:
+        """Whether it gives other numbers from another seed."""
+        one, other = (self._outputs(torch.arange(3), seed=seed) for seed in (0, 1))
+        return any(x.shape != y.shape or not torch.equal(as_bits(x), as_bits(y)) for x, y in zip(one, other, strict=True))
+
+    def _outputs(self, ids: Tensor, offset: int = 0, seed: int = 0) -> list[Tensor]:
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in self._leaves]  # a call may write to its inputs
         for i, pool in self._pools.items():
             leaves[i] = _placed(pool.index_select(0, ids.to(pool.device)).movedim(0, self._layout.dim), offset)
         for i in self._layout.numbers:
             leaves[i] = len(ids)
         args, kwargs = tree_unflatten(leaves, self._spec)
-        _seed()
+        _seed(seed)
         results = self._call.function(*args, **kwargs)
         return [x for x in tree_flatten(results)[0] if isinstance(x, Tensor)]
 
 
-def _seed() -> None:
-    """As ``torch.manual_seed(0)``, which formats a traceback at each call where there is no GPU."""
-    torch.default_generator.manual_seed(0)
+def _seed(seed: int) -> None:
+    """As ``torch.manual_seed``, which formats a traceback at each call where there is no GPU."""
+    torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(0)
+        torch.cuda.manual_seed_all(seed)
 
 
 def layouts(call: Call) -> Iterator[Layout]:
-    """What may be tried, the likeliest first: all tensors of a size in a dim, those of as many dims, the first alone."""
+    """What may be tried, the likeliest first: all tensors of a size in a dim, those of as many dims, one alone."""
     leaves, paths = _leaves_and_paths(call)
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
     if not tensors:
@@ -129,26 +164,40 @@ def layouts(call: Call) -> Iterator[Layout]:
                 if layout not in seen and group:
                     seen.add(layout)
                     yield layout
+    for i in tensors[1:]:
+        for dim in range(min(leaves[i].dim(), MOST_DIMS)):
+            if (layout := Layout((i,), dim, ())) not in seen:
+                seen.add(layout)
+                yield layout
     floats = [i for i in tensors if leaves[i].is_floating_point() or leaves[i].is_complex()]
     for group in (tensors, floats):
         if group:
             yield Layout(tuple(group), 0, (), is_new=True)
 
 
-def found_rows(call: Call, sizes: _Sizes, layout: Layout) -> Batches | None:
-    """Batches whose rows are rows; with the sample's own values where the call refuses others. None where there are none.
+def found_rows(call: Call, sizes: _Sizes, layout: Layout) -> tuple[Batches | None, str]:
+    """Batches whose rows are rows, or None and why there are none; with the sample's own values where the call refuses others.
 
     Raises Refused where the mode does.
     """
     for is_plain in (False, True):
         try:
             batches = Batches(call, layout, sizes, is_plain)
-            return batches if batches.fit(5) and batches.find_rows() else None
+            is_found = batches.fit(5) and batches.find_rows()
+            return batches if is_found else None, batches.why
         except Refused:
             raise
         except Exception as error:
             raise_if_the_device_is_lost(error)
-    return None
+    return None, ""
+
+
+def _is_another(x: Tensor, y: Tensor) -> bool:
+    """Whether x is another than y by more than rounding: integers by anything, floats by a tenth of the largest of y."""
+    if not (y.is_floating_point() or y.is_complex()):
+        return not torch.equal(x, y)
+    difference, largest = ((z.to(_wide(z))).abs().nan_to_num() for z in (x.to(_wide(x)) - y.to(_wide(y)), y))
+    return bool(y.numel()) and float(difference.max()) > 0.1 * float(largest.max())
 
 
 def raise_if_the_device_is_lost(error: Exception) -> None:
@@ -186,11 +235,18 @@ def _stretched(x: Tensor, sizes: _Sizes, kept: int | None) -> Tensor:
 
 
 def _pool(x: Tensor, dim: int, generator: torch.Generator, is_plain: bool) -> Tensor:
-    """POOL rows, in front: two of the sample, more with noise, then values of many scales, and zeros of both signs."""
+    """POOL rows, in front: two of the sample, more with noise, then values of many scales, and zeros of both signs.
+
+    Integers, which may name places, stay those of the sample's row, in another order each time that it comes up. LAPACK's
+    pivots, of int32, keep theirs.
+    """
     x = x.movedim(dim, 0)
-    rows = x.index_select(0, torch.arange(POOL, device=x.device) % max(len(x), 1)).contiguous()
-    if is_plain or not (x.is_floating_point() or x.is_complex()) or x.element_size() == 1:
+    n = max(len(x), 1)
+    rows = x.index_select(0, torch.arange(POOL, device=x.device) % n).contiguous()
+    if is_plain or x.dtype == torch.int32:
         return rows
+    if not (x.is_floating_point() or x.is_complex()) or x.element_size() == 1:
+        return torch.stack([row.flatten().roll(i // n).view_as(row) for i, row in enumerate(rows)])
     half = POOL // 2
     rows[2:half] = _noisy(rows[2:half], generator)
     scale = 10.0 ** torch.randint(-1, 2, rows[half:].shape, generator=generator)

@@ -72,6 +72,43 @@ def test_a_mask_that_follows_the_position_has_its_rows_in_another_dim():
     assert state_of(torch.triu, torch.randn(3, 5, 5)) == ROW_LOCAL
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_whole_numbers_that_are_mixed_are_no_rows(dtype):
+    """Of a sample with one row, too, whose row is all that there is to make other rows of."""
+    x = torch.tensor([3, 0, 1, 0, 2]).to(dtype)
+    assert state_of(lambda x: x.softmax(0, dtype=torch.float64), x) == NO_ROWS
+    assert state_of(lambda x: x.cumsum(0).double(), x) == NO_ROWS
+    assert state_of(lambda x: x.double().cummax(-1).values, x[None]) == ROW_LOCAL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_what_takes_another_part_of_each_row_has_no_rows(dtype):
+    torch.manual_seed(0)
+    x, mask = torch.randint(-2, 3, (5, 5)).clamp(min=0).to(dtype), torch.randn(5, 5) > 0
+    assert state_of(torch.diagonal, x) == NO_ROWS
+    assert state_of(torch.Tensor.masked_scatter, x, mask, x.flip(0)) == NO_ROWS
+
+
+def test_what_divides_by_the_number_of_rows_has_no_rows():
+    torch.manual_seed(0)
+    assert state_of(lambda x: x / x.numel(), torch.randn(5, 7)) == NO_ROWS
+    assert state_of(lambda x: (100 * x).long() // x.numel(), torch.randn(5, 7)) == NO_ROWS
+
+
+def test_what_draws_by_place_varies():
+    assert state_of(torch.rand_like, torch.randn(5, 7)) == VARIES
+    assert state_of(lambda x: torch.nn.functional.dropout(x, 0.5, True), torch.randn(5, 7)) == VARIES
+
+
+def test_rows_of_the_second_operand_alone_are_found():
+    """As the right-hand sides of a solver are."""
+    torch.manual_seed(0)
+    w, x = torch.randn(5, 5), torch.randn(5, 8)
+    assert state_of(lambda w, x: w[0, 0] * x.cummax(0).values, w, x) == ROW_LOCAL
+    assert state_of(lambda w, x: w[0, 0] * by_size(x.cummax(0).values.t()).t(), w, x) == VARIES
+    assert state_of(lambda w, x: w[0, 0] * by_place(x.cummax(0).values.t().contiguous()).t(), w, x) == VARIES
+
+
 def test_rows_are_found_along_any_dim_and_beside_operands_that_have_none():
     torch.manual_seed(0)
     assert state_of(lambda x, w: x * w, torch.randn(5, 7), torch.randn(7)) == ROW_LOCAL

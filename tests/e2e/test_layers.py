@@ -156,6 +156,22 @@ def test_products_of_several_are_written_where_the_caller_wants_them():
             torch.linalg.multi_dot([VECTORS, A[0], B])
 
 
+@pytest.mark.filterwarnings("ignore:Using torch.cross without specifying the dim")
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_cross_product_whose_dim_would_follow_the_number_of_rows_is_refused(writes):
+    def cross(*args, **kwargs):
+        return torch.cross(*args, **kwargs, **({"out": torch.empty(0)} if writes else {}))
+
+    x, y = torch.randn(2, 3, 3)
+    with batch_invariant_mode():
+        with pytest.raises(Refused, match="torch.cross of 3x3 without dim"):
+            cross(x, y)
+        with pytest.raises(RuntimeError, match="no dimension of size 3"):
+            cross(x[:2, :2], y[:2, :2])
+        assert torch.equal(cross(x, y, dim=1), torch.linalg.cross(x, y))
+        assert torch.equal(cross(x[:2], y[:2]), torch.linalg.cross(x[:2], y[:2]))
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 37, 64, 75, 400])
 def test_fourier_transforms_of_any_length_are_no_less_accurate_than_torchs(n):
     x = torch.randn(5, n)

@@ -65,6 +65,7 @@ CALLS = {
     "batch_norm": (F.batch_norm, (IMAGE, torch.randn(6), torch.rand(6) + 0.5)),
     "linalg_multi_dot": (torch.linalg.multi_dot, ([A, A.t(), A],)),
     "chain_matmul": (torch.chain_matmul, (A, A.t(), A)),
+    "cross": (torch.cross, (A[:, :3], A[:, 3:6], 1)),
     "lstm_cell": (torch.lstm_cell, (A, (A, A), torch.randn(28, 7), torch.randn(28, 7), torch.randn(28), torch.randn(28))),
     "gru_cell": (torch.gru_cell, (A, A, torch.randn(21, 7), torch.randn(21, 7), torch.randn(21), torch.randn(21))),
     "_softmax": (torch.softmax, (B3, 1)),
@@ -125,7 +126,7 @@ CALLS = {
 
 WITH_A_TEST_OF_THEIR_OWN = {  # tests/e2e/test_layers.py
     *(f"{kind}.{form}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for form in ("input", "data")),
-    *("linalg_multi_dot.out", "chain_matmul.out"),
+    *("linalg_multi_dot.out", "chain_matmul.out", "cross.out"),
 }
 NOT_ON_THE_CPU = {
     "mm.dtype", "addmm.dtype", "bmm.dtype", "baddbmm.dtype", "_fused_rms_norm", "_fused_rms_norm_backward",

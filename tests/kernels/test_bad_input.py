@@ -40,6 +40,7 @@ TESTED_AS_LAYERS = (
     "_fft",
     "linalg_multi_dot",
     "chain_matmul",
+    "cross",
     "lstm",
     "gru",
     "rnn_tanh",
