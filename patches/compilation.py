@@ -8,6 +8,7 @@ kept by thread.
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,9 +26,11 @@ def around_compilation(make: Callable[[], contextlib.AbstractContextManager[Any]
 
     A compilation may enter several such contexts of one block, as ``compile_fx`` calls itself.
     """
-    from torch._inductor import compile_fx as module
-
     global _wrapper
+    with warnings.catch_warnings():
+        # Inductor of torch 2.13 imports modules that use torch.jit, of which torch warns. Ends with torch.jit itself.
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
+        from torch._inductor import compile_fx as module
     block = object()
     try:
         with _lock:

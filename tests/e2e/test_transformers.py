@@ -444,3 +444,25 @@ def _gpt_oss():
         num_key_value_heads=2, head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2,
         initializer_range=0.3,
     )  # fmt: skip
+
+
+def test_a_loaded_model_is_a_subject_as_a_named_one_is():
+    named = make("tiny-qwen3")
+    loaded = TransformersSubject(build_preset("tiny-qwen3", "cpu", torch.float32).train())
+    assert (loaded.info.name, loaded.info.device, loaded.info.dtype) == ("Qwen3ForCausalLM", "cpu", "fp32")
+    case = BatchShape(ROWS, "left")
+    for expected, actual in zip(named.logprobs(case), loaded.logprobs(case), strict=True):
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "sentence"),
+    [
+        ("tiny-qwen3", {}, "'tiny-qwen3' is loaded by name: say device= and dtype="),
+        (None, {"dtype": "bf16"}, "the model's dtype is fp32, not bf16; move the model, or leave dtype= out"),
+        (None, {"device": "cuda"}, "the model's device is cpu, not cuda"),
+    ],
+)
+def test_a_loaded_model_keeps_its_device_and_dtype(model, words, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TransformersSubject(model or build_preset("tiny-qwen3", "cpu", torch.float32), **words)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from pytest_batchinv import gpu
@@ -37,14 +37,25 @@ _PALETTE_CONTENTS = ("random", "random", "extreme", "random", "repeated")
 class TransformersSubject(Subject):
     """A causal language model under one attention implementation and one compile mode.
 
-    model: a preset, a local path or a hub id. attn: "auto" takes "batch_invariant" where it covers the model, else
-    "eager". hidden: the model is an encoder or an encoder-decoder, and its last hidden states are compared; it gets 2-d masks
-    and no positions, has no cache, and for "auto" transformers' sdpa. Raises UnknownModel, or ValueError with what is allowed.
+    model: a preset, a local path or a hub id, with device and dtype; or a model that is loaded, whose weights stay where
+    they are: it is put into eval mode, and its attention implementation is set. attn: "auto" takes "batch_invariant" where
+    it covers the model, else "eager". hidden: the model is an encoder or an encoder-decoder, and its last hidden states are
+    compared; it gets 2-d masks and no positions, has no cache, and for "auto" transformers' sdpa. Raises UnknownModel, or
+    ValueError with what is allowed.
     """
 
     def __init__(
-        self, model: str, *, device: str, dtype: str, attn: str = "auto", compile_mode: str = "eager", hidden: bool = False
+        self,
+        model: str | PreTrainedModel,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        attn: str = "auto",
+        compile_mode: str = "eager",
+        hidden: bool = False,
     ) -> None:
+        name = model if isinstance(model, str) else type(model).__name__
+        device, dtype = _device_and_dtype(model, device, dtype)
         _require(dtype in DTYPES, f"there is no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
         _require_device(device)
         if device.startswith("cuda"):
@@ -52,14 +63,14 @@ class TransformersSubject(Subject):
         attention.register()
         self.model = _load(model, device, DTYPES[dtype], hidden)
         attn = _choose_attention(self.model, device, dtype, attn, hidden)
-        self.info = SubjectInfo(model, "transformers", device, dtype, attn)
+        self.info = SubjectInfo(name, "transformers", device, dtype, attn)
         self.model.set_attn_implementation(attn)
         if dtype == "fp64" and self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # grouped_mm, the default, has no fp64
 
         config = self.model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
-        self.outlier = self.vocabulary - 1 if is_preset(model) else _outlier_token(self.model)
+        self.outlier = self.vocabulary - 1 if is_preset(name) else _outlier_token(self.model)
         self._origin = origin_of(self.model)
         self._head = Hidden(self.model) if hidden else Logprobs(self.model)
         self._output = "hidden states" if hidden else "logprobs"
@@ -75,7 +86,7 @@ class TransformersSubject(Subject):
             windows=None if hidden or _is_flash(attn) else masks.windows_of(config),
         )
         length, tokens = _bounds(config, device, graphs=False)
-        probe = Probe(model, self._forward, self.vocabulary, self.outlier, length)
+        probe = Probe(name, self._forward, self.vocabulary, self.outlier, length)
         layouts = probe.layouts()
         self._forward = probe.forward
         self._caches = probe.caches() if "past_key_values" in parameters else ()
@@ -205,7 +216,20 @@ def attention_implementations(model: nn.Module, device: str, dtype: str) -> tupl
     return tuple(names)
 
 
-def _load(name: str, device: str, dtype: torch.dtype, hidden: bool) -> nn.Module:
+def _device_and_dtype(model: str | PreTrainedModel, device: str | None, dtype: str | None) -> tuple[str, str]:
+    """What was asked for, and of a loaded model what it has."""
+    if isinstance(model, str):
+        _require(device is not None and dtype is not None, f"{model!r} is loaded by name: say device= and dtype=")
+        return device, dtype
+    there = str(model.device), next((name for name, known in DTYPES.items() if known == model.dtype), str(model.dtype))
+    for word, asked, has in zip(("device", "dtype"), (device, dtype), there, strict=True):
+        _require(asked in (None, has), f"the model's {word} is {has}, not {asked}; move the model, or leave {word}= out")
+    return there
+
+
+def _load(name: str | PreTrainedModel, device: str, dtype: torch.dtype, hidden: bool) -> nn.Module:
+    if not isinstance(name, str):
+        return name.eval()
     if is_preset(name):
         _require(not hidden, f"the presets are causal language models, and {name!r} is one; give the path or id of an encoder")
         return build_preset(name, device, dtype)
