@@ -4,15 +4,12 @@ import hashlib
 import subprocess
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
 import torch
 
-from pytest_batchinv import gpu, kernels, patches
+from pytest_batchinv import gpu, sources
 from pytest_batchinv.kernels import table
 from pytest_batchinv.patches import registry
-
-_SOURCES = {".py", ".cpp", ".h", ".json"}
 
 
 def receipt() -> dict[str, str]:
@@ -28,23 +25,13 @@ def fingerprint() -> str:
 @cache
 def _of_the_process() -> dict[str, str]:
     return {
-        "sources": sources(kernels.__path__[0], patches.__path__[0]),
+        "sources": sources.of_the_mode(),
         "op table": _digest(_table()),
         "torch": str(torch.__version__),
         "triton": _triton(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": _gpus(),
     }
-
-
-def sources(*folders: str | Path) -> str:
-    """A digest of all sources in these folders and below. What Python or a compiler makes of them is none."""
-    digest = hashlib.sha256()
-    for folder in map(Path, folders):
-        for path in sorted(found for found in folder.rglob("*") if found.suffix in _SOURCES):
-            digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _table() -> Iterable[str]:

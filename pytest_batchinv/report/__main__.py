@@ -1,13 +1,14 @@
-"""``python -m pytest_batchinv.report``: saved reports as a page, compared, and merged. Imports no torch."""
+"""``python -m pytest_batchinv.report``: saved reports as a page, compared, merged, signed. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
-from pytest_batchinv.report import compare, html, json, saved, schema
+from pytest_batchinv.report import compare, html, json, saved, schema, signing
 
 BAD_INPUT = 2
 """The exit status where no answer can be given, as argparse has it; 1 is the answer that something is worse."""
@@ -41,14 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     two.add_argument("before", type=Path, metavar="A.json")
     two.add_argument("after", type=Path, metavar="B.json")
-    two.add_argument(
-        "--slack",
-        type=_percent,
-        default=0.0,
-        metavar="PERCENT",
-        help="by how much counts of batches, positions and pairs may be smaller in B (0). The sweep ends by time, so that a "
-        "slower machine runs fewer. Batch sizes and layouts have no slack.",
-    )
+    _takes_slack(two, "B")
     two.set_defaults(run=_compare)
 
     several = commands.add_parser("merge", help="the records of several runs or hosts in one file")
@@ -56,10 +50,56 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("-o", "--output", type=Path, required=True, metavar="C.json")
     several.set_defaults(run=_merge)
 
+    signed = commands.add_parser("sign", help="a signed statement about a record, for a CI that cannot run the tests itself")
+    signed.add_argument("record", type=Path, metavar="A.json")
+    signed.add_argument("--key", type=Path, required=True, metavar="FILE", help="a private key of OpenSSH")
+    signed.add_argument(
+        "--over", nargs="+", default=(), metavar="PATH", help="files and folders that were tested, from the working directory"
+    )
+    signed.set_defaults(run=_sign)
+
+    judged = commands.add_parser(
+        "verify",
+        help="exit status 1 where a record is not signed, edited, stale, not passed, or less than the baseline",
+        description="Exit status 0: the record is signed, of these sources, and proves what the baseline proves. 1: it is not, "
+        "for the reasons that are listed. 2: no answer.",
+    )
+    judged.add_argument("record", type=Path, metavar="A.json")
+    judged.add_argument("--signers", type=Path, required=True, metavar="FILE", help="allowed signers, as ssh-keygen has them")
+    judged.add_argument("--baseline", type=Path, metavar="B.json", help="all that holds in it has to hold in the record")
+    judged.add_argument("--require", type=_version, nargs="+", default=(), metavar="NAME=VERSION", help="such as torch=2.13.0")
+    judged.add_argument("--max-age", type=_days, metavar="DAYS", help="since it was signed")
+    _takes_slack(judged, "the record")
+    judged.set_defaults(run=_verify)
+
     fields = commands.add_parser("schema", help="what the JSON holds: a JSON Schema, or tables in Markdown")
     fields.add_argument("--markdown", action="store_true", help="the tables of docs/report.md")
     fields.set_defaults(run=_schema)
     return parser
+
+
+def _takes_slack(parser: argparse.ArgumentParser, which: str) -> None:
+    parser.add_argument(
+        "--slack",
+        type=_percent,
+        default=0.0,
+        metavar="PERCENT",
+        help=f"by how much counts of batches, positions and pairs may be smaller in {which} (0). The sweep ends by time, so "
+        "that a slower machine runs fewer. Batch sizes and layouts have no slack.",
+    )
+
+
+def _version(text: str) -> tuple[str, str]:
+    name, is_given, version = text.partition("=")
+    if not (name and is_given and version):
+        raise argparse.ArgumentTypeError(f"{text!r} requires no version; write NAME=VERSION, such as torch=2.13.0")
+    return name, version
+
+
+def _days(text: str) -> timedelta:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days from 1 on")
+    return timedelta(days=int(text))
 
 
 def _percent(text: str) -> float:
@@ -98,6 +138,23 @@ def _merge(given: argparse.Namespace) -> int:
     merged = saved.merge({name: saved.read(path) for name, path in zip(names, given.records, strict=True)})
     json.write_saved(merged, given.output)
     print(f"{len(merged.records)} records of {len(merged.merged)} runs: {given.output}")
+    return 0
+
+
+def _sign(given: argparse.Namespace) -> int:
+    path = signing.sign(given.record, saved.read(given.record), given.key, given.over)
+    print(f"signed: {path}, {path}.sig")
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    baseline = saved.read(given.baseline) if given.baseline else None
+    words = {"baseline": baseline, "slack": given.slack, "require": dict(given.require), "max_age": given.max_age}
+    try:
+        print(f"{given.record}: {signing.verify(given.record, saved.read(given.record), given.signers, **words)}")
+    except signing.Refused as refused:
+        print(f"{given.record} is refused:", *(f"  {reason}" for reason in refused.reasons), sep="\n")
+        return 1
     return 0
 
 

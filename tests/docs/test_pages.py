@@ -4,7 +4,7 @@ The blocks of a page run in order, in one empty folder. By language:
 
 * ``python``: run, or where the first line is ``# name.py`` written to that file;
 * ``console``: each command after ``$`` is run by bash, and prints what follows it, where ``...`` stands for anything. It
-  must succeed, or fail where the block is marked ``console fails``;
+  must succeed, and the last one fail where the block is marked ``console fails``;
 * ``toml``, ``json``, ``yaml``: read; written to a file as Python is;
 * ``sh``: commands that need a network, a GPU, a server or minutes: bash reads them, and their options exist;
 * ``text``: output, and pictures in letters.
@@ -55,8 +55,10 @@ def _evaluate(example: Example) -> None:
     elif language == "python":
         exec(compile(source, place, "exec"), example.namespace["names"])
     elif language == "console":
-        for command, expected in commands(source):
-            _run(command, expected, example.parsed["words"].strip() == "fails", folder, place)
+        *before, last = commands(source)
+        for command, expected in before:
+            _run(command, expected, False, folder, place)
+        _run(*last, example.parsed["words"].strip() == "fails", folder, place)
 
 
 def commands(source: str) -> list[tuple[str, str]]:

@@ -21,8 +21,8 @@ from pytest_batchinv.mode import ModeError, fingerprint, is_on, receipt, stock_t
 from pytest_batchinv.patches import fingerprints, registry
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.registry import applied_names
-from pytest_batchinv.receipt import sources
 from pytest_batchinv.shapes import of_rows
+from pytest_batchinv.sources import digest
 from pytest_batchinv.subjects.rows import RowsSubject
 
 
@@ -441,18 +441,18 @@ def test_the_receipt_covers_every_source_and_nothing_that_is_made_of_them(tmp_pa
     for path in ("a.py", "aten/b.py", "cpu/gemm.cpp", "cpu/deep/rows.h", "tiles.json"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(f"text of {path}")
-    before = sources(folder)
+    before = digest(folder)
     for path in ("__pycache__/a.cpython-311.pyc", "a.pyc", "cpu/gemm.o", "notes.txt"):
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text("made")
-    assert sources(folder) == before
+    assert digest(folder) == before
     for path in ("a.py", "aten/b.py", "cpu/gemm.cpp", "cpu/deep/rows.h", "tiles.json"):
         text = (folder / path).read_text()
         (folder / path).write_text(text + " changed")
-        assert sources(folder) != before, path
+        assert digest(folder) != before, path
         (folder / path).write_text(text)
     (folder / "a.py").rename(folder / "c.py")
-    assert sources(folder) != before
+    assert digest(folder) != before
 
 
 def test_the_receipt_names_its_parts_and_starts_no_cuda():

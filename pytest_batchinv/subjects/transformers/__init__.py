@@ -219,7 +219,8 @@ def attention_implementations(model: nn.Module, device: str, dtype: str) -> tupl
 def _device_and_dtype(model: str | PreTrainedModel, device: str | None, dtype: str | None) -> tuple[str, str]:
     """What was asked for, and of a loaded model what it has."""
     if isinstance(model, str):
-        _require(device is not None and dtype is not None, f"{model!r} is loaded by name: say device= and dtype=")
+        if device is None or dtype is None:
+            raise ValueError(f"{model!r} is loaded by name: say device= and dtype=")
         return device, dtype
     there = str(model.device), next((name for name, known in DTYPES.items() if known == model.dtype), str(model.dtype))
     for word, asked, has in zip(("device", "dtype"), (device, dtype), there, strict=True):
