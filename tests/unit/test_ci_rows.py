@@ -31,6 +31,22 @@ def test_a_row_whose_gpu_has_no_runner_is_not_queued_and_says_that_it_has_not_ru
 
 
 def test_a_row_whose_runner_is_there_runs(tmp_path):
-    names, lines = rows_that_run(tmp_path, GPU_RUNNERS="gpu-h100, gpu-a100")
+    names, lines = rows_that_run(tmp_path, GPU_RUNNERS="gpu-h100, gpu-a100,gpu-h200")
     assert names == [row["name"] for row in ROWS]
     assert "not run" not in "".join(lines)
+
+
+def test_buildkite_gets_the_same_rows_and_skips_with_a_reason():
+    command = [sys.executable, ROOT / ".github/rows.py", "--buildkite"]
+    out = subprocess.run(command, env={"GPU_RUNNERS": "gpu-h100"}, check=True, capture_output=True, text=True).stdout
+    steps = json.loads(out)["steps"]
+    assert [step["label"] for step in steps] == [row["name"] for row in ROWS]
+    for row, step in zip(ROWS, steps, strict=True):
+        assert ("skip" in step) == bool(row["gpu"] and row["runner"] != "gpu-h100")
+        assert f"TORCH={row['torch']} " in step["commands"][0] and step["commands"][0].startswith("make test ")
+        assert any(command.startswith("make verify ") for command in step["commands"]) == bool(row["gpu"])
+
+
+def test_every_python_that_is_supported_and_both_gpus_have_a_row():
+    assert {row["python"] for row in ROWS if not row["gpu"]} == {"3.11", "3.12", "3.13"}
+    assert {row["gpu"] for row in ROWS} >= {"A100", "H100", "H200"}
