@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from pytest_batchinv.kernels import stock, table
+from pytest_batchinv.kernels import collectives, stock, table
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
 from pytest_batchinv.kernels.operators import may_skip_dispatcher
@@ -77,6 +77,7 @@ def _entries() -> Iterator[Entry]:
         overload = overload_of(name)
         if overload is not None:
             yield overload, COMPOSITE, _composite(overload, implementation)
+    yield from collectives.entries()
 
 
 def _devices() -> tuple[str, ...]:

@@ -13,29 +13,37 @@ import torch
 from torch import Tensor
 
 
-def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """``alpha * (a @ b) + beta * bias`` as [B, M, N], rounded once.
 
     a: [B, M, K]; b: [B, K, N] of the same dtype; bias: [B, M, N] of the same dtype (usually an expanded view), or None.
     One product may come without the batch dimension, which the result does not have then.
     With ``beta == 0`` the bias is not read, so NaN in it does not spread. ``K == 0`` gives ``beta * bias``.
+    out_dtype: a's, or the accumulator's.
     """
     out = alpha * (a.double() @ b.double())
     if bias is not None and beta != 0:
         out = out + beta * bias.double()
-    return out.to(a.dtype).contiguous()
+    return out.to(out_dtype or a.dtype).contiguous()
 
 
-def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """Row t of group g is ``a[t] @ b[g]``, as [T, N].
 
     a: [T, K]; b: [G, K, N] of the same dtype; offs: int32 [G], where each group ends. Groups may be empty.
-    Rows behind the last group are 0.
+    Rows behind the last group are 0. out_dtype: a's, or the accumulator's.
     """
-    out = a.new_zeros(a.shape[0], b.shape[2])
+    out = a.new_zeros(a.shape[0], b.shape[2], dtype=out_dtype or a.dtype)
     start = 0
     for group, end in enumerate(offs.tolist()):
-        out[start:end] = (a[start:end].double() @ b[group].double()).to(a.dtype)
+        out[start:end] = (a[start:end].double() @ b[group].double()).to(out.dtype)
         start = end
     return out
 
@@ -52,6 +60,16 @@ def grouped_gemm_over_k(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
         out[group] = (a[:, start:end].double() @ b[start:end].double()).to(a.dtype)
         start = end
     return out
+
+
+def tree_sum(parts: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Sum of the parts, as [n]. parts: [R, n], R parts of n numbers each.
+
+    Order: neighbours are added, 0 + 1, 2 + 3, ..., and then their sums, until one is left; a last one without a neighbour goes
+    on as it is. In the accumulator's dtype (float64 for float64, else float32), rounded once. So the sum of a power of two of
+    parts is the sum of the sums of its halves, whoever makes them.
+    """
+    return parts.double().sum(0).to(out_dtype)
 
 
 def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:

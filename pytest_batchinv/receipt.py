@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from pytest_batchinv import gpu, sources
-from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels import collectives, table
 from pytest_batchinv.patches import registry
 
 
@@ -35,7 +35,7 @@ def _of_the_process() -> dict[str, str]:
 
 
 def _table() -> Iterable[str]:
-    for section in (table.BACKEND_KERNELS, table.COMPOSITES, table.POINTWISE, table.WHOLE_VECTORS):
+    for section in (table.BACKEND_KERNELS, table.COMPOSITES, table.POINTWISE, table.WHOLE_VECTORS, collectives.COLLECTIVES):
         for name, implementation in section.items():
             yield f"{name}: {implementation.__module__}.{implementation.__qualname__}"
     for name, reason in table.REFUSED.items():

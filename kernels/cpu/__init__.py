@@ -16,6 +16,7 @@ attention's        the weights again from the logsumexp, each product one chain 
 gradients          float64 for float64); sums over the query heads of a key head ascending.
 gradients          of softmax and norms in float64, their sums over a row as those of a row; of weight and bias one chain
                    over the rows for each column, ascending, in float64. Rounded once.
+tree_sum           ``0 + 1``, ``2 + 3``, ..., then their sums, up to one, in float64 for float64, else float32; rounded once.
 cumsum             one chain in float64, each partial sum rounded to the dtype.
 attention          ``score = scale * chain(q, k) + mask`` in wide; ``weight = wide(exp(score - max))``; the weights are
                    summed like a row; ``acc = fma(weight[j], v[j], acc)`` in wide, without the keys of weight 0 (even if
@@ -52,6 +53,7 @@ from .ops import (
     row_softmax_backward,
     row_sum,
     row_var_mean,
+    tree_sum,
 )
 
 __all__ = [
@@ -77,4 +79,5 @@ __all__ = [
     "row_softmax_backward",
     "row_sum",
     "row_var_mean",
+    "tree_sum",
 ]

@@ -36,8 +36,20 @@ KINDS = {
 }
 
 
-def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """One chain ``acc = fma(a[m, k], b[k, n], acc)``, k ascending; ``alpha * acc + beta * bias``; rounded once."""
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One chain ``acc = fma(a[m, k], b[k, n], acc)``, k ascending; ``alpha * acc + beta * bias``; rounded once.
+
+    For out_dtype the operands are made that wide, so that the chain is the one of float32.
+    """
+    if out_dtype is not None and out_dtype != a.dtype:
+        a, b = a.to(out_dtype), b.to(out_dtype)
     if a.dim() == 2:
         return gemm(a[None], b[None], None if bias is None else bias[None], alpha, beta)[0]
     out = torch.empty((a.shape[0], a.shape[1], b.shape[2]), dtype=a.dtype)
@@ -45,8 +57,10 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, b
     return out
 
 
-def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """The chain of :func:`gemm` for each row, with the matrix of the row's group."""
+    if out_dtype is not None and out_dtype != a.dtype:
+        a, b = a.to(out_dtype), b.to(out_dtype)
     out = torch.empty((a.shape[0], b.shape[2]), dtype=a.dtype)
     offs = offs.to(torch.int32).contiguous()
     call("grouped_gemm", _arg(a), _arg(b), offs.data_ptr(), offs.numel(), _arg(out))
@@ -59,6 +73,15 @@ def grouped_gemm_over_k(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     offs = offs.to(torch.int32).contiguous()
     call("grouped_gemm_over_k", _arg(a), _arg(b), offs.data_ptr(), offs.numel(), _arg(out))
     return out
+
+
+def tree_sum(parts: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Neighbours, then their sums, by torch's additions of two numbers: each is rounded on its own, so no place changes it."""
+    level = list(parts.to(accumulator_dtype(torch.promote_types(parts.dtype, out_dtype))))
+    while len(level) > 1:
+        alone = [level.pop()] if len(level) % 2 else []
+        level = [a + b for a, b in zip(level[::2], level[1::2], strict=True)] + alone
+    return level[0].to(out_dtype)
 
 
 def row_sum(x: Tensor, out_dtype: torch.dtype) -> Tensor:

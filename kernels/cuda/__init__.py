@@ -13,6 +13,7 @@ from .norm import (
     row_norm_backward,
     row_rms_norm,
 )
+from .ranks import tree_sum
 from .reduce import (
     plan_row_cumsum,
     plan_row_logsumexp,
@@ -75,4 +76,5 @@ __all__ = [
     "row_softmax_backward",
     "row_sum",
     "row_var_mean",
+    "tree_sum",
 ]

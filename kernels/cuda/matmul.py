@@ -270,27 +270,40 @@ def _gemm_tma_kernel(
             _store_columns(narrow_out_desc, narrow, row, col + BLOCK_N, *how)
 
 
-def gemm(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """``reference.gemm`` on the GPU."""
     bias = None if beta == 0 else bias
-    return plan_gemm(describe(a), describe(b), describe(bias))(a, b, bias, alpha, beta)
+    return plan_gemm(describe(a), describe(b), describe(bias), out_dtype=out_dtype)(a, b, bias, alpha, beta)
 
 
 @plan
 def plan_gemm(
-    a: Description, b: Description, bias: Description | None, shape: tuple[int, ...] | None = None
+    a: Description,
+    b: Description,
+    bias: Description | None,
+    shape: tuple[int, ...] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor | None, float, float], Tensor]:
     """``gemm`` of tensors at the addresses of matrices like these: (a, b, bias, alpha, beta) -> the product.
 
-    shape: of the result, if it is not [B, M, N]. A bias is read, so with beta = 0 it must be None.
+    shape: of the result, if it is not [B, M, N]. A bias is read, so with beta = 0 it must be None. out_dtype: of the
+    result, if it is not a's.
     """
     shape = (*a.shape[:-1], b.shape[-1]) if shape is None else shape
+    out_dtype = a.dtype if out_dtype is None else out_dtype
     if 0 in shape:
-        return lambda a, *_: a.new_empty(shape)
-    multiply = _planned(a, b, bias)
+        return lambda a, *_: a.new_empty(shape, dtype=out_dtype)
+    multiply = _planned(a, b, bias, out_dtype)
 
     def call(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
-        out = a.new_empty(shape)
+        out = a.new_empty(shape, dtype=out_dtype)
         with on_device(a):
             multiply(a, b, bias, out, alpha, beta)
         return out
@@ -298,11 +311,14 @@ def plan_gemm(
     return call
 
 
-def _planned(a: Description, b: Description, bias: Description | None) -> "_Product | _TmaProduct | _LongProduct":
+def _planned(
+    a: Description, b: Description, bias: Description | None, out_dtype: torch.dtype
+) -> "_Product | _TmaProduct | _LongProduct":
     sizes = Sizes.of(a.shape, a.strides, b.shape, b.strides, None if bias is None else bias.strides)
     if sizes.are_long():
         return _LongProduct(sizes)
-    has_tma = device_of(a.device).has_tma and a.dtype.itemsize == 2
+    # A wider result needs more shared memory than the tuned tiles leave to the store.
+    has_tma = device_of(a.device).has_tma and a.dtype.itemsize == out_dtype.itemsize == 2
     fits = has_tma and a.is_aligned and b.is_aligned and sizes.fit_tma()
     bias_blocks = 0
     if bias is not None and sizes.bias is not None:
@@ -392,7 +408,7 @@ class _LongProduct:
         if INT32_END - MARGIN < K < INT32_END:
             behind = INT32_END - K
             a, b = nn.functional.pad(a, (0, behind)), nn.functional.pad(b, (0, 0, 0, behind))
-            out.copy_(gemm(a, b, bias, alpha, beta))
+            out.copy_(gemm(a, b, bias, alpha, beta, out.dtype))
             return
         dim = max(range(3), key=out.shape.__getitem__)
 
@@ -401,7 +417,7 @@ class _LongProduct:
 
         parts = zip(halves(a, dim != 2), halves(b, dim != 1), halves(bias), halves(out), strict=True)
         for some_a, some_b, some_bias, some_out in parts:
-            some_out.copy_(gemm(some_a, some_b, some_bias, alpha, beta))
+            some_out.copy_(gemm(some_a, some_b, some_bias, alpha, beta, out.dtype))
 
 
 _Descriptor = tuple[list[int], list[int], list[int]]
@@ -517,18 +533,20 @@ def _grouped_gemm_kernel(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+def grouped_gemm(a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """``reference.grouped_gemm`` on the GPU. ``offs`` stays there: nothing waits for it."""
     offs = offs.contiguous()
-    return _plan_grouped_gemm(describe(a), describe(b), describe(offs))(a, b, offs)
+    return _plan_grouped_gemm(describe(a), describe(b), describe(offs), out_dtype or a.dtype)(a, b, offs)
 
 
 @plan
-def _plan_grouped_gemm(a: Description, b: Description, offs: Description) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _plan_grouped_gemm(
+    a: Description, b: Description, offs: Description, out_dtype: torch.dtype
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     shape_a, shape_b = a.shape, b.shape
     (T, K), (G, _, N) = shape_a, shape_b
     if 0 in (T, N, G):
-        return lambda a, b, offs: a.new_zeros((T, N))
+        return lambda a, b, offs: a.new_zeros((T, N), dtype=out_dtype)
     if Sizes.of(shape_a, a.strides, shape_b[1:], b.strides[1:]).are_long():
         sizes = f"{list(shape_a)} by {list(shape_b)}"
         raise ValueError(f"grouped_gemm takes fewer than {INT32_END - MARGIN} rows, columns and terms, not {sizes}.")
@@ -540,7 +558,7 @@ def _plan_grouped_gemm(a: Description, b: Description, offs: Description) -> Cal
     launch = _launch(_grouped_gemm_kernel, (programs, 1, 1), arguments, tile)
 
     def call(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
-        out = a.new_zeros((T, N))
+        out = a.new_zeros((T, N), dtype=out_dtype)
         with on_device(a):
             launch(a, b, offs, out)
         return out

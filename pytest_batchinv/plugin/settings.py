@@ -76,8 +76,8 @@ def _parse(option: Option, given: Any) -> Any:
     return option.parse(given) if isinstance(given, str) else given
 
 
-OTHER_VARIABLES = ("BATCHINV_CACHE_DIR", "BATCHINV_API_KEY")
-"""Read elsewhere: where the CPU's kernels are kept, and the key of a served model."""
+OTHER_VARIABLES = ("BATCHINV_CACHE_DIR", "BATCHINV_API_KEY", "BATCHINV_RANK_SECONDS")
+"""Read elsewhere: where the CPU's kernels are kept, the key of a served model, and how long ranks may take to answer."""
 
 
 def _refuse_unknown_names(config: Any, environ: Mapping[str, str]) -> None:

@@ -43,6 +43,7 @@ SPECIALISED = {
     "_grouped_gemm_kernel": {"N", "K", "stride_am", "stride_ak", "stride_bg", "stride_bk", "stride_bn"}
     | {"a_ptr", "b_ptr", "out_ptr"},
     "_grouped_gemm_over_k_kernel": {"M", "N", "stride_am", "stride_ak", "stride_bk", "stride_bn", "a_ptr", "b_ptr", "out_ptr"},
+    "_tree_sum_kernel": {"parts_ptr", "out_ptr", "n"},  # the additions are written out
     "_row_partials_kernel": ROW,
     "_row_reduce_kernel": ROW,
     "_row_cumsum_kernel": ROW | {"out_ptr"},
@@ -449,6 +450,34 @@ def test_row_kernels_of_more_than_2_to_the_31_columns(arch, compile_for):
         for binary in compile_for(arch, lambda name=name: ROW_LAUNCHES[name](x)):
             assert_sound(binary, arch)
             assert binary.src.signature["n_cols"] == "i64"
+
+
+@BOTH
+@pytest.mark.parametrize("n_parts", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tree_sum_adds_once_for_each_pair_and_keeps_the_sign_of_zero(n_parts, dtype, arch, compile_for):
+    """What stands for a part that is missing is -0.0: +0.0 would make +0.0 of a sum of -0.0."""
+    parts = tensor(n_parts, 70000, dtype=dtype)
+    (binary,) = compile_for(arch, lambda: cuda.tree_sum(parts, dtype))
+    assert_sound(binary, arch, 0)
+    # Of two 16-bit parts LLVM adds without widening, with the same bits; before SM90 as fma(a, 1, b).
+    assert re.findall(r"fma\.rn\.f\d\d|mul\.", binary.asm["ptx"].replace("mul.wide", "").replace("mul.lo", "")) == []
+    assert "dense<-0.000000e+00>" in binary.asm["ttir"]
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_that_are_not_rounded_compile(dtype, arch, compile_for):
+    a, b = tensor(4, 100, 256, dtype=dtype), tensor(4, 512, 256, dtype=dtype).mT
+    offs = torch.zeros(4, dtype=torch.int32)
+    for launch in (
+        lambda: cuda.gemm(a, b, out_dtype=torch.float32),
+        lambda: cuda.gemm(a[0], b[0], out_dtype=torch.float32),
+        lambda: cuda.grouped_gemm(a[0], b, offs, out_dtype=torch.float32),
+    ):
+        (binary,) = compile_for(arch, launch)
+        assert_sound(binary, arch, MOST_SPILLED)
+        assert any("mma" in name for name in instructions(binary))
 
 
 @BOTH

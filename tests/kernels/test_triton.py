@@ -357,6 +357,33 @@ def test_grouped_gemm_is_gemm_of_each_group(dtype, ends):
     assert (got[start:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_that_is_not_rounded_is_the_rounded_one_before_its_rounding(dtype):
+    a, b = randn(2, 19, 70, dtype=dtype) / 8, randn(2, 70, 33, dtype=dtype)
+    wide = cuda.gemm(a, b, out_dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert_near(wide, reference.gemm(a, b, out_dtype=torch.float32), torch.float32)
+    assert_same_bits(wide, cuda.gemm(a.float(), b.float()))  # 16-bit products are exact in float32
+    offs = torch.tensor([7, 19], dtype=torch.int32)
+    grouped = cuda.grouped_gemm(a[0], b, offs, out_dtype=torch.float32)
+    assert_same_bits(grouped[:7], wide[0, :7])
+    assert grouped.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("n", [0, 1, 700, 5000])
+def test_tree_sum_adds_neighbours_then_their_sums(n_parts, n, dtype):
+    wide = reference.accumulator_dtype(dtype)
+    parts = randn(n_parts, n, dtype=dtype)
+    parts[:, ::7] = -0.0
+    level = list(parts.to(wide))
+    while len(level) > 1:
+        alone = level[-1:] if len(level) % 2 else []
+        level = [a + b for a, b in zip(level[::2], level[1::2], strict=False)] + alone
+    assert_same_bits(cuda.tree_sum(parts, wide), level[0])
+
+
 def test_grouped_gemm_of_nothing():
     offs = torch.zeros(2, dtype=torch.int32)
     assert cuda.grouped_gemm(torch.ones(0, 4), torch.ones(2, 4, 3), offs).shape == (0, 3)
