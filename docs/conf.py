@@ -21,6 +21,7 @@ pygments_style, pygments_dark_style = "default", "github-dark"
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist"]
+smartquotes = False  # "--option" is no dash
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
 
