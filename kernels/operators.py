@@ -10,7 +10,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from pytest_batchinv.kernels import table
+from pytest_batchinv.kernels import sampling, table
 from pytest_batchinv.kernels.aten import attention, norms, reductions, vectors
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
@@ -54,6 +54,8 @@ def _define_all(library: torch.library.Library) -> dict[OpOverload, OpOverload]:
     _define_own(library, reductions.MEAN_OF_SQUARES_SCHEMA, reductions.mean_of_squares, reductions.mean_of_squares_fake)
     _define_own(library, reductions.CHOSEN_LOGPROBS_SCHEMA, reductions.chosen_logprobs, reductions.chosen_logprobs_fake)
     _define_own(library, norms.NORM_BACKWARD_SCHEMA, norms.norm_backward, norms.norm_backward_fake)
+    _define_own(library, sampling.MULTINOMIAL_SCHEMA, sampling.multinomial, sampling.rows_fake)
+    _define_own(library, sampling.SAMPLE_SCHEMA, sampling.sample, sampling.rows_fake)
     made = {}
     for name, implementation in table.BACKEND_KERNELS.items():
         overload = overload_of(name)

@@ -31,14 +31,15 @@ def _load(engine: str, url: str | None, **words: str) -> Any:
     from pytest_batchinv.kernels import counters
 
     with counters.counting_apart():  # to build a model is no test of it
-        if engine in ("transformers", "transformers-generate", "transformers-hidden"):
+        if engine in ("transformers", "transformers-hidden"):
             from pytest_batchinv.subjects.transformers import TransformersSubject
 
-            if engine != "transformers-generate":
-                return TransformersSubject(**words, **({"hidden": True} if engine == "transformers-hidden" else {}))
-            from pytest_batchinv.subjects.transformers.generation import Generation
+            return TransformersSubject(**words, **({"hidden": True} if engine == "transformers-hidden" else {}))
+        if engine in ("transformers-generate", "transformers-sample"):
+            from pytest_batchinv.subjects.transformers import TransformersSubject
+            from pytest_batchinv.subjects.transformers.generation import Generation, Sampling
 
-            return Generation(TransformersSubject(**words))
+            return Generation(TransformersSubject(**words), sampling=Sampling() if engine == "transformers-sample" else None)
         if engine in ("http", "http-chat"):
             return _served(url, engine, words["model"])
         from pytest_batchinv import extensions

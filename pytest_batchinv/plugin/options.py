@@ -8,7 +8,7 @@ from typing import Any
 from pytest_batchinv.letters import WORDS
 
 RELATIONS = {**WORDS, "N": "stock torch is caught"}
-ENGINES = ("transformers", "transformers-generate", "transformers-hidden", "http", "http-chat")
+ENGINES = ("transformers", "transformers-generate", "transformers-sample", "transformers-hidden", "http", "http-chat")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 REPORTS = (".json", ".html")

@@ -33,7 +33,7 @@ class Settings:
     @property
     def loads_a_model(self) -> bool:
         """Whether the engine is of transformers, so that the model is a preset, a path or a hub id."""
-        return self.engine in ("transformers", "transformers-generate", "transformers-hidden")
+        return self.engine in ("transformers", "transformers-generate", "transformers-sample", "transformers-hidden")
 
 
 DEFAULTS = Settings(**{option.name: option.default for option in OPTIONS})

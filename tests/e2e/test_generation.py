@@ -7,7 +7,7 @@ from pytest_batchinv import BatchVarianceError, batch_invariant_mode, check_batc
 from pytest_batchinv.mutants import models
 from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects.transformers import TransformersSubject
-from pytest_batchinv.subjects.transformers.generation import N_TOKENS, Generation
+from pytest_batchinv.subjects.transformers.generation import N_TOKENS, Generation, Sampling
 from pytest_batchinv.subjects.transformers.layout import row_tokens
 
 BATCH = BatchShape((Row(0, 5), Row(1, 1), Row(2, 33, "extreme"), Row(3, 17)))
@@ -37,6 +37,32 @@ def test_the_tokens_are_those_that_the_model_would_choose_one_by_one():
         expected[subject.subject.model.config.eos_token_id] = -torch.inf  # no row ends before the others
         assert int(expected.argmax()) == token
         tokens = [*tokens, token]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_token_that_is_drawn_differs_in_a_batch(dtype):
+    subject = Generation(TransformersSubject("tiny-llama", device="cpu", dtype=dtype), sampling=Sampling(temperature=2.0))
+    assert subject.info.kind == "transformers sample"
+    with batch_invariant_mode():
+        records = check_batch_invariant(subject, ("R", "I"), case=BATCH)
+        greedy, drawn = (each.run(BATCH)[0]["tokens"] for each in (generation("tiny-llama", dtype), subject))
+    assert [record.verdict for record in records] == ["equal"] * 2
+    assert not any("multinomial" in name for record in records for name in record.ops.unverified)
+    assert not torch.equal(greedy, drawn)
+
+
+def test_tokens_of_torchs_own_generator_would_differ(monkeypatch):
+    """So the test above can fail: the same seed before each run gives a row other numbers in a batch."""
+
+    def of_torch(scores, seeds, position, **options):
+        torch.manual_seed(position)
+        return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+
+    monkeypatch.setattr("pytest_batchinv.sampling.sample", of_torch)
+    subject = Generation(TransformersSubject("tiny-llama", device="cpu", dtype="fp32"), sampling=Sampling())
+    with batch_invariant_mode():
+        together, alone = (subject.run(BatchShape(rows)) for rows in (BATCH.rows, BATCH.rows[2:3]))
+    assert not torch.equal(together[2]["tokens"], alone[0]["tokens"])
 
 
 def test_a_fault_that_follows_the_batch_is_caught():
