@@ -81,10 +81,12 @@ NOINLINE double exact_log(double x, Params) { return std::log(x); }
 NOINLINE double exact_log1p(double x, Params) { return std::log1p(x); }
 NOINLINE double exact_sin(double x, Params) { return std::sin(x); }
 NOINLINE double exact_cos(double x, Params) { return std::cos(x); }
-// Roots are taken by sqrt, as in torch: std::pow differs from it at -0 and -inf.
-NOINLINE double exact_pow(double x, Params p) {
-  return p[0] == 0.5 ? std::sqrt(x) : p[0] == -0.5 ? 1.0 / std::sqrt(x) : std::pow(x, p[0]);
-}
+NOINLINE double exact_pow(double x, Params p) { return std::pow(x, p[0]); }
+INLINE double square(double x, Params) { return x * x; }
+INLINE double cube(double x, Params) { return x * x * x; }
+INLINE double root(double x, Params) { return std::sqrt(x); }
+INLINE double reciprocal(double x, Params) { return 1.0 / x; }
+INLINE double reciprocal_square(double x, Params) { return 1.0 / (x * x); }
 NOINLINE double exact_softplus(double x, Params p) {
   double scaled = x * p[0];
   return scaled > p[1] ? x : std::log1p(std::exp(scaled)) / p[0];
@@ -94,6 +96,18 @@ NOINLINE double exact_log_sigmoid(double x, Params) {
 }
 NOINLINE double exact_elu(double x, Params p) {  // alpha, scale, input_scale
   return x <= 0 ? std::expm1(x * p[2]) * (p[0] * p[1]) : x * p[1];
+}
+
+// The exponents that torch computes by products, quotients and roots. A root is not std::pow's: that differs at -0 and -inf.
+NOINLINE void pow_loop(double* x, int64 n, Params p) {
+  Loop one = p[0] == 2      ? loop<square>
+             : p[0] == 3    ? loop<cube>
+             : p[0] == 0.5  ? loop<root>
+             : p[0] == -0.5 ? loop<rsqrt>
+             : p[0] == -1   ? loop<reciprocal>
+             : p[0] == -2   ? loop<reciprocal_square>
+                            : loop<exact_pow>;
+  one(x, n, p);
 }
 
 // float64 takes the exact forms, because the fast ones have too few digits for it. All other dtypes are computed in
@@ -113,7 +127,7 @@ const struct Pointwise {
     {"softplus", loop<exact_softplus>, loop<exact_softplus>},
     {"log_sigmoid", loop<exact_log_sigmoid>, loop<exact_log_sigmoid>},
     {"elu", loop<exact_elu>, loop<exact_elu>},
-    {"pow", loop<exact_pow>, loop<exact_pow>},
+    {"pow", pow_loop, pow_loop},
     {"erf", loop<exact_erf>, loop<exact_erf>},
     {"expm1", loop<exact_expm1>, loop<exact_expm1>},
     {"log", loop<exact_log>, loop<exact_log>},
