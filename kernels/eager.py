@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from pytest_batchinv.kernels import collectives, stock, table
+from pytest_batchinv.kernels import collectives, stock, table, vllm
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
 from pytest_batchinv.kernels.operators import may_skip_dispatcher
@@ -69,6 +69,10 @@ def _entries() -> Iterator[Entry]:
         yield from _backend_entries(name, implementation, _devices())
     for name, implementation in (*table.POINTWISE.items(), *table.WHOLE_VECTORS.items()):
         yield from _backend_entries(name, implementation, ("CPU",))
+    for name, implementation in table.OF_VLLM.items():
+        overload = overload_of(name)
+        if overload is not None:
+            yield overload, "CPU", _of_vllm(overload, implementation)
     for name, reason in table.REFUSED.items():
         overload = overload_of(name)
         if overload is not None:
@@ -179,6 +183,23 @@ def _composite(overload: OpOverload, implementation: Implementation) -> Kernel:
         try:
             if may_skip_dispatcher(keyset, (*args, *kwargs.values())):
                 return planned(*args, **kwargs)
+            return implementation(*args, **kwargs)
+        except Refused as refused:
+            raise refused.with_traceback(None) from None
+
+    return run
+
+
+def _of_vllm(overload: OpOverload, implementation: Implementation) -> Kernel:
+    """The implementation, which writes to what it is given; a refusal where vLLM's operator has other arguments by now."""
+    name = overload.name()
+    if not vllm.has_known_arguments(overload):
+        known = f"{name}({vllm.SCHEMAS[name]}"
+        implementation = refusal(overload, f"it is {overload._schema} here, and the kernel was written for {known}")
+
+    def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        count(name)
+        try:
             return implementation(*args, **kwargs)
         except Refused as refused:
             raise refused.with_traceback(None) from None

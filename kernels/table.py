@@ -3,13 +3,14 @@
 ``BACKEND_KERNELS`` are installed below autograd. ``COMPOSITES`` are installed above it: they are made of backend kernels, so
 gradients flow. ``POINTWISE`` and ``WHOLE_VECTORS`` are installed on the CPU only, where torch's own kernels treat the tail of
 a vector in another way. ``AS_IN_EAGER_CODE`` is for compiled code alone. ``REFUSED`` raise with the reason.
-``OUT_GIVES_DTYPE`` and ``OUT_MAY_CAST`` say which dtypes an ``out=`` may have.
+``OUT_GIVES_DTYPE`` and ``OUT_MAY_CAST`` say which dtypes an ``out=`` may have. ``OF_VLLM`` are operators of another library.
 A functional overload stands for its ``.out`` and in-place siblings too: ``overloads.py`` finds them by their schemas.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from pytest_batchinv.kernels import vllm
 from pytest_batchinv.kernels.aten import (
     attention,
     convolution,
@@ -173,6 +174,18 @@ _IN_SEVERAL_STEPS = (
     ),
     *("upsample_linear1d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "upsample_trilinear3d.vec"),
 )
+OF_VLLM: dict[str, Callable[..., Any]] = {
+    "_C::cpu_attn_reshape_and_cache": vllm.reshape_and_cache,
+    "_C::cpu_attention_with_kv_cache": vllm.attention_with_kv_cache,
+    "_C::rotary_embedding": vllm.rotary_embedding,
+    "_C::greedy_argmax": vllm.greedy_argmax,
+}
+"""Installed on the CPU, where vLLM's CPU build has been imported before the mode is entered."""
+
+WRAPPERS = {"vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"}
+"""Operators that, on the CPU, are Python which calls others and computes nothing itself (read in vLLM 0.32.0): op coverage sees
+what they call. On a GPU they may launch kernels that no dispatcher sees."""
+
 AS_IN_EAGER_CODE = {
     **dict.fromkeys(_ON_THE_CPU, ("cpu",)),
     **dict.fromkeys(_IN_SEVERAL_STEPS, ("cpu", "cuda")),

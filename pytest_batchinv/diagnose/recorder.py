@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytest_batchinv.kernels import scanned
+from pytest_batchinv.kernels import scanned, table
+from pytest_batchinv.patches.dispatcher import COMPOSITE
 
 
 @dataclass
@@ -37,6 +39,9 @@ Around = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 class Recorder(TorchDispatchMode):
     """Records the operators that are dispatched inside. Compiled code dispatches few: record eager code.
 
+    A composite that arrives whole, as under ``torch.inference_mode``, is recorded as what it is made of, and a wrapper of
+    the table as what it calls.
+
     keeps_inputs: asked for each call; where it says yes, the call's tensors are copied. around: runs each call.
     """
 
@@ -52,6 +57,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if key := _made_of_others(func, args, kwargs):
+            with self:
+                return func._op_dk(key, *args, **kwargs)
         call = Call(func, _device(args, kwargs), scanned.cell_name(func, kwargs), scanned.dtype_of((args, kwargs)))
         takes_floats = scanned.has_floats((args, kwargs))
         if self._keeps_inputs is not None and self._keeps_inputs(func, args):
@@ -61,6 +69,23 @@ class Recorder(TorchDispatchMode):
         call.gives_floats = scanned.has_floats(out)
         call.dtype = scanned.dtype_of_call(call.dtype, takes_floats, out)
         return out
+
+
+def _made_of_others(func: OpOverload, args: Any, kwargs: Any) -> torch._C.DispatchKey | None:
+    """The key of the kernel that calls nothing but operators; None for an operator that is recorded itself.
+
+    A composite of another library than torch may compute by itself.
+    """
+    if func.name() in table.WRAPPERS:
+        return torch._C.DispatchKey.CPU if _device(args, kwargs) == "cpu" else None
+    if torch.is_inference_mode_enabled() and _is_composite(func):
+        return torch._C.DispatchKey.CompositeImplicitAutograd
+    return None
+
+
+@cache
+def _is_composite(func: OpOverload) -> bool:
+    return func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE)
 
 
 def _device(args: Any, kwargs: Any) -> str:

@@ -20,6 +20,12 @@ KEPT_MODELS = 2
 DEFAULT_MODELS = {"cpu": ("tiny-qwen3", "tiny-llama"), "cuda": ("wide-qwen3", "wide-llama")}
 """What "auto" is by device: small enough for a CPU; on a GPU wide enough that stock torch varies in bf16. The first one is
 the model of a test of one's own, and the packaged suite runs both."""
+MODELS_OF_VLLM = {"cpu": ("tiny-qwen3-d64",), "cuda": ("wide-qwen3",)}
+"""The same for vLLM, whose attention on a CPU has no heads of fewer than 32 dims."""
+
+
+def default_models(engine: str, device: str) -> tuple[str, ...]:
+    return (MODELS_OF_VLLM if engine == "vllm" else DEFAULT_MODELS)[device]
 
 
 def model_loader() -> Callable[..., Any]:
@@ -40,6 +46,10 @@ def _load(engine: str, url: str | None, **words: str) -> Any:
             from pytest_batchinv.subjects.transformers.generation import Generation, Sampling
 
             return Generation(TransformersSubject(**words), sampling=Sampling() if engine == "transformers-sample" else None)
+        if engine == "vllm":
+            from pytest_batchinv.subjects.vllm import VllmSubject
+
+            return VllmSubject(**words)
         if engine in ("http", "http-chat"):
             return _served(url, engine, words["model"])
         from pytest_batchinv import extensions
@@ -105,7 +115,7 @@ def batchinv_engine(request: pytest.FixtureRequest, batchinv_settings: Settings,
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
     if model == "auto" and batchinv_settings.loads_a_model:
-        model = DEFAULT_MODELS[device][0]
+        model = default_models(batchinv_settings.engine, device)[0]
     from pytest_batchinv.plugin.seeds import heavy_imports
 
     try:

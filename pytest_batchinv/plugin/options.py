@@ -8,7 +8,9 @@ from typing import Any
 from pytest_batchinv.letters import WORDS
 
 RELATIONS = {**WORDS, "N": "stock torch is caught"}
-ENGINES = ("transformers", "transformers-generate", "transformers-sample", "transformers-hidden", "http", "http-chat")
+_OF_TRANSFORMERS = ("transformers", "transformers-generate", "transformers-sample", "transformers-hidden")
+ENGINES = (*_OF_TRANSFORMERS, "http", "http-chat", "vllm")
+LOAD_A_MODEL = (*_OF_TRANSFORMERS, "vllm")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 REPORTS = (".json", ".html")

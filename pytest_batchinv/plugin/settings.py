@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_batchinv.plugin.options import OPTIONS, Option, names_in_ini
+from pytest_batchinv.plugin.options import LOAD_A_MODEL, OPTIONS, Option, names_in_ini
 
 if TYPE_CHECKING:
     from pytest_batchinv.shapes import BatchShape
@@ -32,8 +32,8 @@ class Settings:
 
     @property
     def loads_a_model(self) -> bool:
-        """Whether the engine is of transformers, so that the model is a preset, a path or a hub id."""
-        return self.engine in ("transformers", "transformers-generate", "transformers-sample", "transformers-hidden")
+        """Whether the engine loads it, so that the model is a preset, a path or a hub id."""
+        return self.engine in LOAD_A_MODEL
 
 
 DEFAULTS = Settings(**{option.name: option.default for option in OPTIONS})
@@ -76,8 +76,9 @@ def _parse(option: Option, given: Any) -> Any:
     return option.parse(given) if isinstance(given, str) else given
 
 
-OTHER_VARIABLES = ("BATCHINV_CACHE_DIR", "BATCHINV_API_KEY", "BATCHINV_RANK_SECONDS")
-"""Read elsewhere: where the CPU's kernels are kept, the key of a served model, and how long ranks may take to answer."""
+OTHER_VARIABLES = ("BATCHINV_CACHE_DIR", "BATCHINV_API_KEY", "BATCHINV_RANK_SECONDS", "BATCHINV_VLLM")
+"""Read elsewhere: where the CPU's kernels are kept, the key of a served model, how long ranks may take to answer, and whether
+vLLM's processes enter the mode."""
 
 
 def _refuse_unknown_names(config: Any, environ: Mapping[str, str]) -> None:

@@ -28,7 +28,7 @@ class Isolation(Relation):
         space = subject.space
         if space.max_rows < 2:
             return "a batch of one row has no neighbours"
-        if space.lays_out:
+        if not space.shapes_follow_length:
             return "rows of one length need not have the same shapes here, so no neighbour can be replaced by another one"
         if space.pool is not None and all(_other(row, space) == row for row in space.palette):
             return "no two rows of the pool have the same shapes, so no neighbour can be replaced by another one"

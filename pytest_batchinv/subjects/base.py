@@ -80,8 +80,8 @@ class Space:
     alike: for a pool of ragged rows, a word for the shapes of each; rows of one word may stand for each other.
     max_position: tokens that have a position, 0 where the subject is told none. max_keys: that a cache holds. caches: what it
     can compute in steps with. window: of its sliding attention, 0 for none. lays_out: a batch says which rows there are, and
-    the subject lays them out by itself: no padding can be asked for, and rows of one length need not have the same shapes.
-    left_out: what it cannot do, as sentences for the record.
+    the subject lays them out by itself: no padding can be asked for. shapes_follow_length: rows of one length have the same
+    shapes. forgets: its caches can drop tokens again. left_out: what it cannot do, as sentences for the record.
     """
 
     palette: tuple[Row, ...]
@@ -96,6 +96,8 @@ class Space:
     caches: tuple[str, ...] = ()
     window: int = 0
     lays_out: bool = False
+    shapes_follow_length: bool = True
+    forgets: bool = True
     left_out: tuple[str, ...] = ()
 
     def sizes(self) -> range:
@@ -133,6 +135,8 @@ class Space:
             return ""
         if case.steps.cache not in self.caches:
             return f"the subject keeps no {case.steps.cache} cache, only {', '.join(self.caches) or 'none at all'}"
+        if case.steps.rejected and not self.forgets:
+            return "its cache forgets no tokens, so none can be rejected"
         if case.width + case.steps.spare > self.max_keys:
             return f"its cache has room for {case.width + case.steps.spare} keys, the subject takes {self.max_keys}"
         shortest = min(row.length for row in case.rows)

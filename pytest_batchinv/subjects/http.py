@@ -98,6 +98,7 @@ class HttpSubject(Subject):
             max_rows=self.limits.concurrency,
             max_length=max(_LENGTHS),
             lays_out=True,
+            shapes_follow_length=False,  # words are as many tokens as the server's tokenizer makes of them
         )
 
     def run(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:

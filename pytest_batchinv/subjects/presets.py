@@ -12,6 +12,7 @@ from typing import Any
 PRESETS = (
     "tiny-llama",
     "tiny-qwen3",
+    "tiny-qwen3-d64",
     "tiny-qwen3-moe",
     "tiny-gpt2",
     "tiny-gemma",

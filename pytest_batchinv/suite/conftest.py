@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_batchinv.plugin import lifecycle
-from pytest_batchinv.plugin.fixtures import DEFAULT_MODELS
+from pytest_batchinv.plugin.fixtures import default_models
 from pytest_batchinv.plugin.settings import Settings
 from pytest_batchinv.suite.names import DTYPES, OPERATORS
 
@@ -55,10 +55,10 @@ def _models(settings: Settings) -> tuple[str, ...]:
     if settings.model != "auto" or not settings.loads_a_model:
         return (settings.model,)
     if not settings.enabled:
-        return DEFAULT_MODELS["cpu"]
+        return default_models(settings.engine, "cpu")
     from pytest_batchinv import gpu
 
-    return DEFAULT_MODELS[gpu.resolve_device(settings.device)]
+    return default_models(settings.engine, gpu.resolve_device(settings.device))
 
 
 @pytest.fixture

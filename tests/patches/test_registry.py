@@ -287,6 +287,14 @@ def test_the_range_decides_whether_a_patch_is_needed(engine, monkeypatch, versio
         assert engine().function(1) == (("stock", 1) if state == "not needed" else ("patched", "stock", 1))
 
 
+@pytest.mark.parametrize("version, state", [(None, "not needed"), ("0.31.2", "not needed"), ("0.32.1+cpu", "off")])
+def test_a_patch_of_vllm_is_needed_on_versions_of_its_range_alone(engine, monkeypatch, version, state):
+    monkeypatch.setattr(registry, "vllm_version", lambda: version and registry.Version(version))
+    register(vllm="==0.32.*")
+    assert row().state == state
+    assert row().why == {None: "vLLM is not installed", "0.31.2": "vLLM 0.31.2 is not ==0.32.*"}.get(version, "a test")
+
+
 def test_a_patch_that_changes_bits_needs_its_name(engine):
     register(numerics=True)
     with applied("engines"):
@@ -573,7 +581,7 @@ def test_neither_the_registry_nor_its_status_imports_torch():
         print(*(row.name for row in rows))
         """
     )
-    assert out.split() == ["lazy_operator_text", "indirect_assert", "rounded_casts", "realize_by_bytes"]
+    assert out.split() == ["lazy_operator_text", "indirect_assert", "rounded_casts", "realize_by_bytes", "vllm_products"]
 
 
 def test_users_patches_come_by_entry_point_and_one_that_fails_to_load_is_a_row(tmp_path):
