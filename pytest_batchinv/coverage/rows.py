@@ -52,7 +52,7 @@ class Batches:
             if isinstance(leaf, Tensor):
                 own = leaf[None] if i in layout.tensors and layout.is_new else leaf
                 kept = layout.dim if i in layout.tensors else None
-                stretched = _stretched(own, sizes, kept)
+                stretched = _stretched(own, sizes, kept, is_plain)
                 if kept is not None:
                     self._pools[i] = _pool(stretched, kept, generator, is_plain)
                 else:
@@ -226,12 +226,22 @@ def _is_in_a_list(path: Any) -> bool:
     return len(path) > 2
 
 
-def _stretched(x: Tensor, sizes: _Sizes, kept: int | None) -> Tensor:
-    """x with dims of other sizes, its values repeated; the dim ``kept`` stays."""
+def _stretched(x: Tensor, sizes: _Sizes, kept: int | None, is_plain: bool) -> Tensor:
+    """x with dims of other sizes, its values repeated; the dim ``kept`` stays. A vector of unequal places has unequal ones.
+
+    torch promises nothing of places that are written twice.
+    """
+    if kept is None and not is_plain and _names_places_once(x) and len(x) in sizes:
+        repeats = torch.arange(sizes[len(x)], device=x.device)
+        return (x[repeats % len(x)] + repeats // len(x) * (x.max() + 1)).argsort().argsort()
     for dim, size in enumerate(x.shape):
         if dim != kept and size in sizes:
             x = x.index_select(dim, torch.arange(sizes[size], device=x.device) % size)
     return x
+
+
+def _names_places_once(x: Tensor) -> bool:
+    return x.dtype == torch.int64 and x.dim() == 1 and len(x) > 1 and int(x.min()) >= 0 and len(x.unique()) == len(x)
 
 
 def _pool(x: Tensor, dim: int, generator: torch.Generator, is_plain: bool) -> Tensor:

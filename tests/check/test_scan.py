@@ -100,6 +100,19 @@ def test_what_draws_by_place_varies():
     assert state_of(lambda x: torch.nn.functional.dropout(x, 0.5, True), torch.randn(5, 7)) == VARIES
 
 
+def test_places_that_a_sample_names_once_are_named_once_in_wider_batches():
+    """torch says that what is written twice to one place is not determined."""
+    sizes = set()
+
+    def write(x, index):
+        assert len(index.unique()) == len(index)
+        sizes.add(len(index))
+        return torch.zeros_like(x).index_copy(1, index, x)
+
+    assert state_of(write, torch.randn(4, 5), torch.tensor([3, 0, 1, 4, 2])) == ROW_LOCAL
+    assert sizes >= {5, 37, 64, 256}
+
+
 def test_rows_of_the_second_operand_alone_are_found():
     """As the right-hand sides of a solver are."""
     torch.manual_seed(0)
@@ -139,6 +152,20 @@ def test_a_sum_with_a_factor_is_another_cell_than_one_without():
     cells = states_of(walked("also:sum_with_a_factor", "bf16"))
     assert cells["aten::add.Tensor with alpha", "bf16"] == VARIES
     assert states_of(walked("op:add", "bf16"))["aten::add.Tensor", "bf16"] == ROW_LOCAL
+
+
+@pytest.mark.parametrize(
+    "source, operators",
+    [
+        ("quotient_by_a_number", {"aten::div.Scalar", "aten::div_.Scalar"}),
+        ("index_copy", {"aten::index_copy", "aten::index_copy_"}),
+        ("slices", {"aten::slice_backward"}),
+    ],
+)
+def test_operators_of_models_are_row_local(source, operators):
+    """A number that is the number of rows by chance, as 5 in ``x / 5`` of 5 rows, counts none."""
+    cells = [cell for cell in walked(f"also:{source}", "bf16").cells if cell.operator in operators]
+    assert {cell.operator for cell in cells} == operators and {cell.state for cell in cells} == {ROW_LOCAL}
 
 
 def test_gradients_have_cells(monkeypatch):
