@@ -10,6 +10,8 @@ import contextlib
 import os
 
 VARIABLE = "BATCHINV_VLLM"
+NO_COMPILE_CACHE = "VLLM_DISABLE_COMPILE_CACHE"
+"""vLLM's cache of compiled models has no key for the mode: code of the one would be run as the other."""
 SUPPORTED = "0.32"
 _kept = contextlib.ExitStack()
 _is_prepared = False
@@ -31,6 +33,7 @@ def register() -> None:
             f"{VARIABLE} and VLLM_BATCH_INVARIANT are both on, and both take the same operators of torch: turn one of them off."
         )
     prepare()
+    os.environ[NO_COMPILE_CACHE] = "1"
     from pytest_batchinv import mode
 
     if not mode.is_on():

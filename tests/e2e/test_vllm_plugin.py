@@ -91,7 +91,10 @@ print("done")
 
 def test_a_process_that_asks_for_the_mode_has_it_to_its_end():
     done = run(
-        KNOWN + REGISTERED + REGISTERED + "from pytest_batchinv import mode; print(mode.is_on())",
+        KNOWN
+        + REGISTERED
+        + REGISTERED
+        + "from pytest_batchinv import mode; import os; print(mode.is_on(), os.environ['VLLM_DISABLE_COMPILE_CACHE'])",
         BATCHINV_VLLM="yes",
     )
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout == "True 1\n", done.stderr

@@ -12,8 +12,12 @@ from pytest_batchinv import vllm_plugin
 
 TOP = 8
 """Logprobs of each position besides that of its own token: those of the most likely tokens."""
-_DEFAULTS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""Of vLLM's environment, unless it says otherwise: the worker in this process, whose threads are bound to no core."""
+_DEFAULTS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    vllm_plugin.NO_COMPILE_CACHE: "1",
+}
+"""Of vLLM's environment, unless it says otherwise: the worker in this process, threads bound to no core, no cache on disk."""
 
 
 class EngineError(RuntimeError):
