@@ -1,7 +1,8 @@
 """``python -m pytest_batchinv.architectures [NAME ...]``: builds each architecture tiny, and asks it for relations in the mode.
 
 One line an architecture: for each relation how many batches were equal and how many were not, and what was left out. With --out
-the same as JSON lines, which are written as they come. A sample of the sweep is run, spread over all of it, and no search.
+the same as JSON lines, which are written as they come; --document makes docs/architectures.md of such files. A sample of the
+sweep is run, spread over all of it, and no search.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import transformers
 
 from pytest_batchinv import batch_invariant_mode
 from pytest_batchinv.architectures.configs import names, tiny_model
+from pytest_batchinv.architectures.document import document
 from pytest_batchinv.relations import chosen
 from pytest_batchinv.relations.base import Relation
 from pytest_batchinv.search.runs import SubjectRuns
@@ -39,7 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", type=int, default=9, help="batches for each relation")
     parser.add_argument("--out", type=Path, help="JSON lines")
+    parser.add_argument(
+        "--document", type=Path, nargs="+", metavar="LINES", help="write docs/architectures.md of these files, and ask nothing"
+    )
     given = parser.parse_args(arguments)
+    if given.document:
+        lines = [json.loads(line) for path in given.document for line in path.read_text(encoding="utf-8").splitlines()]
+        Path("docs/architectures.md").write_text(document(lines), encoding="utf-8")
+        return 0
     relations = chosen(given.relations.split(","), parser.prog)
     if unknown := sorted(set(given.names) - set(names())):
         parser.error(f"transformers {transformers.__version__} has no causal architecture {', '.join(unknown)}")
@@ -60,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 def asked(name: str, relations: list[Relation], dtype: str, device: str, n_cases: int) -> dict[str, Any]:
     """One architecture: how many batches of each relation were equal, differed and could not be run, and why."""
     started = time.perf_counter()
-    line: dict[str, Any] = {"architecture": name, "dtype": dtype}
+    line: dict[str, Any] = {"architecture": name, "dtype": dtype, "versions": _versions()}
     try:
         with tempfile.TemporaryDirectory() as folder:
             tiny_model(name, DTYPES[dtype]).save_pretrained(folder)
@@ -117,14 +126,17 @@ def _cell(found: dict[str, Any]) -> str:
 
 def _summary(lines: list[dict[str, Any]], relations: list[Relation]) -> Iterator[str]:
     loaded = [line for line in lines if "error" not in line]
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    yield f"{len(loaded)} of {len(lines)} architectures were loaded, {versions}"
+    yield f"{len(loaded)} of {len(lines)} architectures were loaded, {_versions()}"
     for letter in (relation.letter for relation in relations):
         found = [line["relations"][letter] for line in loaded]
         run = [cells for cells in found if "not_asked" not in cells]
         equal = sum(bool(cells["equal"]) and not cells["differ"] and not cells["errors"] for cells in run)
         differ = sum(bool(cells["differ"]) for cells in run)
         yield f"{letter}: {equal} equal, {differ} differ, {len(run) - equal - differ} other, {len(found) - len(run)} not asked"
+
+
+def _versions() -> str:
+    return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
 def _words(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from pytest_batchinv.architectures import __main__ as command
 from pytest_batchinv.architectures.configs import names, tiny_config, tiny_model
+from pytest_batchinv.architectures.document import document
 
 
 def run(capsys, *arguments):
@@ -55,3 +57,17 @@ def test_an_architecture_that_fails_is_a_line_and_one_that_there_is_not_is_refus
     with pytest.raises(SystemExit):
         command.main(["no-such-thing"])
     assert "has no causal architecture no-such-thing" in capsys.readouterr().err
+
+
+def test_the_document_is_made_of_the_stored_lines_and_tells_what_is_not_equal():
+    root = Path(__file__).parents[2]
+    stored = root / "benchmarks/results/architectures-cpu-fp32-part.jsonl"
+    lines = [json.loads(line) for line in stored.read_text().splitlines()]
+    made = document(lines)
+    assert made == (root / "docs/architectures.md").read_text()
+    loaded = [line for line in lines if "error" not in line]
+    for line in loaded:
+        (row,) = [text for text in made.splitlines() if text.startswith(f"| {line['architecture']} | ")]
+        assert ("differ**" in row) == any(cells.get("differ") for cells in line["relations"].values())
+        assert ("failed" in row) == any(cells.get("errors") for cells in line["relations"].values())
+    assert made.count("\n* ") == len(lines) - len(loaded)
