@@ -9,6 +9,7 @@ Each session leaves a record of what ran beside the others of its kind: ``benchm
 
 import json
 import platform
+import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from datetime import UTC, datetime
@@ -51,6 +52,50 @@ def tests(session: nox.Session, torch: str) -> None:
         path.write_text(json.dumps(record, indent=2) + "\n")
     if failed:
         session.error(f"torch {torch}: {', '.join(failed)} did not pass")
+
+
+# What judges, and the tests that have to notice when it judges otherwise.
+MUTATED = {
+    "pytest_batchinv/compare.py": ("tests/check/test_compare.py",),
+    "pytest_batchinv/check.py": ("tests/check/test_verdicts.py", "tests/check/test_search.py"),
+    "pytest_batchinv/search": ("tests/check/test_search.py", "tests/check/test_shapes.py"),
+    "pytest_batchinv/relations": ("tests/check/test_relations.py", "tests/check/test_layouts.py", "tests/check/test_shapes.py"),
+}
+
+
+@nox.session(python="3.11", venv_backend="none")
+def mutation(session: nox.Session) -> None:
+    """Changes the judges one operator at a time, in this checkout, and lists the changes that no test notices.
+
+    It takes hours: arguments choose among MUTATED. Commit first, since an interrupt leaves a change behind. Run it with the
+    Python of .venv: ``.venv/bin/python -m nox -s mutation -- pytest_batchinv/compare.py``.
+    """
+    session.run("python", "-m", "pip", "install", "--quiet", "cosmic-ray==8.7.0")
+    folder = Path(session.create_tmp())
+    for module in session.posargs or MUTATED:
+        tests = " ".join(MUTATED[module])
+        settings, found = folder / "mutation.toml", folder / f"{Path(module).stem}.sqlite"
+        settings.write_text(_MUTATION.format(module=module, tests=tests, python=sys.executable))
+        session.run("cosmic-ray", "init", "--force", str(settings), str(found))
+        session.run("cr-filter-operators", str(found), str(settings))
+        session.run("cosmic-ray", "exec", str(settings), str(found), env={"OMP_NUM_THREADS": "1"})
+        session.run("cr-report", "--show-diff", "--surviving-only", str(found))
+
+
+_MUTATION = """
+[cosmic-ray]
+module-path = "{module}"
+timeout = 180
+excluded-modules = []
+test-command = "{python} -P -m pytest -q -x -p no:cacheprovider {tests}"
+
+[cosmic-ray.distributor]
+name = "local"
+
+# A union of types, such as "str | None", is never evaluated.
+[cosmic-ray.filters.operators-filter]
+exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]
+"""
 
 
 def _install(session: nox.Session, torch: str) -> None:

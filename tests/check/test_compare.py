@@ -80,6 +80,32 @@ def test_ulps_are_counted_across_zero():
     assert first_difference(tiny, -tiny).ulp == 2
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(values=st.tuples(st.integers(-40, 40), st.integers(-40, 40)))
+def test_ulps_are_steps_from_one_number_to_the_next(dtype, values):
+    """-0.0 is a step of its own below 0.0."""
+    up = torch.tensor(torch.inf, dtype=dtype)
+    number = [torch.zeros((), dtype=dtype), -torch.zeros((), dtype=dtype)]
+    a, b = (number[value < 0].clone() for value in values)
+    for x, value in zip((a, b), values, strict=True):
+        for _ in range(abs(value)):
+            x.copy_(torch.nextafter(x, up if value > 0 else -up))
+    found = first_difference(a, b)
+    steps = abs(values[0] - values[1])
+    assert (found is None and steps == 0) or found.ulp == steps
+
+
+def test_a_difference_is_told_with_both_numbers_their_bits_and_the_distance():
+    expected, actual = torch.tensor([2.0, -1.0]), torch.tensor([2.0, 1.0])
+    found = first_difference(expected, actual)
+    assert str(found) == (
+        "1 of 2 values differ; the first at [1]: -1.0 (0xbf800000) against 1.0 (0x3f800000), 2,130,706,432 ulp apart"
+    )
+    integers = first_difference(torch.tensor([1, -2]), torch.tensor([1, 3]))
+    assert str(integers) == ("1 of 2 values differ; the first at [1]: -2 (0xfffffffffffffffe) against 3 (0x0000000000000003)")
+
+
 def test_strides_do_not_matter():
     x = torch.randn(3, 4)
     assert first_difference(x, x.t().contiguous().t()) is None
@@ -124,3 +150,34 @@ def test_the_first_row_that_differs_is_named_whether_rows_are_stacked_or_not(n_r
     found = first_row_that_differs(outputs(x), outputs(y))
     assert found.position == row
     assert (found.output, found.difference.index) == ("b", (1,))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize(
+    ("one", "other", "kinds"),
+    [
+        ({"a": 0.0}, {"b": 0.0}, ("a", "b")),
+        ({"a": 0.0}, {"a": 0.0, "b": 0.0}, ("a", "a, b")),
+        ({"a": 0.0, "b": 0.0}, {"a": 0.0}, ("a, b", "a")),
+    ],
+)
+def test_outputs_of_other_names_are_a_difference(stacked, one, other, kinds):
+    found = first_row_that_differs(*(_outputs(given, stacked, torch.float32) for given in (one, other)))
+    assert (found.position, found.output, found.difference.kind) == (0, "the outputs", "shape")
+    assert (found.difference.expected, found.difference.actual) == kinds
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_the_same_bits_in_another_dtype_are_a_difference(stacked):
+    found = first_row_that_differs(*(_outputs({"a": 0}, stacked, dtype) for dtype in (torch.float32, torch.int32)))
+    assert (found.position, found.output, found.difference.kind) == (0, "a", "shape")
+
+
+def test_a_difference_of_shape_counts_no_values():
+    found = first_difference(torch.zeros(2), torch.zeros(3))
+    assert (found.n_differ, found.n_total, found.index) == (0, 0, ())
+
+
+def _outputs(values, stacked, dtype):
+    rows = {name: torch.full((2, 3), value, dtype=dtype) for name, value in values.items()}
+    return RowOutputs(rows) if stacked else RowOutputs(rows=[{name: x[i] for name, x in rows.items()} for i in range(2)])
