@@ -23,6 +23,7 @@ from pytest_batchinv.kernels.aten import (
     recurrent,
     reductions,
     scatter,
+    scatter_reduce,
     vectors,
 )
 
@@ -74,6 +75,10 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "_scaled_dot_product_efficient_attention": attention.efficient_attention,
     "index_add": scatter.index_add,
     "scatter_add": scatter.scatter_add,
+    "scatter_reduce.two": scatter_reduce.scatter_reduce,
+    "scatter.reduce": scatter_reduce.scatter_with,
+    "scatter.value_reduce": scatter_reduce.scatter_value_with,
+    "index_reduce": scatter_reduce.index_reduce,
     "_embedding_bag": scatter.embedding_bag,
     "_embedding_bag_forward_only": scatter.embedding_bag,
     "_cdist_forward": distances.cdist_forward,
@@ -249,7 +254,6 @@ REFUSED = {
     "_scaled_mm": _NO_KERNEL,
     "_scaled_grouped_mm": _NO_KERNEL,
     "_masked_softmax": _NO_KERNEL,
-    "scatter_reduce.two": _NO_KERNEL,
     "_thnn_fused_lstm_cell": _CELL,
     "_thnn_fused_gru_cell": _CELL,
     "_cudnn_rnn": _LAYER,

@@ -35,24 +35,30 @@ def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: f
 
 def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     """Adds each value, as a row of one column, at its place in the flat tensor, in the order of the flat index."""
-    if self.device != src.device or self.device != index.device:
-        raise RuntimeError("scatter_add: expected self, index and src on one device")
-    dim = wrap_dim(self, dim)
-    if self.dtype != src.dtype:
-        raise RuntimeError(f"scatter_add: expected self and src of one dtype, but got {self.dtype} and {src.dtype}")
+    places, values = flat_places("scatter_add", self, dim, index, src)
     if not index.numel():
         return self.clone(memory_format=torch.contiguous_format)
+    out = kernel_set(self).index_add(self.reshape(-1, 1), places, values[:, None], 1.0)
+    return out.view(self.shape)
+
+
+def flat_places(name: str, self: Tensor, dim: int, index: Tensor, src: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in the flat tensor, and the values for them, both as vectors. A place out of range is -1 on CUDA."""
+    if self.device != src.device or self.device != index.device:
+        raise RuntimeError(f"{name}: expected self, index and src on one device")
+    dim = wrap_dim(self, dim)
+    if self.dtype != src.dtype:
+        raise RuntimeError(f"{name}: expected self and src of one dtype, but got {self.dtype} and {src.dtype}")
+    if not index.numel():
+        return index.reshape(-1), src.reshape(-1)
     if index.dtype not in (torch.int64, torch.int32):
-        raise RuntimeError(f"scatter_add: expected an index of int64 or int32, but got {index.dtype}")
-    shape = self.shape
+        raise RuntimeError(f"{name}: expected an index of int64 or int32, but got {index.dtype}")
     self, index, src = (x[None] if x.dim() == 0 else x for x in (self, index, src))
     n_dims = self.dim()
     if index.dim() != n_dims or src.dim() != n_dims:
-        raise RuntimeError(f"scatter_add: ranks differ: {shape_of(self)}, index {shape_of(index)}, src {shape_of(src)}")
+        raise RuntimeError(f"{name}: ranks differ: {shape_of(self)}, index {shape_of(index)}, src {shape_of(src)}")
     if any(index.shape[d] > src.shape[d] or d != dim and index.shape[d] > self.shape[d] for d in range(n_dims)):
-        raise RuntimeError(
-            f"scatter_add: an index of {shape_of(index)} is larger than self {shape_of(self)} or src {shape_of(src)}"
-        )
+        raise RuntimeError(f"{name}: an index of {shape_of(index)} is larger than self {shape_of(self)} or src {shape_of(src)}")
     index = _checked(index.long(), self.shape[dim], RuntimeError)
     in_range = (index >= 0) & (index < self.shape[dim])
     src = src[tuple(slice(size) for size in index.shape)]
@@ -63,8 +69,7 @@ def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
             steps = torch.arange(index.shape[d], device=index.device) * strides[d]
             place = place + steps.view([-1 if i == d else 1 for i in range(n_dims)])
     place = place.where(in_range, -1)  # an index out of range is one in the flat tensor, too, and not another row's
-    out = kernel_set(self).index_add(self.reshape(-1, 1), place.reshape(-1), src.reshape(-1, 1), 1.0)
-    return out.view(shape)
+    return place.reshape(-1), src.reshape(-1)
 
 
 def index_put(self: Tensor, indices, values: Tensor, accumulate: bool = False, unsafe: bool = False) -> Tensor:

@@ -77,6 +77,10 @@ CALLS = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, (Q, Q, Q, 0.0, True),
     ),
     "index_add": (torch.index_add, (A, 1, torch.tensor([3, 0, 3]), torch.randn(5, 3)), {"alpha": 2}),
+    "scatter_reduce.two": (torch.scatter_reduce, (A, 1, torch.tensor([[3, 0, 3], [1, 1, 1]]), torch.randn(5, 3), "prod")),
+    "scatter.reduce": (torch.scatter, (A, 1, torch.tensor([[3, 0, 3], [1, 1, 1]]), torch.randn(5, 3)), {"reduce": "add"}),
+    "scatter.value_reduce": (torch.scatter, (A, 1, torch.tensor([[3, 0, 3], [1, 1, 1]]), 1.5), {"reduce": "multiply"}),
+    "index_reduce": (torch.index_reduce, (A, 0, torch.tensor([3, 0, 3]), torch.randn(3, 7), "mean")),
     "scatter_add": (torch.scatter_add, (A, 1, torch.tensor([[3, 0, 3], [1, 1, 1]]), torch.randn(5, 3))),
     "nll_loss_forward": (torch.ops.aten.nll_loss_forward, (A, torch.tensor([1, 0, -100, 6, 2]), V.abs(), 1, -100)),
     "nll_loss2d_forward": (
@@ -148,7 +152,9 @@ def test_every_entry_is_tested_here():
     assert entries - CALLS.keys() == NOT_ON_THE_CPU | WITH_A_TEST_OF_THEIR_OWN
 
 
-@pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated")
+@pytest.mark.filterwarnings(
+    "ignore:torch.chain_matmul is deprecated", "ignore:index_reduce.. is in beta", "ignore:The reduce argument of torch.scatter"
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_the_entry_gives_torchs_values_and_is_counted(name):
     expected = as_tuple(call(name))
@@ -186,6 +192,7 @@ def test_integers_that_become_floats_have_the_bits_of_those_floats(name, compile
         assert first_difference(got, of_floats) is None
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta", "ignore:The reduce argument of torch.scatter")
 @pytest.mark.parametrize("name", [n for n in CALLS if n in table.BACKEND_KERNELS or n in table.POINTWISE])
 def test_out_and_in_place_forms_are_the_same_entry(name):
     overload = overloads.overload_of(name)
