@@ -77,6 +77,13 @@ def parse_report(text: str) -> Path:
     return path
 
 
+def parse_record(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if not path.is_file():
+        raise ValueError(f"there is no file {text}")
+    return path
+
+
 def parse_shape(text: str) -> Any:
     from pytest_batchinv.shapes import BatchShape
 
@@ -222,6 +229,14 @@ OPTIONS = (
         f"Write the record of the run to this file, or a page of it, also when tests fail ({', '.join(REPORTS)}; repeatable).",
         "PATH",
         form="list",
+    ),
+    Option(
+        "resume",
+        parse_record,
+        None,
+        "Leave out the tests that an interrupted run of the same command has proven, by the file that it left beside its "
+        "report (X.unfinished.json), and put their records into this run's report.",
+        "PATH",
     ),
 )
 

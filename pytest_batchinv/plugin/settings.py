@@ -29,6 +29,7 @@ class Settings:
     shape: "BatchShape | None"
     strict: bool
     report: tuple[Path, ...]
+    resume: Path | None
 
     @property
     def loads_a_model(self) -> bool:

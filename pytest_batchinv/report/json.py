@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -13,6 +14,9 @@ from pytest_batchinv.report.record import SCHEMA, Record
 from pytest_batchinv.report.results import Results
 from pytest_batchinv.report.saved import Saved
 from pytest_batchinv.report.words import counted
+
+if TYPE_CHECKING:
+    from pytest_batchinv.plugin.settings import Settings
 
 
 def write(results: Results, path: Path) -> str:
@@ -57,13 +61,16 @@ def replace(path: Path, content: bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
+def settings_of(settings: Settings) -> dict[str, Any]:
+    """Not where a report is written or read: records travel, and a folder of one machine tells another one nothing."""
+    return {name: value for name, value in vars(settings).items() if name not in ("report", "resume")}
+
+
 def contents(results: Results) -> Saved:
-    # Not where it is written: records travel, and a folder of one machine tells another one nothing.
-    settings = {name: value for name, value in vars(results.settings).items() if name != "report"}
     return Saved(
         schema=SCHEMA,
         machine=results.machine,
-        settings=settings,
+        settings=settings_of(results.settings),
         outcome={"exit_status": results.exit_status, **results.outcomes},
         records=tuple(results.records),
     )
