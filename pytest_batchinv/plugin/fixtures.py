@@ -21,7 +21,7 @@ DEFAULT_MODELS = {"cpu": ("tiny-qwen3", "tiny-llama"), "cuda": ("wide-qwen3", "w
 """What "auto" is by device: small enough for a CPU; on a GPU wide enough that stock torch varies in bf16. The first one is
 the model of a test of one's own, and the packaged suite runs both."""
 MODELS_OF_VLLM = {"cpu": ("tiny-qwen3-d64",), "cuda": ("wide-qwen3",)}
-"""The same for vLLM, whose attention on a CPU has no heads of fewer than 32 dims."""
+"""The same for vLLM: on a CPU its heads have 32 dims or more, and its float32 products vary at K = 2048, not at 1024."""
 
 
 def default_models(engine: str, device: str) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ PREFIXED = BatchShape((Row(0, 70), Row(2, 66)), steps=Steps((66,), prefix=64))
         ("another prompt", "answered another prompt than the one that was asked", BatchShape(ROWS)),
         ("loses an answer", "answered 2 of 3 requests", BatchShape(ROWS)),
         ("reads its cache unasked", "took 1 tokens from its prefix cache, which the request was not to read", BatchShape(ROWS)),
-        ("keeps its cache", "did not empty its prefix cache", BatchShape(ROWS)),
+        ("keeps its cache", "did not empty its prefix cache", PREFIXED),
         ("misses its cache", "took 0 tokens from its prefix cache, where 64 were there to take", PREFIXED),
         ("forgets what is forced", "generated other tokens than were forced on it", BatchShape(ROWS, steps=Steps((68, 69)))),
         (

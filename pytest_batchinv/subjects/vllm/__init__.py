@@ -26,7 +26,7 @@ _LENGTHS = (1, 13, 5, 16, 17, 31, 33, 2, 7, 64, 65, 100, 128, 200, 257, 300, 3, 
 _CONTENTS = ("random", "random", "extreme", "random", "repeated")
 _MOST_ROWS, _LONGEST, _TOKENS_OF_A_STEP = 33, max(_LENGTHS), 8192
 _CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
-_OPTIONS = {"cpu": {"block_size": 32}}
+_BLOCK_SIZES = {"cpu": 32, "cuda": 16}
 """vLLM's own choice on a CPU is a block of 128 tokens, and the prefix cache holds whole blocks alone."""
 
 
@@ -71,17 +71,20 @@ class VllmSubject(Subject):
         self._was_on = mode.is_on()
         self._check_own_mode()
         _check_device(device)
-        self._folder, path = _model_path(model, dtype)
+        kind, longest = device.partition(":")[0], _LONGEST + N_TOKENS + 1
+        self._folder, path = model_path(model, dtype)
         self._engine = Engine(
             path,
             dtype=_DTYPES[dtype][0],
             enforce_eager=compile_mode == "eager",
             seed=0,
-            max_model_len=_LONGEST + N_TOKENS + 1,
+            max_model_len=longest,
             max_num_seqs=_MOST_ROWS,
             max_num_batched_tokens=_TOKENS_OF_A_STEP,
-            kv_cache_memory_bytes=_CACHE_BYTES[device.partition(":")[0]],
-            **_OPTIONS.get(device, {}),
+            block_size=_BLOCK_SIZES[kind],
+            kv_cache_memory_bytes=_CACHE_BYTES[kind],
+            # Those of the largest batch, twice: a trace copies the whole cache with each operator that reads it.
+            num_gpu_blocks_override=2 * _MOST_ROWS * -(-longest // _BLOCK_SIZES[kind]),
             **({} if attn == "auto" else {"attention_config": {"backend": attn}}),
         )
         steps_are_seen = self._engine.in_this_process
@@ -130,7 +133,6 @@ class VllmSubject(Subject):
             raise NotRun("vLLM has compiled this model once, with batch-invariant mode " + ("on" if self._was_on else "off"))
         plan = _Plan.of(case)
         rows = [row_tokens(row, self._engine.vocabulary, self._engine.vocabulary - 1) for row in case.rows]
-        self._engine.forget()
         with observed(observer):
             filled = self._fill(rows, plan)
             answers = self._engine.run([plan.request(tokens) for tokens in rows], plan.chunks(self._cached(plan)))
@@ -166,6 +168,7 @@ class VllmSubject(Subject):
             return [None] * len(rows)
         if not self._cached(plan):
             raise NotRun(f"a prefix of {plan.prefix} tokens fills no block of {self._engine.block_size} in vLLM's prefix cache")
+        self._engine.forget()  # other requests do not read the cache
         return [self._engine.run([Request(tokens[: plan.prefix], (tokens[plan.prefix],))])[0] for tokens in rows]
 
     def _cached(self, plan: _Plan) -> int:
@@ -258,7 +261,7 @@ def _tensors(tokens: list[int], answer: Answer, filled: Answer | None) -> dict[s
     }
 
 
-def _model_path(model: str, dtype: str) -> tuple[tempfile.TemporaryDirectory[str] | None, str]:
+def model_path(model: str, dtype: str) -> tuple[tempfile.TemporaryDirectory[str] | None, str]:
     """Where vLLM loads it from: a preset is written to a folder of its own, which lives as long as what is returned."""
     if not is_preset(model):
         return None, model
