@@ -273,7 +273,9 @@ def _size(x: Tensor, dim: int) -> int | None:
 
 
 def _name(fn: Callable[..., Any]) -> str:
-    return getattr(fn, "__qualname__", None) or type(fn).__name__
+    """torch's own functions are methods of a class that nobody imports them from."""
+    name = getattr(fn, "__qualname__", None) or type(fn).__name__
+    return name.replace("_VariableFunctionsClass.", "torch.")
 
 
 def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:

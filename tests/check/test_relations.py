@@ -75,6 +75,10 @@ def test_compiled_functions_are_equal_to_eager_ones_in_the_mode_and_named_by_wha
     assert (record.subject.name, other.subject.name, other.subject.compile_mode) == ("Sequential", "Sequential", "compiled")
 
 
+def test_a_function_of_torch_has_the_name_that_users_write():
+    assert RowsSubject(torch.tanh, (torch.zeros(2, 3),)).info.name == "torch.tanh"
+
+
 def test_relation_x_names_the_operators_that_diverge_in_place_ones_too():
     def fn(x):
         y = x.abs()
