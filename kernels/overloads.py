@@ -17,6 +17,7 @@ __tracebackhide__ = methodcaller("errisinstance", Refused)
 Implementation = Callable[..., Any]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _COMPLEX = (torch.complex64, torch.complex128)
+_QUANTISED = (torch.qint8, torch.quint8, torch.qint32)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def is_exact(overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
         return False
     if only_moves_values(overload, args, kwargs):
         return True
-    dtype = kwargs.get("dtype") or _first_dtype(args)
+    dtype = kwargs.get("dtype")
+    if dtype is None or dtype in _QUANTISED:  # that of weights, which says nothing of the rows
+        dtype = _first_dtype(args)
     if dtype is None or dtype in _FLOATS:
         return False
     if dtype in _COMPLEX and (_name(overload) in table.COMPLEX or overload in _pointwise()):

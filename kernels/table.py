@@ -241,7 +241,10 @@ _BATCH_NORM = "call torch.nn.functional.batch_norm, which the mode covers"
 _ONEDNN = (
     "oneDNN chooses the order of its sums by the number of rows; call torch.nn.functional.linear or torch.nn.functional.conv2d"
 )
-_DYNAMIC = "the scale of its integers is that of the whole batch, so that every row depends on the others"
+_DYNAMIC = (
+    "the scale of its integers is that of the whole batch, so that every row depends on the others; quantise the weights "
+    "alone, or give each row a scale of its own: integer sums are exact in any order"
+)
 _NO_KERNEL = "there is no batch-invariant kernel for it"
 
 REFUSED = {
@@ -266,10 +269,25 @@ REFUSED = {
     "mkldnn::_convolution_pointwise.binary": _ONEDNN,
     "mkldnn::_convolution_transpose_pointwise": _ONEDNN,
     "mkl::_mkl_linear": _ONEDNN,
-    "quantized::linear_dynamic": _DYNAMIC,
-    "quantized::linear_relu_dynamic": _DYNAMIC,
+    **dict.fromkeys(
+        (
+            *("quantized::linear_dynamic", "quantized::linear_relu_dynamic", "_quantized::linear_dynamic"),
+            *("sparse::qlinear_dynamic", "sparse::qlinear_relu_dynamic", "quantize_per_tensor_dynamic"),
+            *("fbgemm_linear_int8_weight", "fbgemm_linear_int8_weight_fp32_activation"),
+            *(f"quantized::conv{dims}d_dynamic" for dims in (1, 2, 3)),
+            *(f"quantized::conv_transpose{dims}d_dynamic" for dims in (1, 2, 3)),
+            *(f"quantized::quantized_{kind}_cell_dynamic" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+            *(f"quantized_{kind}.{form}" for kind in ("lstm", "gru") for form in ("input", "data")),
+            *(f"quantized_{kind}.{form}_legacy" for kind in ("lstm", "gru") for form in ("input", "data")),
+            *(f"quantized_{kind}_cell" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+        ),
+        _DYNAMIC,
+    ),
     "quantized::linear_dynamic_fp16": _NO_KERNEL,
     "quantized::linear_relu_dynamic_fp16": _NO_KERNEL,
+    "quantized::linear_dynamic_fp16_unpacked_weight": _NO_KERNEL,
+    "onednn::linear_dynamic_fp16": _NO_KERNEL,
+    "onednn::linear_relu_dynamic_fp16": _NO_KERNEL,
     "native_batch_norm": _BATCH_NORM,
     "_native_batch_norm_legit": _BATCH_NORM,
     "_native_batch_norm_legit.no_stats": _BATCH_NORM,

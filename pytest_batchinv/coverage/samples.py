@@ -181,6 +181,35 @@ def _quantized_linear(device: str, dtype: torch.dtype) -> Any:
     return quantized, (_normal(device, dtype, 5, 64),)
 
 
+def _int8_weights(device: str, dtype: torch.dtype) -> Any:
+    weight, scales = torch.randint(-128, 128, (48, 256), dtype=torch.int8).to(device), _normal(device, dtype, 48)
+    return (lambda x: torch._weight_int8pack_mm(x, weight, scales)), (_normal(device, dtype, 5, 256),)
+
+
+def _int4_weights(device: str, dtype: torch.dtype) -> Any:
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (64, 256), dtype=torch.int32), 1)
+    scales = _normal(device, dtype, 8, 64, 2)
+    return (lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, scales)), (_normal(device, dtype, 5, 256),)
+
+
+def _int4_weights_of_dynamic_rows(device: str, dtype: torch.dtype) -> Any:
+    weight, scales = torch.randint(0, 255, (64, 64), dtype=torch.uint8), _normal(device, torch.float32, 64, 4)
+    packed = torch.ops.aten._dyn_quant_pack_4bit_weight(weight, scales, None, 32, 128, 64)
+    return (lambda x: torch.ops.aten._dyn_quant_matmul_4bit(x, packed, 32, 128, 64)), (_normal(device, dtype, 5, 128),)
+
+
+def _int8_rows_and_weights(device: str, dtype: torch.dtype) -> Any:
+    """Each row with a scale of its own, as per-token dynamic quantisation has it."""
+    weight, scales = torch.randint(-128, 128, (256, 48), dtype=torch.int8).to(device), _normal(device, dtype, 48)
+
+    def run(x: Tensor) -> Tensor:
+        of_rows = x.abs().amax(-1, keepdim=True) / 127
+        rows = (x / of_rows.clamp(min=1e-6)).round().clamp(-128, 127).to(torch.int8)
+        return torch._int_mm(rows, weight).to(x.dtype) * of_rows * scales
+
+    return run, (_normal(device, dtype, 24, 256),)
+
+
 def _mkldnn_linear(device: str, dtype: torch.dtype) -> Any:
     weight = _normal(device, dtype, 48, 256)
 
@@ -263,6 +292,10 @@ _ALSO: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
     "LSTMCell": (_onednn_lstm_cell, _FLOATS),
     "GRUCell": (_module(lambda: nn.GRUCell(64, 32), 5, 64), _FLOATS),
     "quantized_linear": (_quantized_linear, (torch.float32,)),
+    "int8_weights": (_int8_weights, (torch.float32, torch.bfloat16, torch.float16)),
+    "int4_weights": (_int4_weights, (torch.float32, torch.bfloat16, torch.float16)),
+    "int4_weights_of_dynamic_rows": (_int4_weights_of_dynamic_rows, (torch.float32,)),
+    "int8_rows_and_weights": (_int8_rows_and_weights, _FLOATS),
     "mkldnn_linear": (_mkldnn_linear, (torch.float32, torch.bfloat16)),
     "mkldnn_linear_pointwise": (_mkldnn_linear_pointwise, (torch.float32, torch.bfloat16)),
     "scaled_mm": (_scaled_mm, _FLOAT8),
