@@ -19,7 +19,7 @@ from transformers import StaticCache
 
 from cases import DTYPES, Bench, ModeDidNothing
 from pytest_batchinv.mode import batch_invariant_mode
-from pytest_batchinv.subjects.transformers import attention
+from pytest_batchinv.subjects.transformers import attention, caches
 from pytest_batchinv.subjects.transformers.weights import build_preset
 
 COMPILED, EAGER = "compiled", "eager"
@@ -140,7 +140,7 @@ class _Step:
 
 def _logprobs(model: nn.Module, tokens: Tensor, cache: StaticCache | None) -> Tensor:
     """float32 logprobs of the last token of each row: [B, vocabulary]. This is what is compiled."""
-    logits = model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1).logits
+    logits = model(input_ids=tokens, use_cache=cache is not None, logits_to_keep=1, **{caches.word_of(model): cache}).logits
     return torch.log_softmax(logits[:, -1].float(), -1)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from pytest_batchinv.mode import batch_invariant_mode, stock_torch
-from pytest_batchinv.subjects.transformers import DTYPES, attention
+from pytest_batchinv.subjects.transformers import DTYPES, attention, caches
 from pytest_batchinv.subjects.transformers.weights import build_preset
 
 CLIP = 0.1
@@ -90,9 +90,9 @@ def sample(model: Any, prompts: list[Tensor], new_tokens: int, seed: int) -> Rol
             input_ids=tokens[:, start:],
             attention_mask=visible[:, None, start:stop],
             position_ids=(columns[start:stop] - padding[:, None]).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{caches.word_of(model): cache},
         ).logits
         of_last = torch.log_softmax(logits[:, -1].float(), -1)
         uniform = torch.rand(of_last.shape, generator=noise).to(device)

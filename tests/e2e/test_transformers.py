@@ -1,5 +1,6 @@
 """Models of transformers: a row's tokens, place and mask are right in every layout. Tolerances here, bits in the suite."""
 
+import inspect
 import re
 from dataclasses import replace
 
@@ -466,3 +467,30 @@ def test_a_loaded_model_is_a_subject_as_a_named_one_is():
 def test_a_loaded_model_keeps_its_device_and_dtype(model, words, sentence):
     with pytest.raises(ValueError, match=sentence):
         TransformersSubject(model or build_preset("tiny-qwen3", "cpu", torch.float32), **words)
+
+
+class WithARenamedCache(LlamaForCausalLM):
+    """As transformers names the keyword from 5.24 on."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, **kwargs):
+        words = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        return super().forward(**words, **({} if cache is None else {WORD: cache}))
+
+
+class WithTheFormerName(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        words = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        return super().forward(**words, **({} if past_key_values is None else {WORD: past_key_values}))
+
+
+WORD = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+@pytest.mark.parametrize("model", [WithARenamedCache, WithTheFormerName])
+def test_a_cache_is_handed_over_by_the_keyword_that_the_model_has(monkeypatch, model):
+    _engine_loads(monkeypatch, model)
+    engine = make("org/renamed")
+    assert "dynamic" in engine.space.caches
+    case = BatchShape((Row(0, 12), Row(1, 9)))
+    for expected, actual in zip(engine.logprobs(case), engine.logprobs(case.in_steps(Steps((8,)))), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)

@@ -20,7 +20,7 @@ from pytest_batchinv.subjects.base import NoGradients, NotRun, Observer, Part, R
 from pytest_batchinv.subjects.compiled import CUDA_GRAPHS, compiled, compiling, origin_of
 from pytest_batchinv.subjects.gradients import GradientsOfModel
 from pytest_batchinv.subjects.presets import UnknownModel, is_preset
-from pytest_batchinv.subjects.transformers import attention, masks
+from pytest_batchinv.subjects.transformers import attention, caches, masks
 from pytest_batchinv.subjects.transformers.forward import Forward, Hidden, Logprobs, parts
 from pytest_batchinv.subjects.transformers.layout import BatchLayout, lay_out
 from pytest_batchinv.subjects.transformers.probe import Probe, is_out_of_memory
@@ -89,7 +89,7 @@ class TransformersSubject(Subject):
         probe = Probe(name, self._forward, self.vocabulary, self.outlier, length)
         layouts = probe.layouts()
         self._forward = probe.forward
-        self._caches = probe.caches() if "past_key_values" in parameters else ()
+        self._caches = probe.caches() if not hidden and caches.word_of(self.model) else ()
         self.space = Space(
             palette=_palette(length),
             layouts=layouts,
@@ -122,8 +122,8 @@ class TransformersSubject(Subject):
         graphs = compile_mode in CUDA_GRAPHS
         length, tokens = _bounds(self.model.config.get_text_config(), self.info.device, graphs)
         # A cache that one graph has written is overwritten by its next replay.
-        caches = () if graphs else self._caches
-        self.space = replace(self.space, palette=_palette(length), max_length=length, max_tokens=tokens, caches=caches)
+        kept = () if graphs else self._caches
+        self.space = replace(self.space, palette=_palette(length), max_length=length, max_tokens=tokens, caches=kept)
 
     def digest(self) -> str:
         """Rows are made from the case alone."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
 from pytest_batchinv.shapes import Steps
 from pytest_batchinv.subjects.base import NotRun
+
+
+def word_of(model: nn.Module) -> str:
+    """The keyword by which the model's forward takes a cache, "" where it takes none: transformers 5.24 renamed it."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((word for word in ("cache", "past_key_values") if word in parameters), "")
 
 
 def new(steps: Steps, config: Any, n_columns: int) -> Cache:

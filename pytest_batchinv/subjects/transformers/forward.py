@@ -27,13 +27,14 @@ class Logprobs(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.cache_word = caches.word_of(model)
 
     def forward(
         self, tokens: Tensor, mask: Any, positions: Tensor | None, packing: Packing | None, cache: Any = None
     ) -> Tensor:
         words = {} if positions is None else {"position_ids": positions}
         words |= {} if packing is None else {"packing": packing}
-        words |= {} if cache is None else {"past_key_values": cache}
+        words |= {} if cache is None else {self.cache_word: cache}
         words |= {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
         logits = self.model(attention_mask=mask, use_cache=cache is not None, **words).logits
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
