@@ -40,7 +40,7 @@ Group = Any
 
 
 def tree_sum(parts: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Sum over dim 0 of parts [n, ...], in the order of ``reference.tree_sum`` -> [...] in out_dtype."""
+    """Sum over dim 0 of parts [n, ...], in the order of ``reference.tree_sum``, rounded to out_dtype -> [...]."""
     if len(parts) == 1:
         return parts[0].to(out_dtype)
     return kernel_set(parts).tree_sum(parts.flatten(1), out_dtype).view(parts.shape[1:])

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from pytest_batchinv.kernels import sampling, table
-from pytest_batchinv.kernels.aten import attention, norms, reductions, vectors
+from pytest_batchinv.kernels.aten import attention, norms, reductions, row_parallel, vectors
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
 from pytest_batchinv.kernels.overloads import Implementation, overload_of
@@ -56,6 +56,13 @@ def _define_all(library: torch.library.Library) -> dict[OpOverload, OpOverload]:
     _define_own(library, norms.NORM_BACKWARD_SCHEMA, norms.norm_backward, norms.norm_backward_fake)
     _define_own(library, sampling.MULTINOMIAL_SCHEMA, sampling.multinomial, sampling.rows_fake)
     _define_own(library, sampling.SAMPLE_SCHEMA, sampling.sample, sampling.rows_fake)
+    product = _define_own(library, row_parallel.ROW_PARALLEL_SCHEMA, row_parallel.row_parallel, row_parallel.row_parallel_fake)
+    _differentiate(
+        library, "row_parallel", product, row_parallel.row_parallel_setup_context, row_parallel.row_parallel_backward
+    )
+    grouped = row_parallel.grouped_product, row_parallel.grouped_product_fake
+    _define_own(library, row_parallel.GROUPED_PRODUCT_SCHEMA, *grouped)
+    _define_own(library, row_parallel.TREE_SUM_SCHEMA, row_parallel.tree_sum, row_parallel.tree_sum_fake)
     made = {}
     for name, implementation in table.BACKEND_KERNELS.items():
         overload = overload_of(name)

@@ -54,10 +54,10 @@ def check_batch_invariant(
     seed: int | None = None,
     case: BatchShape | None = None,
 ) -> list[Record]:
-    """Checks the relations, in the order R, S, I, L, C, D, G, X, and then N, the negative control, if it is asked for.
+    """Checks the relations, in the order R, S, I, L, C, D, G, T, X, and then N, the negative control, if it is asked for.
 
     Each gives a record. ``case`` runs that one batch shape instead of a search, as ``--batchinv-shape`` does; ``seed`` fixes
-    what is drawn (and turns the example database off). X is left out of a subject in eager mode. L, C and D are for models.
+    what is drawn (and turns the example database off). X is left out of a subject in eager mode. L, C, D and T are for models.
 
     Raises BatchVarianceError at the first relation that does not hold; what the subject raises; NotRun where no case could
     run. The record has been handed on before. Raises ValueError for an unknown relation.
@@ -218,6 +218,8 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
     broken = search.broken
     counts, hits = runs.stats.counts(), _grown(before)  # before the diagnosis, which runs the subject again
     notes = _notes(given, case)
+    if runs.subject is not given.runs.subject:
+        notes += runs.subject.notes()
     verdict = _verdict(broken, error, control)
     finding, ops = None, None
     try:

@@ -48,12 +48,13 @@ def _without_the_plugin(info: SubjectInfo, case: BatchShape) -> str:
 
 @dataclass(frozen=True)
 class Context:
-    """case: the one batch shape to run instead of a search. strict: an unverified operator is an error. replay: the line that
-    repeats a finding, from its case."""
+    """case: the one batch shape to run instead of a search. ranks: numbers of ranks that relation T compares. strict: an
+    unverified operator is an error. replay: the line that repeats a finding, from its case."""
 
     max_examples: int = DEFAULT_EXAMPLES
     case: BatchShape | None = None
     seed: int | None = None
+    ranks: tuple[int, ...] = (1, 2)
     strict: bool = False
     emit: Callable[[Record], None] = _nobody
     progress: Callable[[Progress], None] = _nobody

@@ -10,6 +10,7 @@ WORDS = {
     "C": "whole == in chunks",
     "D": "whole == decoded",
     "G": "gradients alone == in a batch",
+    "T": "on any number of ranks",
     "X": "eager == compiled",
 }
 

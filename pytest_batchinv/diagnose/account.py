@@ -32,7 +32,7 @@ def bare(broken: Broken, relation: Relation, runs: SubjectRuns) -> Finding:
         n_rows=len(case),
         row=msgspec.json.encode(case.rows[broken.found.position]).decode(),
         output=broken.found.output,
-        sides=relation.side_names,
+        sides=relation.sides_of(broken.found.output),
         replay=context.current().replay(runs.subject.info, case),
         **msgspec.structs.asdict(difference),
     )

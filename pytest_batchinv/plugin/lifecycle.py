@@ -93,6 +93,7 @@ def begin(item: Any) -> None:
         max_examples=settings.max_examples,
         case=settings.shape,
         seed=settings.seed,
+        ranks=settings.ranks,
         strict=settings.strict,
         emit=lambda record: _keep(item, record),
         progress=run.stack.enter_context(progress.told(item)),
@@ -208,11 +209,11 @@ def replay_command(item: Any, info: SubjectInfo, case: BatchShape) -> str:
     words = ["pytest", "--batch-invariant"]
     for name, value in repeated.items():
         if value != vars(DEFAULTS)[name]:
-            words += [f"--batchinv-{name}", str(value)]
+            words += [f"--batchinv-{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return shlex.join([*words, "--batchinv-shape", case.to_json(), _path_and_name(item)])
 
 
-_REPEATED = ("model", "engine", "url", "device", "dtype", "attn", "seed")
+_REPEATED = ("model", "engine", "url", "device", "dtype", "attn", "ranks", "seed")
 
 
 def _path_and_name(item: Any) -> str:

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pytest_batchinv.plugin.options import DTYPES, RELATIONS, parse_dtype, parse_relations
+from pytest_batchinv.plugin.options import DTYPES, RELATIONS, parse_dtype, parse_ranks, parse_relations
 
 COMPILE_MODES = ("eager", "default", "dynamic", "fullgraph", "reduce-overhead", "max-autotune")
 GPU_COMPILE_MODES = ("reduce-overhead", "max-autotune")
 
 HELP = (
-    "batch_invariant(relations=..., max_examples=..., dtype=...): run this test in batch-invariant mode; it is skipped "
-    "without --batch-invariant, and fails if the mode replaced nothing. The arguments override the options of their "
-    f"names. relations: from {', '.join(RELATIONS)}, as 'R,I'. dtype: {', '.join(DTYPES)}.",
+    "batch_invariant(relations=..., max_examples=..., dtype=..., ranks=...): run this test in batch-invariant mode; it is "
+    "skipped without --batch-invariant, and fails if the mode replaced nothing. The arguments override the options of their "
+    f"names. relations: from {', '.join(RELATIONS)}, as 'R,I'. dtype: {', '.join(DTYPES)}. "
+    "ranks: as '1,2,4'.",
     f"compile_mode(*modes): run this test once for each mode of {', '.join(COMPILE_MODES)}. The test asks for the "
     f"fixture compile_mode or batchinv_engine. {' and '.join(GPU_COMPILE_MODES)} are skipped where there is no GPU.",
     "sm(*capabilities): run this test only on GPUs of these compute capabilities, such as sm(80, 90); it is skipped elsewhere.",
@@ -20,7 +21,12 @@ HELP = (
 
 def parse_batch_invariant(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the marker changes."""
-    parsers: dict[str, Callable[[Any], Any]] = {"relations": _relations, "max_examples": _max_examples, "dtype": _dtype}
+    parsers: dict[str, Callable[[Any], Any]] = {
+        "relations": _relations,
+        "max_examples": _max_examples,
+        "dtype": _dtype,
+        "ranks": _ranks,
+    }
     if args:
         raise ValueError(f"batch_invariant takes {_words(parsers, 'and')} by name only, not {args[0]!r}")
     for name in kwargs:
@@ -63,6 +69,10 @@ def parse_sm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...
 
 def _relations(value: Any) -> tuple[str, ...]:
     return parse_relations(value if isinstance(value, str) else ",".join(map(str, _iterable("relations", value))))
+
+
+def _ranks(value: Any) -> tuple[int, ...]:
+    return parse_ranks(value if isinstance(value, str) else ",".join(map(str, _iterable("ranks", value))))
 
 
 def _max_examples(value: Any) -> int:

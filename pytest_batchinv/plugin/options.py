@@ -64,6 +64,14 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_ranks(text: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4)."""
+    numbers = tuple(parse_count(part) for part in text.split(","))
+    if len(set(numbers)) < len(numbers) or len(numbers) < 2:
+        raise ValueError(f"{text!r} is not two or more different numbers of ranks, as in 1,2,4")
+    return numbers
+
+
 def parse_seed(text: str) -> int:
     if not text.strip().isdecimal():
         raise ValueError(f"{text!r} is not a whole number from 0 on")
@@ -193,10 +201,18 @@ OPTIONS = (
         "R,I,...",
     ),
     Option(
+        "ranks",
+        parse_ranks,
+        (1, 2),
+        "Numbers of ranks of tensor parallel that relation T compares; the first one with the others. Where there are several, "
+        "each rank is a process, and on GPUs has one of its own.",
+        "1,2,...",
+    ),
+    Option(
         "max_examples",
         parse_count,
         100,
-        "Batch shapes to draw, after the sweep, for relation I; R, S, G and X draw one for ten of them.",
+        "Batch shapes to draw, after the sweep, for relation I; R, S, G and X draw one for ten of them, T one for twenty.",
         "N",
     ),
     Option(
@@ -277,4 +293,4 @@ def names_in_ini(config: Any) -> Iterable[str]:
 
 
 def _text(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

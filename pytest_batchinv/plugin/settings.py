@@ -24,6 +24,7 @@ class Settings:
     dtype: str
     attn: str
     relations: tuple[str, ...]
+    ranks: tuple[int, ...]
     max_examples: int
     seed: int | None
     shape: "BatchShape | None"

@@ -41,7 +41,9 @@ def _load(target: str) -> Callable[..., Any]:
     if where.endswith(".py"):
         function: Callable[..., Any] = runpy.run_path(where)[name]
     else:
-        function = getattr(importlib.import_module(where), name)
+        module = importlib.import_module(where)
+        function = getattr(module, name)
+        getattr(module, "_import_before_the_fork", lambda: None)()
     return function
 
 

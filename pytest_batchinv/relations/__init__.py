@@ -16,11 +16,13 @@ from pytest_batchinv.relations.gradients import Gradients
 from pytest_batchinv.relations.isolation import Isolation
 from pytest_batchinv.relations.layout import Layout
 from pytest_batchinv.relations.run_to_run import RunToRun
+from pytest_batchinv.relations.tensor_parallel import TensorParallel
 
 __all__ = ["RELATIONS", "Cases", "Comparison", "Mutant", "Relation", "Runs", "chosen"]
 
 RELATIONS: dict[str, Relation] = {
-    r.letter: r for r in (RunToRun(), Isolation(), Batch(), Layout(), Chunks(), Decode(), Gradients(), Compiled())
+    r.letter: r
+    for r in (RunToRun(), Isolation(), Batch(), Layout(), Chunks(), Decode(), Gradients(), TensorParallel(), Compiled())
 }
 
 

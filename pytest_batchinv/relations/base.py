@@ -23,8 +23,15 @@ class Runs(Protocol):
 
     def run_eager(self, case: BatchShape) -> RowOutputs: ...
 
-    def alone(self, case: BatchShape) -> RowOutputs:
-        """Each row of the case run as a batch of its own; a row is run once and remembered."""
+    def run_by(self, subject: Subject, case: BatchShape) -> RowOutputs:
+        """What another subject of the same space gives."""
+        ...
+
+    def alone(self, case: BatchShape, by: Subject | None = None) -> RowOutputs:
+        """Each row of the case run as a batch of its own; a row is run once and remembered.
+
+        by: another subject than ``subject``.
+        """
         ...
 
 
@@ -53,10 +60,12 @@ class Cases(NamedTuple):
 
 @dataclass(frozen=True)
 class Mutant:
-    """A planted fault that the relation must catch, in a subject that ``make()`` gives."""
+    """A planted fault that the relation must catch, in a subject that ``make()`` gives. in_mode: it is in what the mode
+    does."""
 
     name: str
     make: Callable[[], Subject]
+    in_mode: bool = False
 
     @classmethod
     def of_rows(cls, name: str, make: Callable[[], tuple[Callable[..., Any], Any]], compile_mode: str | None = None) -> Mutant:
@@ -102,6 +111,10 @@ class Relation:
 
     def sides(self, runs: Runs, case: BatchShape) -> Iterator[Comparison]:
         raise NotImplementedError
+
+    def sides_of(self, output: str) -> tuple[str, str]:
+        """What the two sides of a difference in this output are."""
+        return self.side_names
 
     def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
         """Pairs of runs of eager code, in one of which the row at this position of the case has other bits: for a trace.

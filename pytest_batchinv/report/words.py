@@ -64,7 +64,7 @@ def not_proven(checks: list[Record], controls: list[Record]) -> list[str]:
     asked = {record.relation for record in checks}
     if others := [letter for letter in letters.WORDS if letter not in asked]:
         words.append(f"not asked: {', '.join(others)}")
-    words.append("tensor parallel and other machines")
+    words.append("other machines")
     return words
 
 

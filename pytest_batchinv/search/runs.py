@@ -48,6 +48,9 @@ class _Alone(NamedTuple):
     kind: str
 
 
+_Key = tuple[Subject, Row, int]
+
+
 class SubjectRuns:
     """Runs of one subject. ``stats`` is replaced for each relation; the rows alone are kept for all of them.
 
@@ -59,7 +62,7 @@ class SubjectRuns:
         self.stats = Stats()
         self.last: BatchShape | None = None
         self._eager = subject.in_eager_mode()
-        self._alone: OrderedDict[tuple[Row, int], _Alone] = OrderedDict()
+        self._alone: OrderedDict[_Key, _Alone] = OrderedDict()
         self._alone_bytes = 0
 
     def run(self, case: BatchShape) -> RowOutputs:
@@ -68,14 +71,19 @@ class SubjectRuns:
     def run_eager(self, case: BatchShape) -> RowOutputs:
         return self._run(self._eager, case)
 
-    def alone(self, case: BatchShape) -> RowOutputs:
-        """Each row of the case as a batch of its own; a row is run once and remembered."""
-        keys = [(row, case.first_position) for row in case.rows]
+    def run_by(self, subject: Subject, case: BatchShape) -> RowOutputs:
+        """What another subject of the same space gives."""
+        return self._run(subject, case)
+
+    def alone(self, case: BatchShape, by: Subject | None = None) -> RowOutputs:
+        """Each row of the case as a batch of its own; a row is run once and remembered. by: another subject than this one."""
+        subject = by or self.subject
+        keys = [(subject, row, case.first_position) for row in case.rows]
         for key in dict.fromkeys(keys):
             if key in self._alone:
                 self._alone.move_to_end(key)
             else:
-                self._remember(key, self.run(case.alone(keys.index(key))))
+                self._remember(key, self._run(subject, case.alone(keys.index(key))))
         return _joined([self._alone[key] for key in keys])
 
     def compare(self, comparison: Comparison) -> RowDifference | None:
@@ -92,7 +100,7 @@ class SubjectRuns:
         self.stats.forwards += 1
         return subject.run(case)
 
-    def _remember(self, key: tuple[Row, int], outputs: RowOutputs) -> None:
+    def _remember(self, key: _Key, outputs: RowOutputs) -> None:
         outputs = RowOutputs(outputs.stacked, outputs.rows)  # what is shared is of no use to a batch
         self._alone[key] = _Alone(outputs, _kind(outputs))
         self._alone_bytes += outputs.nbytes

@@ -14,6 +14,8 @@ from pytest_batchinv.shapes import BOUNDARIES, MAX_ROWS, BatchShape, Row
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pytest_batchinv.subjects.ranks import OverRanks
+
 Observer = contextlib.AbstractContextManager[object]
 """Entered around the forward of a subject alone, not around the building of its inputs: a recorder of operators, say."""
 
@@ -27,6 +29,10 @@ class NotRun(Exception):
 
 class NoGradients(Exception):
     """The subject has no gradients that belong to its rows: why, as a sentence."""
+
+
+class NoRanks(Exception):
+    """The subject cannot be run on these numbers of ranks: why, as a sentence."""
 
 
 class SubjectInfo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -193,6 +199,11 @@ class Subject(Protocol):
     def with_gradients(self) -> Subject:
         """A subject of the same space whose outputs are the gradients of each row. Raises NoGradients with the reason."""
         raise NoGradients(f"{self.info.name} gives no gradients of its rows")
+
+    def over_ranks(self, numbers: tuple[int, ...]) -> OverRanks:
+        """The subject on these numbers of ranks of tensor parallel, the first of which is compared with the others. Raises
+        NoRanks with the reason."""
+        raise NoRanks(f"{self.info.name} cannot be divided over ranks: that is for models that transformers loads by name")
 
     def digest(self) -> str:
         """Names the pool's content; empty where rows are made from the case alone."""

@@ -1,4 +1,4 @@
-"""Relations R, S, I, L, C, D, G and X of a causal language model, and its negative control."""
+"""Relations R, S, I, L, C, D, G, T and X of a causal language model, and its negative control."""
 
 import pytest
 
@@ -30,6 +30,14 @@ def test_a_row_has_the_same_bits_at_once_and_decoded(batchinv_engine, batchinv_s
 def test_a_row_has_the_same_gradient_alone_and_in_any_batch(batchinv_engine, batchinv_settings):
     """In eager code alone: the backward of each new shape would be compiled, for minutes."""
     _check(batchinv_engine, batchinv_settings, "G")
+
+
+@pytest.mark.batch_invariant
+def test_a_row_has_the_same_bits_on_any_number_of_ranks(batchinv_engine, batchinv_settings):
+    """And the same search must catch stock torch, while the ranks are there."""
+    _check(batchinv_engine, batchinv_settings, "T")
+    if "N" in batchinv_settings.relations:
+        check_negative_control(batchinv_engine, "T")
 
 
 @pytest.mark.batch_invariant

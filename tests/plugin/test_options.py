@@ -118,7 +118,7 @@ def test_the_header_has_what_is_needed_to_repeat_the_run(pytester, monkeypatch):
     result.stdout.fnmatch_lines(
         [
             "batch invariance: on; auto (transformers), device cpu, dtype bf16, attention auto",
-            "batch invariance: relations R,S,I,L,C,D,G,X,N; 7 examples each, drawn at random; torch *, triton *",
+            "batch invariance: relations R,S,I,L,C,D,G,T,X,N; 7 examples each, drawn at random; torch *, triton *",
         ]
     )
     monkeypatch.setenv("CI", "1")
@@ -130,7 +130,7 @@ def test_markers_and_help_tell_all(pytester):
     markers = pytester.runpytest_inprocess("--markers").stdout
     markers.fnmatch_lines_random(
         [
-            "@pytest.mark.batch_invariant(relations=..., max_examples=..., dtype=...): *",
+            "@pytest.mark.batch_invariant(relations=..., max_examples=..., dtype=..., ranks=...): *",
             "@pytest.mark.compile_mode(?modes): *eager, default, dynamic, fullgraph, reduce-overhead, max-autotune*",
             "@pytest.mark.sm(?capabilities): *",
         ]

@@ -20,6 +20,7 @@ from pytest_batchinv.subjects.base import NoGradients, NotRun, Observer, Part, R
 from pytest_batchinv.subjects.compiled import CUDA_GRAPHS, compiled, compiling, origin_of
 from pytest_batchinv.subjects.gradients import GradientsOfModel
 from pytest_batchinv.subjects.presets import UnknownModel, is_preset
+from pytest_batchinv.subjects.ranks import OverRanks
 from pytest_batchinv.subjects.transformers import attention, caches, masks
 from pytest_batchinv.subjects.transformers.forward import Forward, Hidden, Logprobs, parts
 from pytest_batchinv.subjects.transformers.layout import BatchLayout, lay_out
@@ -55,6 +56,7 @@ class TransformersSubject(Subject):
         hidden: bool = False,
     ) -> None:
         name = model if isinstance(model, str) else type(model).__name__
+        self.is_known_by_name = isinstance(model, str) and not hidden
         device, dtype = _device_and_dtype(model, device, dtype)
         _require(dtype in DTYPES, f"there is no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
         _require_device(device)
@@ -72,6 +74,7 @@ class TransformersSubject(Subject):
         self.vocabulary: int = config.vocab_size
         self.outlier = self.vocabulary - 1 if is_preset(name) else _outlier_token(self.model)
         self._origin = origin_of(self.model)
+        self._over_ranks: dict[tuple[int, ...], OverRanks] = {}
         self._head = Hidden(self.model) if hidden else Logprobs(self.model)
         self._output = "hidden states" if hidden else "logprobs"
         parameters = {} if hidden else inspect.signature(self.model.forward).parameters
@@ -109,6 +112,7 @@ class TransformersSubject(Subject):
         if compile_mode == self.info.compile_mode:
             return self
         other = copy.copy(self)
+        other._over_ranks = {}
         other._set_compile_mode(compile_mode)
         return other
 
@@ -159,6 +163,12 @@ class TransformersSubject(Subject):
         if isinstance(self._head, Hidden):
             raise NoGradients(f"{self.info.name} is asked for hidden states, and has no loss")
         return GradientsOfModel(self)
+
+    def over_ranks(self, numbers: tuple[int, ...]) -> OverRanks:
+        """Kept for the next time, with the processes that it has started. Raises NoRanks."""
+        if numbers not in self._over_ranks:
+            self._over_ranks[numbers] = OverRanks(self, numbers)
+        return self._over_ranks[numbers]
 
     def run_with_gradients(self, case: BatchShape, observer: Observer | None = None) -> RowOutputs:
         """The gradient of each row's loss with respect to its embeddings, and those of the weights.
