@@ -108,8 +108,15 @@ def _shard_dim(x: Any) -> int | None:
     return dims[0] if dims else None
 
 
+def _is_dtensor(x: Any) -> bool:
+    """Asked by its type, which Dynamo knows: it says of a parameter that is a DTensor that it has no ``to_local``."""
+    from torch.distributed.tensor import DTensor  # here, as it takes long to import
+
+    return isinstance(x, DTensor)
+
+
 def _local(x: Any) -> Any:
-    return x.to_local() if hasattr(x, "to_local") else x
+    return x.to_local() if _is_dtensor(x) else x
 
 
 class _Layer:
@@ -201,7 +208,7 @@ class _Linear(_Layer):
 
     def _columns(self, input: Any) -> tuple[Tensor, bool]:
         """This rank's columns of the input; and whether it came as a DTensor, as the hooks of torch's styles give it."""
-        if hasattr(input, "redistribute"):
+        if _is_dtensor(input):
             if self.group is None:
                 return input.to_local(), True
             from torch.distributed.tensor import Shard

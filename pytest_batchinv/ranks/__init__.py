@@ -76,6 +76,8 @@ class World:
                 stderr=log,
                 pass_fds=[end.fileno() for end in theirs],
                 start_new_session=True,
+                # Inductor's own pool of processes is none for a process that was forked.
+                env={"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ},
             )
         for end in theirs:
             end.close()

@@ -14,6 +14,8 @@ PRESETS = (
     "tiny-qwen3",
     "tiny-qwen3-d64",
     "tiny-qwen3-moe",
+    "tiny-qwen3-8-heads",
+    "tiny-qwen3-moe-8-heads",
     "tiny-gpt2",
     "tiny-gemma",
     "wide-qwen3",
