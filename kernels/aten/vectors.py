@@ -5,6 +5,7 @@ roundings. Here those values are computed once more, in a call of whole vectors.
 it is as accurate as torch's, since it is torch's.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,8 +32,18 @@ def whole_vectors(name: str) -> Function:
     Tensors with one layout in memory give a result of that layout; others a contiguous one.
     """
 
+    overload = f"aten::{name}"
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        return elementwise(partial(stock.kernel_of(f"aten::{name}", "CPU"), _CPU), args, kwargs)
+        kernel = stock.kernel_of(overload, "CPU")
+        if len(args) == 1 and not kwargs and args[0].is_contiguous():
+            x, size = args[0], args[0].numel()
+            if 0 < size < UNIT:
+                padded = torch.cat((x if x.dim() == 1 else x.reshape(-1), _ones(UNIT - size, x.dtype)))
+                return kernel(_CPU, padded).as_strided(x.shape, _contiguous(x.shape))
+            if size and size % UNIT == 0 and size <= GRAIN:  # whole vectors as they are, in one share
+                return kernel(_CPU, x)
+        return elementwise(partial(kernel, _CPU), args, kwargs)
 
     return run
 
@@ -60,7 +71,7 @@ def elementwise(function: Function, args: Sequence[Any], kwargs: dict[str, Any])
     size = math.prod(shape)
     if not size:
         return function(*args, **kwargs)
-    rows = [x.expand(shape).reshape(-1) if strides is None else x.as_strided((size,), (1,)) for x in tensors]
+    rows = [_row_of(x, shape, size, strides) for x in tensors]
 
     def call(rows: Sequence[Tensor]) -> Any:
         given = list(args)
@@ -69,13 +80,32 @@ def elementwise(function: Function, args: Sequence[Any], kwargs: dict[str, Any])
         return function(*given, **kwargs)
 
     if size < UNIT:
-        out = call([torch.constant_pad_nd(row, (0, UNIT - size), 1) for row in rows])
-        return _each(lambda y: _shaped(y[:size], shape, strides), out)
+        out, strides = call([torch.cat((row, _ones(UNIT - size, row.dtype))) for row in rows]), strides or _contiguous(shape)
+        return out.as_strided(shape, strides) if isinstance(out, Tensor) else tuple(y.as_strided(shape, strides) for y in out)
     out, ends = call(rows), _ends_of_shares(size)
     if ends:
         again = call([torch.cat([row[end - UNIT : end] for end in ends]) if len(ends) > 1 else row[-UNIT:] for row in rows])
         _each(partial(_write_tails, ends), out, again)
     return _each(lambda y: _shaped(y, shape, strides), out)
+
+
+def _row_of(x: Tensor, shape: torch.Size, size: int, strides: tuple[int, ...] | None) -> Tensor:
+    """x as a vector of the result's order. Each step that a call can do without counts: most have few values."""
+    if strides is not None:
+        return x.as_strided((size,), (1,))
+    if x.shape != shape:
+        return x.expand(shape).reshape(-1)
+    return x if len(shape) == 1 and x.is_contiguous() else x.reshape(-1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _ones(n: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(n, dtype=dtype, device="cpu")
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    return (1,) if len(shape) == 1 else tuple([math.prod(shape[dim + 1 :]) for dim in range(len(shape))])
 
 
 def pow_of_tensors(self: Tensor | complex, exponent: Tensor | complex) -> Tensor:
@@ -100,6 +130,8 @@ def layout_of(tensors: Sequence[Tensor]) -> tuple[torch.Size, tuple[int, ...] | 
     """The shape of the result, and its strides: those that the tensors share without a gap. None: it is contiguous."""
     first = tensors[0]
     shape, strides = first.shape, first.stride()
+    if len(tensors) == 1 and first.is_contiguous():
+        return shape, None
     if any(x.shape != shape for x in tensors[1:]):
         return torch.broadcast_shapes(*(x.shape for x in tensors)), None
     if all(x.is_contiguous() for x in tensors):
