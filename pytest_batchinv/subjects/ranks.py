@@ -81,7 +81,8 @@ class OverRanks(Subject):
         if world is None or not world.is_alive:
             info = self.info
             words = {"model": info.name, "device": info.device.partition(":")[0], "dtype": info.dtype, "attn": info.attention}
-            start = Start(f"{__name__}:rank_of", (words, info.compile_mode, self.leaves), words["device"])
+            arguments = (words, self.subject.was_built_in_mode, info.compile_mode, self.leaves)
+            start = Start(f"{__name__}:rank_of", arguments, words["device"])
             world = self._worlds[number] = World(number, start)
         return world
 
@@ -92,6 +93,8 @@ def _cannot(subject: TransformersSubject, number: int) -> str:
     name, config = subject.info.name, model.config.get_text_config()
     if not subject.is_known_by_name:
         return f"{name} is a loaded model, which other processes cannot load: give its preset, path or hub id"
+    if number > 1 and subject.info.compile_mode != "eager":
+        return f"compiled code on several ranks is not covered; {name} can be asked in eager code"
     if not getattr(model, "tp_plan", None):
         return f"{name} has no tp_plan, so transformers does not divide it over ranks"
     if "cuda" in subject.info.device and number > torch.cuda.device_count():
@@ -217,11 +220,14 @@ class _InARank:
         self.state = state
 
 
-def rank_of(rank: int, world_size: int, words: dict[str, Any], compile_mode: str, leaves: int) -> _InARank:
-    """The target of ``Start``: loads the model, and keeps this rank's part of it."""
+def rank_of(
+    rank: int, world_size: int, words: dict[str, Any], was_built_in_mode: bool, compile_mode: str, leaves: int
+) -> _InARank:
+    """The target of ``Start``: loads the model, in the mode if the first one was, and keeps this rank's part of it."""
     from pytest_batchinv.subjects.transformers import TransformersSubject
 
-    subject = TransformersSubject(**words)
+    with mode.batch_invariant_mode() if was_built_in_mode else contextlib.nullcontext():
+        subject = TransformersSubject(**words)
     divide(subject.model, words["device"], world_size)
     return _InARank(rank, subject.in_compile_mode(compile_mode), leaves)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from pytest_batchinv import gpu
+from pytest_batchinv import gpu, mode
 from pytest_batchinv.shapes import BatchShape, Row, Steps
 from pytest_batchinv.subjects.base import NoGradients, NotRun, Observer, Part, RowOutputs, Space, Span, Subject, SubjectInfo
 from pytest_batchinv.subjects.compiled import CUDA_GRAPHS, compiled, compiling, origin_of
@@ -56,6 +56,8 @@ class TransformersSubject(Subject):
         hidden: bool = False,
     ) -> None:
         name = model if isinstance(model, str) else type(model).__name__
+        # What a model computes as it is built, such as the frequencies of its rotary embedding, is computed by the mode or not.
+        self.was_built_in_mode = mode.is_on()
         self.is_known_by_name = isinstance(model, str) and not hidden
         device, dtype = _device_and_dtype(model, device, dtype)
         _require(dtype in DTYPES, f"there is no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
