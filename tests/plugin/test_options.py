@@ -18,7 +18,7 @@ USAGE = pytest.ExitCode.USAGE_ERROR
         ("--batchinv-dtype=int8", "--batchinv-dtype: 'int8' is not among the choices: auto, bf16, fp16, fp32, fp64"),
         (
             "--batchinv-engine=no-such-engine",
-            "--batchinv-engine: 'no-such-engine' is not among the choices: transformers, transformers-generate, *, http-chat, vllm",
+            "--batchinv-engine: 'no-such-engine' is not among the choices: transformers, *, http-chat, vllm",
         ),
         ("--batchinv-engine=http", "--batchinv-engine: http asks a server; give its address with --batchinv-url"),
         ("--batchinv-url=http://me:key@host", "--batchinv-url: an address holds no user, key or query*"),
