@@ -11,7 +11,7 @@ author = "the authors of pytest-batchinv"
 copyright = "2026, the authors of pytest-batchinv"
 version = release = version_of("pytest-batchinv")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "sources"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sources"]
 exclude_patterns = ["_ext", "examples"]
 html_theme = "furo"
 html_title = project
