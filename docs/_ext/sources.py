@@ -48,7 +48,7 @@ def _term(name: str, text: str) -> list[str]:
 
 
 def _text(value: object) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
