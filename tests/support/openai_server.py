@@ -1,4 +1,4 @@
-"""A small server of OpenAI's protocol for tests: it batches what comes within a moment, and has faults that are asked for."""
+"""A small server of OpenAI's protocol for tests: it batches what comes close together, and has faults that are asked for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-MOMENT = 0.03
+MOMENT = 0.05
+"""Seconds. On a busy machine the requests of one batch come far apart, though each soon after the one before."""
 
 
 class Batcher:
-    """Requests that come within a moment of the first one are one batch; each learns how large it is."""
+    """Requests that each come within a moment of the one before are one batch; each learns how large it is."""
 
     def __init__(self) -> None:
         self.lock, self.open = threading.Lock(), None
@@ -25,16 +26,19 @@ class Batcher:
         with self.lock:
             if self.open is None:
                 self.open = {"size": 0, "closed": threading.Event()}
-                threading.Timer(MOMENT, self._close, [self.open]).start()
             batch = self.open
             batch["size"] += 1
+            threading.Timer(MOMENT, self._close, [batch, batch["size"]]).start()
         batch["closed"].wait()
         return batch["size"]
 
-    def _close(self, batch: dict) -> None:
+    def _close(self, batch: dict, size: int) -> None:
+        """Where nobody came since."""
         with self.lock:
+            if batch["size"] != size:
+                return
             self.open = None
-            self.sizes.append(batch["size"])
+            self.sizes.append(size)
         batch["closed"].set()
 
 
