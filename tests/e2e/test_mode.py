@@ -457,7 +457,7 @@ def test_the_receipt_covers_every_source_and_nothing_that_is_made_of_them(tmp_pa
 
 def test_the_receipt_names_its_parts_and_starts_no_cuda():
     parts = receipt()
-    assert parts.keys() == {"sources", "op table", "torch", "triton", "cpu", "gpu", "patches"}
+    assert parts.keys() == {"sources", "op table", "torch", "triton", "vllm", "cpu", "gpu", "patches"}
     assert parts["torch"] == torch.__version__
     assert all(isinstance(value, str) and value for value in parts.values())
     assert not torch.cuda.is_initialized()

@@ -226,8 +226,8 @@ sys.modules["pytest_batchinv.mode"].batch_invariant_mode = refuse
 @pytest.mark.parametrize(
     "marker, says",
     [
-        ("batch_invariant('R')", "batch_invariant takes relations, max_examples and dtype by name only, not 'R'"),
-        ("batch_invariant(relation='R')", "takes no argument 'relation'; it takes relations, max_examples and dtype"),
+        ("batch_invariant('R')", "batch_invariant takes relations, max_examples, dtype and ranks by name only, not 'R'"),
+        ("batch_invariant(relation='R')", "takes no argument 'relation'; it takes relations, max_examples, dtype and ranks"),
         ("batch_invariant(relations='R,Q')", "no such relation as 'Q'; ask for one or more of R (run to run), S*I*X*N*"),
         ("batch_invariant(relations=7)", "relations=7 is neither a string such as 'R,I' nor a tuple*"),
         ("batch_invariant(dtype='int8')", "'int8' is not among the choices: bf16, fp16, fp32, fp64"),
