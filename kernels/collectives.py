@@ -24,7 +24,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from pytest_batchinv.kernels import stock
-from pytest_batchinv.kernels.aten.common import FLOATS, Refused, kernel_set
+from pytest_batchinv.kernels.aten.common import FLOATS, Refused
+from pytest_batchinv.kernels.aten.row_parallel import tree_sum
 from pytest_batchinv.kernels.counters import count
 
 Kernel = Callable[..., Any]
@@ -37,13 +38,6 @@ EXTRA_BYTES_FOR_TWO_SHOTS = 2 << 20
 
 Group = Any
 """A boxed ``ProcessGroup``."""
-
-
-def tree_sum(parts: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Sum over dim 0 of parts [n, ...], in the order of ``reference.tree_sum``, rounded to out_dtype -> [...]."""
-    if len(parts) == 1:
-        return parts[0].to(out_dtype)
-    return kernel_set(parts).tree_sum(parts.flatten(1), out_dtype).view(parts.shape[1:])
 
 
 def entries() -> Iterator[tuple[OpOverload, str, Kernel]]:
@@ -139,8 +133,7 @@ class _Call:
         """[world_size, n] -> [n], rounded once; an average is the sum divided by the number of ranks before that."""
         if self.op == _SUM:
             return tree_sum(parts, parts.dtype)
-        wide = torch.float64 if parts.dtype == torch.float64 else torch.float32
-        return (tree_sum(parts, wide) / self.world_size).to(parts.dtype)
+        return (tree_sum(parts) / self.world_size).to(parts.dtype)
 
 
 def _wait(work: Any) -> None:
@@ -162,9 +155,8 @@ def _real(x: Tensor) -> Tensor:
 
 
 def _write(out: Tensor, result: Tensor) -> None:
-    (torch.view_as_real(out) if out.is_complex() else out).copy_(
-        result.view_as(torch.view_as_real(out) if out.is_complex() else out)
-    )
+    numbers = torch.view_as_real(out) if out.is_complex() else out
+    numbers.copy_(result.view_as(numbers))
 
 
 def takes_two_shots(world_size: int, nbytes: int) -> bool:

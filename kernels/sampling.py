@@ -6,11 +6,10 @@ torch's generators give numbers by their place in the batch, so that a row draws
 import torch
 from torch import Tensor
 
-from pytest_batchinv.kernels.aten.common import kernels_of_device, shape_of
+from pytest_batchinv.kernels.aten.common import FLOATS, kernels_of_device, shape_of
 
 MULTINOMIAL_SCHEMA = "multinomial(Tensor probabilities, Tensor seeds, Tensor positions) -> Tensor"
 SAMPLE_SCHEMA = "sample(Tensor logits, Tensor seeds, Tensor positions, float temperature, int? top_k, float? top_p) -> Tensor"
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS, _STEPS, _ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 10
 
@@ -117,7 +116,7 @@ def _kept(weights: Tensor, logits: Tensor, top_k: int | None, top_p: float | Non
 
 def _check(values: Tensor, seeds: Tensor, positions: Tensor) -> None:
     _require(values.dim() == 2, f"expected [rows, tokens], but got {shape_of(values)}")
-    _require(values.dtype in _FLOATS, f"expected float64, float32, float16 or bfloat16, but got {values.dtype}")
+    _require(values.dtype in FLOATS, f"expected float64, float32, float16 or bfloat16, but got {values.dtype}")
     for name, x in (("seed", seeds), ("position", positions)):
         _require(
             x.dtype == torch.int64 and x.shape == values.shape[:1],

@@ -203,11 +203,11 @@ def _plan_norm_backward(
     n_dims = _check_normalized("norm_backward", x, normalized_shape, weight)
     if grad.shape != x.shape or grad.device != x.device:
         raise RuntimeError(f"norm_backward: expected a gradient like the input {shape_of(x)}, but got {shape_of(grad)}")
-    rows = math.prod(x.shape[: len(x.shape) - n_dims])
+    n_rows = math.prod(x.shape[: len(x.shape) - n_dims])
     for statistic in (mean, rstd):
-        if statistic is not None and (math.prod(statistic.shape) != rows or statistic.device != x.device):
+        if statistic is not None and (math.prod(statistic.shape) != n_rows or statistic.device != x.device):
             raise RuntimeError(
-                f"norm_backward: expected a mean and an rstd for each of {rows} rows on {x.device}, but got "
+                f"norm_backward: expected a mean and an rstd for each of {n_rows} rows on {x.device}, but got "
                 f"{shape_of(statistic)} on {statistic.device}"
             )
     brought = [_rows(grad, n_dims), _rows(x, n_dims), _flat(mean), _flat(rstd), _flat(weight)]

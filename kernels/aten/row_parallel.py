@@ -8,6 +8,7 @@ numbers in the same order. Nothing is rounded before the root.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pytest_batchinv.kernels.aten.common import FLOATS, Refused, kernel_set, shape_of
@@ -58,12 +59,12 @@ def grouped_product_fake(x: Tensor, weight: Tensor, offs: Tensor, wide: bool) ->
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=accumulator_dtype(x.dtype) if wide else x.dtype)
 
 
-def tree_sum(parts: Tensor) -> Tensor:
-    """The sum over dim 0, in the accumulator's dtype and the order of ``reference.tree_sum``."""
-    wide = accumulator_dtype(parts.dtype)
+def tree_sum(parts: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """The sum over dim 0 of parts [n, ...], in the order of ``reference.tree_sum``. out_dtype: None is the accumulator's."""
+    out_dtype = accumulator_dtype(parts.dtype) if out_dtype is None else out_dtype
     if len(parts) == 1:
-        return parts[0].to(wide, copy=True)
-    return kernel_set(parts).tree_sum(parts.flatten(1), wide).view(parts.shape[1:])
+        return parts[0].to(out_dtype, copy=True)
+    return kernel_set(parts).tree_sum(parts.flatten(1), out_dtype).view(parts.shape[1:])
 
 
 def tree_sum_fake(parts: Tensor) -> Tensor:
