@@ -80,15 +80,15 @@ class _Block(contextlib.ContextDecorator):
 
     def __init__(self) -> None:
         self._token = _Token(self.on)
-        self._when_freed = weakref.finalize(self, _process.leave, self._token)
-        self._when_freed.atexit = False
-        self._was_entered = False
+        self._when_freed: weakref.finalize[[_Token], _Block] | None = None
 
     def _enter(self) -> Mode:
-        if self._was_entered:
+        if self._when_freed is not None:
             raise ModeError("this block has been entered before: each with statement needs one of its own.")
         try:
-            self._was_entered = True
+            # Not in __init__: Dynamo traces that, and would read weakref's registry, which changes when anything is freed.
+            self._when_freed = weakref.finalize(self, _process.leave, self._token)
+            self._when_freed.atexit = False
             self._token.thread = threading.get_ident()
             while not _process.has(self._token):
                 _process.wait_for_stock_of_other_threads()
@@ -102,7 +102,8 @@ class _Block(contextlib.ContextDecorator):
         try:
             _process.leave(self._token)
         finally:
-            self._when_freed.detach()
+            if self._when_freed is not None:
+                self._when_freed.detach()
 
     @not_compiled
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:

@@ -8,6 +8,7 @@ import threading
 import traceback
 import uuid
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -359,6 +360,26 @@ def test_a_compiled_function_may_enter_the_mode():
         _, mode = product(torch.ones(3, 3))
     assert mode.hits["aten::mm"] == 1
     assert not is_on()
+
+
+@pytest.mark.parametrize("block", [batch_invariant_mode, stock_torch])
+def test_what_is_freed_while_dynamo_traces_does_not_disturb_a_block(block, monkeypatch):
+    """Each object with a finalizer that is freed changes weakref's registry: code that Dynamo traces must not read it."""
+
+    class FreesAnotherWhenRead:
+        def __getattribute__(self, name):
+            registry[object()] = None
+            return object.__getattribute__(self, name)
+
+    registry = {FreesAnotherWhenRead(): None, **weakref.finalize._registry}
+    monkeypatch.setattr(weakref.finalize, "_registry", registry)
+
+    @torch.compile(backend="eager")
+    def product(x):
+        with block():
+            return x @ x
+
+    assert product(torch.ones(3, 3)).sum() == 27
 
 
 def test_a_product_that_the_table_missed_is_an_error_in_compiled_code(monkeypatch):
