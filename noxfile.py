@@ -13,6 +13,7 @@ Each session of the tests leaves a record of what ran beside the others of its k
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -23,6 +24,7 @@ import nox
 
 TORCH = ("2.11.0", "2.12.1", "2.13.0", "2.15.0")
 CONSTRAINTS = Path("constraints/any-torch.txt")
+_PINNED = Path("constraints/torch-2.13.0.txt")
 RESULTS = Path("benchmarks/results")
 # Linked by no library that ``import torch`` loads: found by leaving them out.
 NOT_NEEDED_WITHOUT_A_GPU = {"cuda-bindings", "nvidia-cusolver", "nvidia-cuda-nvrtc", "nvidia-nvtx"}
@@ -58,48 +60,28 @@ def tests(session: nox.Session, torch: str) -> None:
         session.error(f"torch {torch}: {', '.join(failed)} did not pass")
 
 
-# What judges, and the tests that have to notice when it judges otherwise.
-MUTATED = {
-    "pytest_batchinv/compare.py": ("tests/check/test_compare.py",),
-    "pytest_batchinv/check.py": ("tests/check/test_verdicts.py", "tests/check/test_search.py"),
-    "pytest_batchinv/search": ("tests/check/test_search.py", "tests/check/test_shapes.py"),
-    "pytest_batchinv/relations": ("tests/check/test_relations.py", "tests/check/test_layouts.py", "tests/check/test_shapes.py"),
-}
-
-
 @nox.session(python="3.11", venv_backend="none")
 def mutation(session: nox.Session) -> None:
-    """Changes the judges one operator at a time, in this checkout, and lists the changes that no test notices.
+    """Changes the judges one expression at a time, and lists the changes that no test notices: hours on two cores.
 
-    It takes hours: arguments choose among MUTATED. Commit first, since an interrupt leaves a change behind. Run it with the
-    Python of .venv: ``.venv/bin/python -m nox -s mutation -- pytest_batchinv/compare.py``.
+    Which modules and which tests: [tool.mutmut] in pyproject.toml. Run it with the Python of .venv, whose packages it takes:
+    ``.venv/bin/python -m nox -s mutation``. Arguments choose by name: ``-- "pytest_batchinv.compare.*"``.
     """
-    session.run("python", "-m", "pip", "install", "--quiet", "cosmic-ray==8.7.0")
+    session.run("python", "-m", "pip", "install", "--quiet", "--constraint", str(_PINNED), "mutmut==3.8.1")
     folder = Path(session.create_tmp())
-    for module in session.posargs or MUTATED:
-        tests = " ".join(MUTATED[module])
-        settings, found = folder / "mutation.toml", folder / f"{Path(module).stem}.sqlite"
-        settings.write_text(_MUTATION.format(module=module, tests=tests, python=sys.executable))
-        session.run("cosmic-ray", "init", "--force", str(settings), str(found))
-        session.run("cr-filter-operators", str(found), str(settings))
-        session.run("cosmic-ray", "exec", str(settings), str(found), env={"OMP_NUM_THREADS": "1"})
-        session.run("cr-report", "--show-diff", "--surviving-only", str(found))
-
-
-_MUTATION = """
-[cosmic-ray]
-module-path = "{module}"
-timeout = 180
-excluded-modules = []
-test-command = "{python} -P -m pytest -q -x -p no:cacheprovider {tests}"
-
-[cosmic-ray.distributor]
-name = "local"
-
-# A union of types, such as "str | None", is never evaluated.
-[cosmic-ray.filters.operators-filter]
-exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]
-"""
+    shutil.rmtree(folder / "src", ignore_errors=True)
+    # mutmut finds a package by its folders alone: laid out as in the wheel.
+    shutil.copytree("pytest_batchinv", folder / "src/pytest_batchinv")
+    for part in ("kernels", "patches"):
+        shutil.copytree(part, folder / "src/pytest_batchinv" / part)
+    for part in ("tests", "benchmarks"):
+        shutil.copytree(part, folder / part, dirs_exist_ok=True)
+    for part in ("conftest.py", "pyproject.toml"):
+        shutil.copy(part, folder)
+    with session.chdir(folder):
+        session.run("python", "-P", "-m", "mutmut", "run", "--max-children", "2", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+        session.run("python", "-P", "-m", "mutmut", "results")
+    session.log(f"one of them as a diff: cd {folder}; python -P -m mutmut show NAME")
 
 
 @nox.session(python="3.11")

@@ -158,7 +158,7 @@ def _ulp(a: Tensor, b: Tensor) -> int | None:
 
 
 def _ordinal(scalar: Tensor) -> int:
-    """Bits of a float as an integer in the order of the values: negative floats count down from -1."""
+    """Bits of a float as an integer in the order of the values: negative ones count down from -0.0, which is 0 as 0.0 is."""
     width = scalar.element_size() * 8
     bits = int(as_bits(scalar.cpu())) & ((1 << width) - 1)
     sign = 1 << (width - 1)
