@@ -64,9 +64,11 @@ def in_space(cases: Iterator[BatchShape], space: Space) -> Iterator[BatchShape]:
 
 
 def of_length(space: Space, length: int, n_rows: int = 1) -> BatchShape:
-    """The first rows of the palette, all of this length, or of the longest that the subject takes."""
-    rows = [msgspec.structs.replace(row, length=min(length, space.max_length)) for row in space.palette[:n_rows]]
-    return BatchShape(tuple(rows))
+    """The first rows of the palette, all of this length, or of the longest that the subject takes in steps; fewer of them where
+    not all have room."""
+    length = min(length, space.max_length, space.max_tokens, space.max_keys)
+    n_rows = max(1, min(n_rows, space.max_rows, space.max_tokens // length))
+    return BatchShape(tuple(msgspec.structs.replace(row, length=length) for row in space.palette[:n_rows]))
 
 
 def ends(start: int, size: int, width: int) -> tuple[int, ...]:
@@ -75,7 +77,7 @@ def ends(start: int, size: int, width: int) -> tuple[int, ...]:
 
 
 def _long(space: Space) -> Iterator[BatchShape]:
-    """One long row, cut at the edges of tiles."""
+    """One row of 300 tokens, cut at the edges of tiles, in every cache."""
     case = of_length(space, 300)
     for cache in space.caches:
         for boundary in _EDGES:
@@ -84,7 +86,8 @@ def _long(space: Space) -> Iterator[BatchShape]:
 
 
 def _batches(space: Space) -> Iterator[BatchShape]:
-    """Batches of rows of several lengths, in chunks of one size, on either side of the padding."""
+    """Batches of 3 to 5 rows of several lengths, in chunks of one size, on either side of the padding, in every cache: 40
+    chunks at most, where the palette has rows that are short enough."""
     layouts = [layout for layout in space.layouts if layout != "packed"]
     for start, size in enumerate(_SIZES):
         short = tuple(row for row in space.palette if row.length <= size * _MOST_CHUNKS)
@@ -95,7 +98,8 @@ def _batches(space: Space) -> Iterator[BatchShape]:
 
 
 def _prefixes(space: Space) -> Iterator[BatchShape]:
-    """Rows that reuse the keys of a prefix, with and without tokens that its cache has forgotten; and such chunks."""
+    """Up to three rows that reuse the keys of a prefix, with and without tokens that its cache has forgotten; and such chunks.
+    In every cache that grows."""
     for n_tokens in (1, 2, 15, 16, 17, 32, 64, 128):
         case = of_length(space, 2 * n_tokens + 3, n_rows=3)
         if n_tokens < case.width:
@@ -106,6 +110,7 @@ def _prefixes(space: Space) -> Iterator[BatchShape]:
 
 
 def _every_boundary(space: Space) -> Iterator[BatchShape]:
+    """One row, cut after each of its tokens but the last, in every cache."""
     case = of_length(space, _EVERY_BOUNDARY_UP_TO)
     for boundary in range(1, case.width):
         for cache in space.caches:
@@ -117,13 +122,23 @@ def _drawn(draw: st.DrawFn, space: Space) -> BatchShape:
     case = draw(padded_cases(space))
     cuts = draw(st.sets(st.integers(1, max(1, case.width - 1)), max_size=6))
     cache = draw(st.sampled_from(space.caches))
-    spare = draw(st.integers(0, 70)) if cache == "static" else 0
-    rejected = 0 if cache == "static" else draw(st.sampled_from((0, 0, 1, 4)))
+    spare = draw(st.integers(0, min(70, space.max_keys - case.width))) if cache == "static" else 0
+    rejected = draw(st.sampled_from((0, 0, 1, 4))) if forgets(space, cache) else 0
     return case.in_steps(Steps(tuple(sorted(cut for cut in cuts if cut < case.width)), cache, spare, rejected))
 
 
 def padded_cases(space: Space, most_rows: int = 9) -> st.SearchStrategy[BatchShape]:
-    """Batches of few rows, none of them packed: each costs several forwards."""
+    """Batches of at most ``most_rows`` rows, which a cache has room for, none of them packed: each costs several forwards."""
     layouts = tuple(layout for layout in space.layouts if layout != "packed")
     few = replace(space, max_rows=min(space.max_rows, most_rows), layouts=layouts)
-    return strategies.cases(few)
+
+    def within_keys(case: BatchShape) -> BatchShape:
+        beyond = max(0, case.width - space.max_keys)
+        return msgspec.structs.replace(case, extra_padding=max(0, case.extra_padding - beyond))
+
+    return strategies.cases(few).map(within_keys)
+
+
+def forgets(space: Space, cache: str) -> bool:
+    """Whether this cache of the subject can drop rejected tokens again."""
+    return space.forgets and cache != "static"

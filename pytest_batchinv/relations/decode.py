@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pytest_batchinv.letters import WORDS
 from pytest_batchinv.mutants import sequences as planted
 from pytest_batchinv.relations.base import Cases, Comparison, Mutant, Relation, Runs, Side
-from pytest_batchinv.relations.chunks import ends, fitting, no_cache, of_length, padded_cases
+from pytest_batchinv.relations.chunks import ends, fitting, forgets, no_cache, of_length, padded_cases
 from pytest_batchinv.search import sweep
 from pytest_batchinv.shapes import BatchShape, Steps
 from pytest_batchinv.subjects.base import Space, Subject
@@ -47,7 +47,8 @@ class Decode(Relation):
 
 
 def _token_by_token(space: Space) -> Iterator[BatchShape]:
-    """One row from its first token on; and batches after a prefill, on either side of the padding."""
+    """In every cache one row of 33 tokens from its first token on; and batches of 2 to 5 rows after a prefill, for at most 70
+    steps, on either side of the padding."""
     layouts = [layout for layout in space.layouts if layout != "packed"]
     for cache in space.caches:
         alone = of_length(space, 33)
@@ -59,20 +60,22 @@ def _token_by_token(space: Space) -> Iterator[BatchShape]:
 
 
 def _past_the_window(space: Space) -> Iterator[BatchShape]:
-    """A row that is longer than the sliding window, decoded over its edge."""
-    if space.window and space.window + 9 <= space.max_length:
-        case = of_length(space, space.window + 9)
+    """A row that is longer than the sliding window, decoded over its edge: from 5 tokens before it to 8 after it, as far as the
+    subject takes so many. In every cache."""
+    case = of_length(space, space.window + 9)
+    if 0 < space.window < case.width:
         for cache in space.caches:
             yield case.in_steps(Steps(ends(max(1, space.window - 5), 1, case.width), cache))
 
 
 def _verified(space: Space) -> Iterator[BatchShape]:
-    """Several tokens at once, of which some are rejected."""
+    """Rows, one to five of them, of which several tokens are computed at once: all of them right, or all but the first one
+    rejected."""
     for cache in space.caches:
         for start, n_tokens in enumerate(_VERIFIED):
             case = of_length(space, 9 + 4 * n_tokens, n_rows=1 + start)
             yield case.in_steps(Steps(ends(3, n_tokens, case.width), cache))
-            if cache != "static":
+            if forgets(space, cache):
                 yield case.in_steps(Steps(ends(3, 1, case.width), cache, rejected=n_tokens - 1))
 
 
@@ -82,6 +85,6 @@ def _drawn(draw: st.DrawFn, space: Space) -> BatchShape:
     cache = draw(st.sampled_from(space.caches))
     n_tokens = draw(st.sampled_from((1, 1, 2, 4)))
     prefill = draw(st.integers(1, max(1, case.width - 1)))
-    rejected = 0 if cache == "static" else draw(st.integers(0, 4))
+    rejected = draw(st.integers(0, 4)) if forgets(space, cache) else 0
     stop = min(case.width, prefill + n_tokens * _MOST_STEPS)
     return case.in_steps(Steps(ends(prefill, n_tokens, stop), cache, rejected=rejected))

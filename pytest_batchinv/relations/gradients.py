@@ -43,7 +43,7 @@ class Gradients(Relation):
         in_batch = runs.run(case)
         yield Comparison(runs.alone(case), in_batch)
         if in_batch.shared:
-            yield Comparison(RowOutputs(rows=[in_batch.shared]), RowOutputs(rows=[runs.run(case).shared]), (0,))
+            yield Comparison(RowOutputs(rows=[in_batch.shared]), RowOutputs(rows=[runs.run(case).shared]))
 
     def two_runs(self, runs: Runs, case: BatchShape, position: int) -> Iterator[tuple[Side, Side]]:
         yield Side(case.alone(position), 0), Side(case, position)

@@ -76,7 +76,8 @@ def _with_other_neighbours(case: BatchShape, space: Space) -> Iterator[tuple[Bat
 
 
 def _other(row: Row, space: Space, salt: int = 0) -> Row:
-    """A row of the same shapes and other content: of the pool, or made up. The row itself where the pool has none."""
+    """A row of the same shapes and other content: of the pool, or made up, of another magnitude. The row itself where the pool
+    has none."""
     if space.pool is None:
         return Row(row.id + 1000 + salt, row.length, "random" if row.content == "extreme" else "extreme")
     shapes = space.alike or space.pool

@@ -47,7 +47,8 @@ class Layout(Relation):
 
 
 def _swept(space: Space) -> list[BatchShape]:
-    """Each layout, and what can be done to it, with few rows."""
+    """With 1, 2, 3 and 5 rows each layout, and what can be done to it: further padding, padding on both sides, later positions,
+    spare keys of a static cache. A packed batch has no padding and no cache. Nothing that is the plain batch itself."""
     cases = []
     for start, (n_rows, layout) in enumerate(itertools.product(_SIZES, space.layouts)):
         case = sweep.batch(space, n_rows, 3 * start, layout)
@@ -56,7 +57,7 @@ def _swept(space: Space) -> list[BatchShape]:
             cases += [msgspec.structs.replace(case, extra_padding=columns) for columns in sweep.PADDINGS]
         if layout != "packed" and space.pads_both_sides:
             cases += [msgspec.structs.replace(case, opposite_padding=columns) for columns in _OPPOSITE]
-        cases += [msgspec.structs.replace(case, first_position=first, extra_padding=0) for first in _FIRST_POSITIONS]
+        cases += [msgspec.structs.replace(case, first_position=first) for first in _FIRST_POSITIONS]
         if layout != "packed" and "static" in space.caches:
             cases += [case.in_steps(Steps(cache="static", spare=spare)) for spare in _SPARE]
     return [case for case in dict.fromkeys(cases) if case != case.plain() and space.fits(case) and not space.holds(case)]
@@ -71,8 +72,9 @@ def _drawn(draw: st.DrawFn, space: Space) -> BatchShape:
     if space.max_position > longest:
         changes["first_position"] = draw(st.integers(0, min(200, space.max_position - longest)))
     if case.layout != "packed" and space.pads_both_sides:
-        changes["opposite_padding"] = draw(st.integers(0, 40))
-    if case.layout != "packed" and "static" in space.caches and draw(st.booleans()):
-        room = max(0, min(300, space.max_keys - msgspec.structs.replace(case, **changes).width))
-        changes["steps"] = Steps(cache="static", spare=draw(st.integers(0, room)))
-    return msgspec.structs.replace(case, **changes)
+        changes["opposite_padding"] = draw(st.integers(0, min(40, space.max_tokens // len(case) - case.width)))
+    case = msgspec.structs.replace(case, **changes)
+    room = min(300, space.max_keys - case.width)
+    if case.layout != "packed" and "static" in space.caches and room >= 0 and draw(st.booleans()):
+        return case.in_steps(Steps(cache="static", spare=draw(st.integers(0, room))))
+    return case

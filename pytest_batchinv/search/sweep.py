@@ -40,8 +40,8 @@ def few_cases(space: Space, count: int) -> list[BatchShape]:
 
 
 def covering(space: Space) -> list[Iterator[BatchShape]]:
-    """What takes turns: sizes, positions, pairs, repeats."""
-    return [_sizes(space), _repeats(space), _positions(space), _pairs(space)]
+    """What takes turns: sizes, positions, pairs, repeats, each as far as the space has room."""
+    return [filter(space.fits, part) for part in (_sizes(space), _repeats(space), _positions(space), _pairs(space))]
 
 
 def batch(space: Space, n_rows: int, start: int, layout: str) -> BatchShape:
