@@ -1,24 +1,41 @@
 """Each relation catches its planted faults, names itself, and leaves what is no fault of its kind alone."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 
 from pytest_batchinv import BatchVarianceError, assert_batch_invariant, batch_invariant_mode, check_batch_invariant
 from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.mutants.sequences import Sequences
 from pytest_batchinv.plugin.options import RELATIONS as OPTION_WORDS
 from pytest_batchinv.relations import RELATIONS
+from pytest_batchinv.relations.base import Side
+from pytest_batchinv.shapes import BatchShape, Row, Steps
+from pytest_batchinv.subjects.base import RowOutputs
+from pytest_batchinv.subjects.ranks import OverRanks
 from pytest_batchinv.subjects.rows import RowsSubject
 
-MUTANTS = [(letter, mutant) for letter, relation in RELATIONS.items() for mutant in relation.mutants()]
+MUTANTS = [(letter, mutant.name) for letter, relation in RELATIONS.items() for mutant in relation.mutants()]
 
 
-@pytest.mark.parametrize("letter, mutant", MUTANTS, ids=[f"{letter}-{mutant.name}" for letter, mutant in MUTANTS])
-def test_every_mutant_of_a_relation_is_caught_by_it(letter, mutant):
+@pytest.mark.parametrize("letter, name", MUTANTS, ids=[f"{letter}-{name}" for letter, name in MUTANTS])
+def test_every_mutant_of_a_relation_is_caught_by_it(letter, name):
+    (mutant,) = (mutant for mutant in RELATIONS[letter].mutants() if mutant.name == name)
     with batch_invariant_mode() if mutant.in_mode else nullcontext():
         with pytest.raises(BatchVarianceError, match=rf"relation {letter}\b"):
             check_batch_invariant(mutant.make(), (letter,), max_examples=10)
+
+
+@pytest.mark.parametrize("letter", RELATIONS)
+def test_every_relation_has_planted_faults_with_names_of_their_own(letter):
+    mutants = RELATIONS[letter].mutants()
+    names = [mutant.name for mutant in mutants]
+    assert len(set(names)) == len(names) > 0
+    assert all(isinstance(name, str) and callable(mutant.make) for name, mutant in zip(names, mutants, strict=True))
+    assert {mutant.in_mode for mutant in mutants} == {letter == "T"}  # what the mode does over ranks
 
 
 def test_the_options_name_every_relation_with_its_words():
@@ -94,6 +111,161 @@ def test_relation_x_names_the_operators_that_diverge_in_place_ones_too():
     ) as caught:
         assert_batch_invariant(fn, pool, relations=("X",), max_examples=1)
     assert caught.value.finding.sections[0].title == "operators"
+
+
+# --- what a relation says before it runs anything, and after it found something ----------------------------------------
+
+ROWS = tuple(Row(i, 5) for i in range(6))
+AT_ONCE = BatchShape(ROWS, "left", 3, opposite_padding=1, first_position=2)
+STEPPED = msgspec.structs.replace(AT_ONCE, steps=Steps((4,)))
+
+
+@pytest.mark.parametrize(
+    "at_once, in_steps, letter",
+    [
+        *(("", "", letter) for letter in "RSLX"),
+        *(("", "computed in steps is one of the relations L, C and D", letter) for letter in "IT"),
+        ("", "computed in steps with a cache has no gradients", "G"),
+        ("computed at once, so there are no chunks to compare", "", "C"),
+        ("computed at once, so nothing of it is decoded", "", "D"),
+    ],
+)
+def test_a_case_that_is_none_of_the_relations_is_not_taken_and_the_sentence_says_why(at_once, in_steps, letter):
+    takes = RELATIONS[letter].takes
+    for why, sentence in ((takes(AT_ONCE), at_once), (takes(STEPPED), in_steps)):
+        assert sentence in why
+        assert bool(sentence) == bool(why)
+
+
+def of_kind(**words) -> Sequences:
+    """What runs sequences, and is another subject in this."""
+    subject = Sequences()
+    if "compile_mode" in words:
+        subject.info = msgspec.structs.replace(subject.info, **words)
+    else:
+        subject.space = replace(subject.space, **words)
+    return subject
+
+
+def pool_of(*lengths) -> RowsSubject:
+    return RowsSubject(lambda rows: rows, [[torch.ones(length) for length in lengths]], collate=lambda rows: rows)
+
+
+@pytest.mark.parametrize(
+    "make, sentence, letter",
+    [
+        *((Sequences, "", letter) for letter in "RSILCD"),
+        *((lambda: pool_of(2, 2, 3), "", letter) for letter in "RSI"),
+        (lambda: pool_of(2, 2), "<lambda> lays its rows out by itself, so there is no other layout to ask for", "L"),
+        (lambda: of_kind(lays_out=True), "sums of tokens lays its rows out by itself", "L"),
+        *(
+            (lambda: of_kind(caches=()), "sums of tokens keeps no cache in which it could go on (sequences, eager)", letter)
+            for letter in "CD"
+        ),
+        (lambda: of_kind(max_rows=1), "a batch of one row has no neighbours", "S"),
+        (lambda: of_kind(max_rows=2), "", "S"),
+        (lambda: of_kind(shapes_follow_length=False), "rows of one length need not have the same shapes here", "S"),
+        (lambda: pool_of(2, 3, 4), "no two rows of the pool have the same shapes", "S"),
+        (Sequences, "sums of whole numbers have no gradients", "G"),
+        (lambda: RowsSubject(planted.invariant, [planted.pool()]), "", "G"),
+        (Sequences, "sums of tokens cannot be divided over ranks", "T"),
+        (lambda: of_kind(compile_mode="compiled"), "what was compiled is not known, so there is no eager code", "X"),
+        (lambda: RowsSubject(torch.compile(planted.invariant), [planted.pool()]), "", "X"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_subject_is_said_in_a_sentence(make, sentence, letter):
+    why = RELATIONS[letter].obstacle(make())
+    assert sentence in why
+    assert bool(sentence) == bool(why)
+
+
+class Spy:
+    """Runs whose outputs are where each row stood."""
+
+    def __init__(self, subject):
+        self.subject = subject
+
+    def run(self, case):
+        return RowOutputs(rows=[{"stood": Side(case, position)} for position in range(len(case))])
+
+    def alone(self, case, by=None):
+        return RowOutputs(rows=[self.run(case.alone(position))[0] for position in range(len(case))])
+
+    run_eager = run
+
+
+@pytest.mark.parametrize("letter, case", [*((letter, AT_ONCE) for letter in "RSILG"), ("C", STEPPED), ("D", STEPPED)])
+@pytest.mark.parametrize("position", range(len(ROWS)))
+def test_a_trace_gets_the_two_runs_in_which_the_row_is_compared_in_their_order(letter, case, position):
+    runs = Spy(Sequences())
+    compared = []
+    for comparison in RELATIONS[letter].sides(runs, case):
+        positions = comparison.positions or range(len(case))
+        for at, expected, actual in zip(positions, comparison.expected, comparison.actual, strict=True):
+            compared += [(expected["stood"], actual["stood"])] if at == position else []
+    assert [*RELATIONS[letter].two_runs(runs, case, position)] == compared != []
+    for sides in compared:
+        assert all(side.case.rows[side.position] == ROWS[position] for side in sides)
+        assert (Side(case, position) in sides) and (sides[0] != sides[1]) == (letter != "R")
+
+
+@pytest.mark.parametrize("letter", "TX")
+def test_what_is_no_two_runs_of_eager_code_in_this_process_gets_no_trace(letter):
+    assert [*RELATIONS[letter].two_runs(Spy(Sequences()), AT_ONCE, 0)] == []
+
+
+class Ranks(OverRanks):
+    """Ranks that give one object, or each its own."""
+
+    def __init__(self, numbers, alike):
+        self.numbers, self.alike, self.given = numbers, alike, {}
+
+    def on(self, number):
+        return tuple((number, rank) for rank in range(number))
+
+
+class SpyOfRanks(Spy):
+    def run_by(self, subject, case):
+        number, rank = subject
+        who = "in the batch", number, 0 if self.subject.alike else rank
+        return self.subject.given.setdefault(who, RowOutputs(rows=[{"who": who, "p": p} for p in range(len(case))]))
+
+    def alone(self, case, by=None):
+        return RowOutputs(rows=[{"who": ("alone", *by), "p": p} for p in range(len(case))])
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("numbers", [(1, 2, 4), (2, 1), (3,)])
+def test_each_rank_is_compared_with_the_first_one_and_each_number_of_ranks_with_rows_alone(numbers, alike):
+    relation, runs = RELATIONS["T"], SpyOfRanks(Ranks(numbers, alike))
+    told, first = {}, numbers[0]
+    for expected, actual, positions in relation.sides(runs, AT_ONCE):
+        assert positions is None and len(expected) == len(actual) == len(ROWS)
+        for position in range(len(ROWS)):
+            assert list(expected[position]) == list(actual[position])
+            values = zip(expected[position].values(), actual[position].values(), strict=True)
+            (one, other), (here, there) = values
+            assert here == there == position
+        names = {relation.sides_of(name) for name in expected[0]}
+        (name,) = names
+        assert [key.partition(": ")[0] for key in expected[0]] == ["who", "p"]
+        told[name] = one, other
+
+    def on(number):
+        return "on 1 rank" if number == 1 else f"on {number} ranks"
+
+    ranks = [(number, rank) for number in numbers for rank in range(1 if alike else number)]
+    assert told == {
+        **{
+            (on(first), f"on rank {rank} of {number}"): (("in the batch", first, 0), ("in the batch", number, rank))
+            for number, rank in ranks
+            if (number, rank) != (first, 0)
+        },
+        **{
+            (f"alone, {on(number)}", f"in the batch, {on(number)}"): (("alone", number, 0), ("in the batch", number, 0))
+            for number in numbers
+        },
+    }
 
 
 # --- functions of rows as subjects ------------------------------------------------------------------------------------
