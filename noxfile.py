@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from datetime import UTC, datetime
@@ -79,7 +78,9 @@ def mutation(session: nox.Session) -> None:
     for part in ("conftest.py", "pyproject.toml"):
         shutil.copy(part, folder)
     with session.chdir(folder):
-        session.run("python", "-P", "-m", "mutmut", "run", "--max-children", "2", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+        session.run(
+            "python", "-P", "-m", "mutmut", "run", "--max-children", "2", *session.posargs, env={"OMP_NUM_THREADS": "1"}
+        )
         session.run("python", "-P", "-m", "mutmut", "results")
     session.log(f"one of them as a diff: cd {folder}; python -P -m mutmut show NAME")
 

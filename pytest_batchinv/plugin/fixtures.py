@@ -46,6 +46,11 @@ def _load(engine: str, url: str | None, **words: str) -> Any:
             from pytest_batchinv.subjects.transformers.generation import Generation, Sampling
 
             return Generation(TransformersSubject(**words), sampling=Sampling() if engine == "transformers-sample" else None)
+        if engine == "transformers-continuous":
+            from pytest_batchinv.subjects.transformers import TransformersSubject
+            from pytest_batchinv.subjects.transformers.continuous import ContinuousBatching
+
+            return ContinuousBatching(TransformersSubject(**words))
         if engine == "vllm":
             from pytest_batchinv.subjects.vllm import VllmSubject
 

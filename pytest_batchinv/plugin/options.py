@@ -8,7 +8,10 @@ from typing import Any
 from pytest_batchinv.letters import WORDS
 
 RELATIONS = {**WORDS, "N": "stock torch is caught"}
-_OF_TRANSFORMERS = ("transformers", "transformers-generate", "transformers-sample", "transformers-hidden")
+_OF_TRANSFORMERS = (
+    *("transformers", "transformers-generate", "transformers-sample", "transformers-continuous"),
+    "transformers-hidden",
+)
 ENGINES = (*_OF_TRANSFORMERS, "http", "http-chat", "vllm")
 LOAD_A_MODEL = (*_OF_TRANSFORMERS, "vllm")
 DEVICES = ("auto", "cpu", "cuda")

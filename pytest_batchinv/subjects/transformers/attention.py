@@ -3,18 +3,24 @@
 transformers looks implementations up by name in two registries: one for the attention, one for the mask that it needs.
 """
 
+import inspect
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from pytest_batchinv.kernels import operators
 from pytest_batchinv.kernels.aten.common import Refused
 
 NAME = "batch_invariant"
+PAGED_NAME = "batch_invariant_flash" if "page_size" in ContinuousBatchingConfig.__annotations__ else "paged|batch_invariant"
+"""For continuous batching alone. A word in the name lets transformers build no mask and say where rows begin: "flash" in 5.23,
+"paged|" in 5.17."""
 
 Packing = tuple[Tensor, Tensor]
 """Columns of a packed sequence by row and position, int64 [rows, longest row], -1 after a row's end; and the way back: for
@@ -29,6 +35,12 @@ _NO_MATTER = {
 }
 """Keywords of transformers that change nothing of what attention computes. Any other one that a model gives does."""
 
+_OF_PAGES = {
+    *("cu_seq_lens_k", "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "block_table"),
+    *("read_index", "write_index", "logits_indices", "logits_processor_args", "is_causal"),
+}
+"""Where rows and pages lie: read by the cache, or not needed with a mask."""
+
 
 class Uncovered(ValueError):
     """What a model asks of its attention, and ours does not compute."""
@@ -38,6 +50,7 @@ def register() -> None:
     """Makes the name known to transformers, and the operator behind it to torch. To call it again changes nothing."""
     operators.operators()
     AttentionInterface.register(NAME, attention_forward)
+    AttentionInterface.register(PAGED_NAME, paged_attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask_2d)
 
 
@@ -103,6 +116,66 @@ def attention_forward(
     sinks = None if s_aux is None else s_aux.to(query.dtype)
     out, _ = torch.ops.batchinv.attention(query, key, value, mask, bool(causal), scale, softcap, sinks)
     return out.transpose(1, 2).contiguous(), None
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The contract of continuous batching: query, key and value [1, heads, tokens, D] of rows behind each other; returns
+    [1, tokens, heads, D].
+
+    cache: puts the keys into its pages and gives all keys of these rows, behind each other, the last ones for the queries.
+    Each row becomes one of a batch with padding on the right, since the operator counts keys from the start of a sequence.
+    """
+    if cu_seq_lens_q is None:
+        raise Uncovered(f"the attention {PAGED_NAME!r} is for continuous batching alone: without it choose {NAME!r}")
+    _refuse_uncovered(dropout, {name: value for name, value in kwargs.items() if name not in _OF_PAGES})
+    key, value, k_starts = _paged(cache, key, value, module, sliding_window, kwargs)
+    q_rows, k_rows = _columns_between(cu_seq_lens_q), _columns_between(k_starts)
+    n_queries, n_keys = (x.ge(0).sum(1)[:, None, None] for x in (q_rows, k_rows))
+    last = torch.arange(q_rows.shape[1], device=query.device)[None, :, None] + n_keys - n_queries
+    keys = torch.arange(k_rows.shape[1], device=query.device)[None, None, :]
+    visible = (keys <= last) & (keys < n_keys)
+    if sliding_window:
+        visible &= keys > last - sliding_window
+    unpacked = (_unpack(query, q_rows), _unpack(key, k_rows), _unpack(value, k_rows))
+    out, _ = attention_forward(module, *unpacked, visible[:, None], scaling, softcap=softcap, s_aux=s_aux)
+    return out[q_rows >= 0][None], None
+
+
+def _paged(
+    cache: Any, key: Tensor, value: Tensor, module: nn.Module, window: int | None, words: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All keys and values of the rows, [1, heads, tokens, D], and where each row's begin, int [rows + 1]."""
+    states = {"key_states": key, "value_states": value, "layer_idx": module.layer_idx}
+    if "kwargs" in inspect.signature(cache.update).parameters:
+        key, value = cache.update(**states, kwargs=words)
+        return key, value, words["cu_seq_lens_k"]
+    # transformers 5.17
+    key, value = cache.update(**states, read_index=words["read_index"], write_index=words["write_index"])
+    starts = words["cu_seq_lens_k"]
+    if isinstance(starts, dict):  # of a model with several types of layers
+        starts = starts["sliding_attention" if window else "full_attention"]
+    return key.transpose(0, 1)[None], value.transpose(0, 1)[None], starts
+
+
+def _columns_between(starts: Tensor) -> Tensor:
+    """The columns of each row, from its start to the next one, int64 [rows, longest row], -1 after its end."""
+    offsets = torch.arange(int(starts.diff().max()), device=starts.device)
+    columns = starts[:-1, None] + offsets
+    return torch.where(columns < starts[1:, None], columns, -1)
 
 
 def _unpack(x: Tensor, columns: Tensor) -> Tensor:
