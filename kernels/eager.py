@@ -136,13 +136,18 @@ def _writing(sibling: Sibling, key: str, implementation: Implementation, is_own:
     overload, out_names = sibling.overload, sibling.out_names
     name, stock_kernel = overload.name(), _stock(overload, key)
     short_name = name.removeprefix("aten::")
+    names = [argument.name for argument in overload._schema.arguments if not argument.is_out]
+    asked_by = "out_dtype" if "out_dtype" in names else "dtype"
+    place = names.index(asked_by) if asked_by in names else len(names)
     gives_dtype, may_cast = short_name in table.OUT_GIVES_DTYPE, is_own or short_name in table.OUT_MAY_CAST
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         outs = [kwargs[out_name] for out_name in out_names] or [args[0]]
         arguments = {k: v for k, v in kwargs.items() if k not in out_names}
-        if gives_dtype and arguments.get("dtype") is None:
-            arguments["dtype"] = outs[0].dtype
+        if gives_dtype and len(args) <= place and arguments.get(asked_by) is None:
+            arguments[asked_by] = outs[0].dtype
+        elif gives_dtype and len(args) > place and args[place] is None:
+            args = (*args[:place], outs[0].dtype, *args[place + 1 :])
         try:
             # An out of integers: torch's own kernel sums integers into it, or refuses it.
             is_of_floats = is_own or outs[0].is_floating_point() or outs[0].is_complex()

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from pytest_batchinv.kernels import sampling, table
-from pytest_batchinv.kernels.aten import attention, norms, reductions, row_parallel, vectors
+from pytest_batchinv.kernels.aten import attention, norms, reductions, row_parallel, scaled, vectors
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.kernels.counters import count
 from pytest_batchinv.kernels.overloads import Implementation, overload_of
@@ -67,7 +67,7 @@ def _define_all(library: torch.library.Library) -> dict[OpOverload, OpOverload]:
     for name, implementation in table.BACKEND_KERNELS.items():
         overload = overload_of(name)
         if overload is not None:
-            made[overload] = _define(library, overload, implementation, _contiguous_fake(overload))
+            made[overload] = _define(library, overload, implementation, scaled.FAKES.get(name) or _contiguous_fake(overload))
     for name, implementation in table.POINTWISE.items():
         overload = overload_of(name)
         if overload is not None:

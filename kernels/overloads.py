@@ -81,6 +81,8 @@ def is_exact(overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
         return False
     if only_moves_values(overload, args, kwargs):
         return True
+    if _name(overload) in table.OF_FLOAT8:
+        return False
     dtype = kwargs.get("dtype")
     if dtype is None or dtype in _QUANTISED:  # that of weights, which says nothing of the rows
         dtype = _first_dtype(args)

@@ -62,6 +62,68 @@ def grouped_gemm_over_k(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return out
 
 
+SCALED_BLOCK = 128
+"""Terms of a product of 8-bit floats that are summed before they are added to the sum of all; rows and columns of a scale."""
+
+
+def scaled_gemm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The product of scaled 8-bit floats as [B, M, N], rounded once to out_dtype: float32, bfloat16 or float16.
+
+    a: [B, M, K]; b: [B, K, N]; each in float8_e4m3fn or float8_e5m2. scale_a: float32 [B, M, groups]; scale_b: float32
+    [B, groups, N], or [B, groups, ceil(N / 128)] with one for 128 columns. groups: 1 (scales of whole rows and columns), or
+    ceil(K / 128), one for each block of K. bias: [N] in any of the three, or None. One product may come without the batch
+    dimension, which the result does not have then. ``K == 0`` gives the bias.
+
+    Order: K in blocks of 128, ascending. A block's products are one sum that begins with 0, in float32 or in what tensor cores
+    have for 8-bit floats, which keep fewer bits; and it is added to the float32 accumulator of the whole: two levels, as
+    CUTLASS and DeepSeek-V3 promote their sums. With several groups a block's sum is first multiplied by
+    ``scale_a[m, g] * scale_b[g, n]``, rounded on its own; with one group the accumulator is, after the last block. So a K of up
+    to 128 has the same bits in either form. Then the bias is added, in float32.
+    """
+    groups, blocks = scale_a.shape[-1], range(0, a.shape[-1], SCALED_BLOCK)
+    scale_b = scale_b.double()
+    if scale_b.shape[-1] != b.shape[-1]:
+        scale_b = scale_b.repeat_interleave(SCALED_BLOCK, -1)[..., : b.shape[-1]]
+    out = torch.zeros((*a.shape[:-1], b.shape[-1]), dtype=torch.float64, device=a.device)
+    for block, start in enumerate(blocks):
+        end = start + SCALED_BLOCK
+        part = a[..., start:end].double() @ b[..., start:end, :].double()
+        of_block = slice(block, block + 1) if groups > 1 else slice(0, 1)
+        out += part * (scale_a[..., of_block].double() * scale_b[..., of_block, :])
+    return (out if bias is None else out + bias.double()).to(out_dtype).contiguous()
+
+
+def scaled_grouped_gemm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Row t of group g is ``a[t] @ b[g]`` with the scales of row t and of the columns of g, as [T, N]. The order is the same.
+
+    a: [T, K]; b: [G, K, N]; scale_a: float32 [T]; scale_b: float32 [G, N]; offs: int32 [G], as in ``grouped_gemm``. Rows behind
+    the last group are 0.
+    """
+    out = torch.zeros(a.shape[0], b.shape[2], dtype=out_dtype, device=a.device)
+    start = 0
+    for group, end in enumerate(offs.tolist()):
+        scales = scale_a[start:end, None], scale_b[group][None]
+        out[start:end] = scaled_gemm(a[start:end], b[group], *scales, None, out_dtype)
+        start = end
+    return out
+
+
+def scaled_grouped_gemm_over_k(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, offs: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """Of group g the product of its columns of a and its rows of b, as [G, M, N]. Blocks of K count from the group's first row.
+
+    a: [M, T]; b: [T, N]; scale_a: float32 [G, M]; scale_b: float32 [G, N]; offs: int32 [G], as in ``grouped_gemm_over_k``.
+    """
+    out = torch.zeros(offs.shape[0], a.shape[0], b.shape[1], dtype=out_dtype, device=a.device)
+    start = 0
+    for group, end in enumerate(offs.tolist()):
+        scales = scale_a[group][:, None], scale_b[group][None]
+        out[group] = scaled_gemm(a[:, start:end], b[start:end], *scales, None, out_dtype)
+        start = end
+    return out
+
+
 def tree_sum(parts: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Sum of the parts, as [n]. parts: [R, n], R parts of n numbers each.
 

@@ -22,6 +22,7 @@ from pytest_batchinv.kernels.aten import (
     products,
     recurrent,
     reductions,
+    scaled,
     scatter,
     scatter_reduce,
     vectors,
@@ -43,6 +44,10 @@ BACKEND_KERNELS: dict[str, Callable[..., Any]] = {
     "dot": products.dot,
     "vdot": products.vdot,
     "_grouped_mm": products.grouped_mm,
+    "_scaled_mm": scaled.scaled_mm,
+    "_scaled_mm_v2": scaled.scaled_mm_v2,
+    "_scaled_grouped_mm": scaled.scaled_grouped_mm,
+    "_scaled_grouped_mm_v2": scaled.scaled_grouped_mm_v2,
     "convolution": convolution.convolution,
     "sum": reductions.sum_all,
     "sum.dim_IntList": reductions.sum_dim,
@@ -218,9 +223,15 @@ COMPLEX = {
 """Entries that take complex64 and complex128 too (``complex_parts.py``), as pointwise ones do wherever torch does. The others
 are refused, as is complex32."""
 
+OF_FLOAT8 = set(scaled.FAKES)
+"""Entries that take 8-bit floats, and refuse or name what else they are given."""
+
 # torch's rules for ``out=``. Elsewhere it must have the result's dtype.
-OUT_GIVES_DTYPE = {"sum.IntList_out", "mean.out", "mean.dtype_out", "cumsum.out", "cumprod.out", "nansum.out", "prod.int_out"}
-"""Without ``dtype=`` these compute in the dtype of ``out``."""
+OUT_GIVES_DTYPE = {
+    *("sum.IntList_out", "mean.out", "mean.dtype_out", "cumsum.out", "cumprod.out", "nansum.out", "prod.int_out"),
+    *("_scaled_mm.out", "_scaled_mm_v2.out"),
+}
+"""Without ``dtype=`` (``out_dtype``) these compute in the dtype of ``out``."""
 OUT_MAY_CAST = {
     "var.correction_out", "std.correction_out", "logsumexp.out",
     *(f"{kind}.out" for kind in _OF_ANY_DTYPE),
@@ -254,8 +265,6 @@ REFUSED = {
     "_efficient_attention_forward": _SDPA,
     "_native_multi_head_attention": _FASTPATH,
     "_transformer_encoder_layer_fwd": _FASTPATH,
-    "_scaled_mm": _NO_KERNEL,
-    "_scaled_grouped_mm": _NO_KERNEL,
     "_masked_softmax": _NO_KERNEL,
     "_thnn_fused_lstm_cell": _CELL,
     "_thnn_fused_gru_cell": _CELL,

@@ -174,6 +174,12 @@ def _covering(dtype: torch.dtype, rows: int, cols: int, batch: int, device: torc
     return tile
 
 
+def scaled_tile(rows: int, device: torch.device) -> Tile:
+    """Of products of 8-bit floats: 64 rows to four warps, 128 columns, 128 terms, so that all have one instruction."""
+    block_m = 64 if rows <= 64 else 128
+    return Tile(block_m, 128, 128, block_m // 16, _stages(4, (block_m + 128) * 128, 0, device))
+
+
 def gemm_class(dtype: torch.dtype, device: torch.device) -> list[Tile]:
     """Every tile that ``gemm_tile`` may choose on this device: they must all give one bit pattern."""
     tuned = TUNED_GEMM.get((device_of(device).capability, dtype.itemsize), {})

@@ -6,6 +6,9 @@ Orders (k, columns and keys ascending; ``fma`` rounds once; "wide" is float64 fo
 gemm               ``acc = fma(a[m, k], b[k, n], acc)`` from 0 in wide, one chain over all k; then ``alpha * acc``, then
                    ``+ (beta * bias)``, each rounded in wide; then once to the dtype. Exact zeros before or after the
                    values add nothing.
+scaled_gemm        8-bit floats: each 128 of k one chain as in gemm, in float32; times ``scale_a * scale_b`` where each block
+                   has scales; these sums one chain, ascending, from 0; times the scales of the row and the column; + the
+                   bias; each step rounded in float32; then once to the dtype.
 row sums           in float64: lane j of 32 sums the columns j, j + 32, j + 64, ...; then lane j += lane j + 16, + 8,
                    + 4, + 2, + 1. mean, norm, var (a second pass over ``(x - mean) ** 2``), layer_norm and rms_norm sum
                    in this order, too. Zeros before or after the values rotate them over the lanes, and the tree adds
@@ -53,6 +56,9 @@ from .ops import (
     row_softmax_backward,
     row_sum,
     row_var_mean,
+    scaled_gemm,
+    scaled_grouped_gemm,
+    scaled_grouped_gemm_over_k,
     tree_sum,
 )
 
@@ -79,5 +85,8 @@ __all__ = [
     "row_softmax_backward",
     "row_sum",
     "row_var_mean",
+    "scaled_gemm",
+    "scaled_grouped_gemm",
+    "scaled_grouped_gemm_over_k",
     "tree_sum",
 ]

@@ -1,4 +1,4 @@
-// Matrix products: gemm, grouped_gemm and grouped_gemm_over_k.
+// Matrix products: gemm, grouped_gemm and grouped_gemm_over_k; those of scaled 8-bit floats.
 #pragma once
 
 #include "common.h"
@@ -176,29 +176,69 @@ void solve(const Problem<T>& p, int64 m0, int64 M, int64 n0, int64 N, double alp
   }
 }
 
-// Cuts the problems into blocks that are small enough to give every thread some work.
+// A product of scaled 8-bit floats, which come as bfloat16.
 template <class T>
-std::vector<Task> tasks_of(const std::vector<Problem<T>>& problems, int threads, int64& n_step) {
+struct ScaledProblem {
+  View<bf16> a, b;
+  View<float> scale_a, scale_b;  // [M, groups], [groups, N / columns]
+  View<float> bias;              // one row; data may be null
+  T* out;                        // row-major [M, N]
+  int64 M, N, K, groups, columns;
+};
+
+// One block of a problem, in two levels: each SCALED_BLOCK terms are a chain from 0, and these sums are added in float.
+constexpr int64 SCALED_BLOCK = 128;
+
+template <class T>
+void solve(const ScaledProblem<T>& p, int64 m0, int64 M, int64 n0, int64 N) {
+  alignas(64) float sum[M_BLOCK * N_BLOCK], part[M_BLOCK * N_BLOCK];
+  int64 stride = round_up(N, MAX_PANEL<float>);
+  std::fill(sum, sum + M * stride, 0.f);
+  auto scale = [&](int64 m, int64 n, int64 group) {
+    return p.scale_a.at(m0 + m, group) * p.scale_b.at(group, (n0 + n) / p.columns);
+  };
+  for (int64 k = 0; k < p.K; k += SCALED_BLOCK) {
+    std::fill(part, part + M * stride, 0.f);
+    add_product<false>(p.a.from(m0, k), p.b.from(k, n0), M, N, std::min(SCALED_BLOCK, p.K - k), part, stride);
+    for (int64 m = 0; m < M; m++)
+      for (int64 n = 0; n < N; n++) {
+        float& x = part[m * stride + n];
+        if (p.groups != 1) x *= scale(m, n, k / SCALED_BLOCK);
+        sum[m * stride + n] += x;
+      }
+  }
+  for (int64 m = 0; m < M; m++)
+    for (int64 n = 0; n < N; n++) {
+      float x = sum[m * stride + n];
+      if (p.groups == 1) x *= scale(m, n, 0);
+      if (p.bias.data) x += p.bias.at(0, n0 + n);
+      p.out[(m0 + m) * p.N + n0 + n] = narrow<T>(x);
+    }
+}
+
+// Cuts the problems into blocks that are small enough to give every thread some work. A: what they are summed in.
+template <class A, class P>
+std::vector<Task> tasks_of(const std::vector<P>& problems, int threads, int64& n_step) {
   std::vector<Task> tasks;
   for (n_step = N_BLOCK;; n_step /= 2) {
     tasks.clear();
     for (std::size_t i = 0; i < problems.size(); i++)
       for (int64 m = 0; m < problems[i].M; m += M_BLOCK)
         for (int64 n = 0; n < problems[i].N; n += n_step) tasks.push_back({int64(i), m, n});
-    if (int64(tasks.size()) >= 4 * threads || n_step <= MAX_PANEL<Accumulator<T>>) return tasks;
+    if (int64(tasks.size()) >= 4 * threads || n_step <= MAX_PANEL<A>) return tasks;
   }
 }
 
-template <class T>
-void solve_all(const std::vector<Problem<T>>& problems, double alpha, double beta, int threads) {
+template <class A, class P, class... Factors>
+void solve_all(const std::vector<P>& problems, int threads, Factors... factors) {
   double work = 0;
   for (const auto& p : problems) work += double(p.M) * double(p.N) * double(p.K + 1);
   int64 n_step;
-  std::vector<Task> tasks = tasks_of(problems, work > MIN_WORK ? threads : 0, n_step);
+  std::vector<Task> tasks = tasks_of<A>(problems, work > MIN_WORK ? threads : 0, n_step);
   parallel(int64(tasks.size()), work, threads, [&](int64 i) {
     const Task& task = tasks[i];
-    const Problem<T>& p = problems[task.problem];
-    solve(p, task.m, std::min<int64>(M_BLOCK, p.M - task.m), task.n, std::min(n_step, p.N - task.n), alpha, beta);
+    const P& p = problems[task.problem];
+    solve(p, task.m, std::min<int64>(M_BLOCK, p.M - task.m), task.n, std::min(n_step, p.N - task.n), factors...);
   });
 }
 
@@ -219,7 +259,7 @@ EXPORT const char* gemm(const Tensor<3>* a, const Tensor<3>* b, const Tensor<3>*
       T* result = reinterpret_cast<T*>(out->data) + i * M * N;
       problems[i] = {matrix<T>(*a, {i}), matrix<T>(*b, {i}), added, result, M, N, K};
     }
-    solve_all(problems, alpha, beta, threads);
+    solve_all<Accumulator<T>>(problems, threads, alpha, beta);
   });
   return nullptr;
 }
@@ -239,7 +279,7 @@ EXPORT const char* grouped_gemm_over_k(const Tensor<2>* a, const Tensor<2>* b, c
       T* result = reinterpret_cast<T*>(out->data) + g * M * N;
       problems.push_back({matrix<T>(*a).from(0, begin), matrix<T>(*b).from(begin, 0), {}, result, M, N, offs[g] - begin});
     }
-    solve_all(problems, 1.0, 1.0, threads);
+    solve_all<Accumulator<T>>(problems, threads, 1.0, 1.0);
   });
   return nullptr;
 }
@@ -261,7 +301,85 @@ EXPORT const char* grouped_gemm(const Tensor<2>* a, const Tensor<3>* b, const st
       problems.push_back({rows_of_group, matrix<T>(*b, {g}), {}, result + begin * N, offs[g] - begin, N, K});
     }
     std::fill(result + begin * N, result + rows * N, T{});
-    solve_all(problems, 1.0, 1.0, threads);
+    solve_all<Accumulator<T>>(problems, threads, 1.0, 1.0);
+  });
+  return nullptr;
+}
+
+EXPORT const char* scaled_gemm(const Tensor<3>* a, const Tensor<3>* b, const Tensor<3>* scale_a, const Tensor<3>* scale_b,
+                               const Tensor<1>* bias, const Tensor<3>* out, int threads) {
+  int64 B = a->size[0], M = a->size[1], K = a->size[2], N = b->size[2], groups = scale_a->size[2];
+  int64 blocks = (K + SCALED_BLOCK - 1) / SCALED_BLOCK, columns = scale_b->size[2] == N ? 1 : SCALED_BLOCK;
+  if (a->dtype != BFLOAT16 || b->dtype != BFLOAT16 || scale_a->dtype != FLOAT32 || scale_b->dtype != FLOAT32)
+    return "scaled_gemm needs 8-bit floats as bfloat16, and scales in float32.";
+  if (b->size[0] != B || b->size[1] != K) return "scaled_gemm needs a of shape [B, M, K] and b of shape [B, K, N].";
+  if (scale_a->size[0] != B || scale_a->size[1] != M || scale_b->size[0] != B || scale_b->size[1] != groups ||
+      (groups != 1 && groups != blocks) || scale_b->size[2] != (N + columns - 1) / columns)
+    return "scaled_gemm needs scales of shape [B, M, groups] and [B, groups, N or N / 128], one group or one for 128 of K.";
+  if (bias && (bias->size[0] != N || bias->dtype != FLOAT32)) return "scaled_gemm needs a bias of shape [N] in float32.";
+  with_type(out->dtype, [&](auto type) {
+    using T = decltype(type);
+    std::vector<ScaledProblem<T>> problems(B);
+    for (int64 i = 0; i < B; i++) {
+      View<float> added{};
+      if (bias) added = {reinterpret_cast<const float*>(bias->data), 0, bias->stride[0]};
+      T* result = reinterpret_cast<T*>(out->data) + i * M * N;
+      problems[i] = {matrix<bf16>(*a, {i}), matrix<bf16>(*b, {i}), matrix<float>(*scale_a, {i}), matrix<float>(*scale_b, {i}),
+                     added, result, M, N, K, groups, columns};
+    }
+    solve_all<float>(problems, threads);
+  });
+  return nullptr;
+}
+
+EXPORT const char* scaled_grouped_gemm(const Tensor<2>* a, const Tensor<3>* b, const Tensor<1>* scale_a,
+                                       const Tensor<2>* scale_b, const std::int32_t* offs, int64 n_offs,
+                                       const Tensor<2>* out, int threads) {
+  int64 rows = a->size[0], K = a->size[1], N = b->size[2], start = 0;
+  if (a->dtype != BFLOAT16 || b->dtype != BFLOAT16 || scale_a->dtype != FLOAT32 || scale_b->dtype != FLOAT32)
+    return "scaled_grouped_gemm needs 8-bit floats as bfloat16, and scales in float32.";
+  if (b->size[0] != n_offs || b->size[1] != K || scale_a->size[0] != rows || scale_b->size[0] != n_offs || scale_b->size[1] != N)
+    return "scaled_grouped_gemm needs a of shape [T, K], b of shape [G, K, N], scales of [T] and [G, N], and offs of shape [G].";
+  for (int64 g = 0; g < n_offs; start = offs[g++])
+    if (offs[g] < start || offs[g] > rows) return "scaled_grouped_gemm needs offs that ascend from 0 to the number of rows.";
+  with_type(out->dtype, [&](auto type) {
+    using T = decltype(type);
+    T* result = reinterpret_cast<T*>(out->data);
+    View<float> of_rows{reinterpret_cast<const float*>(scale_a->data), scale_a->stride[0], 0};
+    std::vector<ScaledProblem<T>> problems;
+    int64 begin = 0;
+    for (int64 g = 0; g < n_offs; begin = offs[g++])
+      problems.push_back({matrix<bf16>(*a).from(begin, 0), matrix<bf16>(*b, {g}), of_rows.from(begin, 0),
+                          matrix<float>(*scale_b).from(g, 0), {}, result + begin * N, offs[g] - begin, N, K, 1, 1});
+    std::fill(result + begin * N, result + rows * N, T{});
+    solve_all<float>(problems, threads);
+  });
+  return nullptr;
+}
+
+EXPORT const char* scaled_grouped_gemm_over_k(const Tensor<2>* a, const Tensor<2>* b, const Tensor<2>* scale_a,
+                                              const Tensor<2>* scale_b, const std::int32_t* offs, int64 n_offs,
+                                              const Tensor<3>* out, int threads) {
+  int64 M = a->size[0], rows = a->size[1], N = b->size[1], start = 0;
+  if (a->dtype != BFLOAT16 || b->dtype != BFLOAT16 || scale_a->dtype != FLOAT32 || scale_b->dtype != FLOAT32)
+    return "scaled_grouped_gemm_over_k needs 8-bit floats as bfloat16, and scales in float32.";
+  if (b->size[0] != rows || scale_a->size[0] != n_offs || scale_a->size[1] != M || scale_b->size[0] != n_offs ||
+      scale_b->size[1] != N)
+    return "scaled_grouped_gemm_over_k needs a of shape [M, T], b of shape [T, N], scales of [G, M] and [G, N], and offs of [G].";
+  for (int64 g = 0; g < n_offs; start = offs[g++])
+    if (offs[g] < start || offs[g] > rows)
+      return "scaled_grouped_gemm_over_k needs offs that ascend from 0 to the number of rows.";
+  with_type(out->dtype, [&](auto type) {
+    using T = decltype(type);
+    std::vector<ScaledProblem<T>> problems;
+    int64 begin = 0;
+    for (int64 g = 0; g < n_offs; begin = offs[g++]) {
+      T* result = reinterpret_cast<T*>(out->data) + g * M * N;
+      problems.push_back({matrix<bf16>(*a).from(0, begin), matrix<bf16>(*b).from(begin, 0),
+                          matrix<float>(*scale_a).from(g, 0).transposed(), matrix<float>(*scale_b).from(g, 0), {}, result, M, N,
+                          offs[g] - begin, 1, 1});
+    }
+    solve_all<float>(problems, threads);
   });
   return nullptr;
 }

@@ -75,6 +75,37 @@ def grouped_gemm_over_k(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return out
 
 
+def scaled_gemm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The chain of :func:`gemm` in float32 over each 128 of K, from 0; these sums in one chain, ascending.
+
+    8-bit floats are exact in bfloat16, and their products in float32.
+    """
+    if a.dim() == 2:
+        return scaled_gemm(a[None], b[None], scale_a[None], scale_b[None], bias, out_dtype)[0]
+    out = torch.empty((a.shape[0], a.shape[1], b.shape[2]), dtype=out_dtype)
+    a, b, bias = a.to(torch.bfloat16), b.to(torch.bfloat16), None if bias is None else bias.float()
+    call("scaled_gemm", _arg(a), _arg(b), _arg(scale_a), _arg(scale_b), _arg(bias), _arg(out))
+    return out
+
+
+def scaled_grouped_gemm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The sums of :func:`scaled_gemm` for each row, with the matrix of the row's group."""
+    out = torch.empty((a.shape[0], b.shape[2]), dtype=out_dtype)
+    a, b, offs = a.to(torch.bfloat16), b.to(torch.bfloat16), offs.to(torch.int32).contiguous()
+    call("scaled_grouped_gemm", _arg(a), _arg(b), _arg(scale_a), _arg(scale_b), offs.data_ptr(), offs.numel(), _arg(out))
+    return out
+
+
+def scaled_grouped_gemm_over_k(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, offs: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """The sums of :func:`scaled_gemm` over the rows of each group."""
+    out = torch.empty((offs.numel(), a.shape[0], b.shape[1]), dtype=out_dtype)
+    a, b, offs = a.to(torch.bfloat16), b.to(torch.bfloat16), offs.to(torch.int32).contiguous()
+    call("scaled_grouped_gemm_over_k", _arg(a), _arg(b), _arg(scale_a), _arg(scale_b), offs.data_ptr(), offs.numel(), _arg(out))
+    return out
+
+
 def tree_sum(parts: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Neighbours, then their sums, by torch's additions of two numbers: each is rounded on its own, so no place changes it."""
     level = list(parts.to(accumulator_dtype(torch.promote_types(parts.dtype, out_dtype))))

@@ -30,6 +30,7 @@ from .reduce import (
     row_sum,
     row_var_mean,
 )
+from .scaled import scaled_gemm, scaled_grouped_gemm, scaled_grouped_gemm_over_k
 from .scatter import index_add
 from .softmax import (
     plan_row_logprobs,
@@ -76,5 +77,8 @@ __all__ = [
     "row_softmax_backward",
     "row_sum",
     "row_var_mean",
+    "scaled_gemm",
+    "scaled_grouped_gemm",
+    "scaled_grouped_gemm_over_k",
     "tree_sum",
 ]

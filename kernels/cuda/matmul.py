@@ -467,6 +467,21 @@ def _launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple[An
     return Launch(kernel, grid, arguments, **options)
 
 
+@triton.jit
+def _rows_of_group(offs_ptr, pid_m, T, G, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The group of a tile of rows, its first row, and where the group ends. After the last tile the group is G."""
+    groups = tl.arange(0, BLOCK_G)
+    ends = tl.minimum(tl.load(offs_ptr + groups, mask=groups < G, other=0), T)
+    starts = tl.minimum(tl.load(offs_ptr + groups - 1, mask=(groups > 0) & (groups < G), other=0), T)
+    tiles = tl.cdiv(tl.maximum(ends - starts, 0), BLOCK_M)
+    tiles_up_to = tl.cumsum(tiles, 0)
+    group = tl.sum((tiles_up_to <= pid_m).to(tl.int32), 0)
+    mine = groups == group
+    row = tl.sum(tl.where(mine, starts + (pid_m - tiles_up_to + tiles) * BLOCK_M, 0), 0)
+    end = tl.sum(tl.where(mine, ends, 0), 0)
+    return group, row, end
+
+
 @triton.jit(do_not_specialize=["T", "G"], do_not_specialize_on_alignment=["offs_ptr"])
 def _grouped_gemm_kernel(
     a_ptr,
@@ -497,18 +512,8 @@ def _grouped_gemm_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // tiles_n
     pid_n = tl.program_id(0) % tiles_n
-
-    groups = tl.arange(0, BLOCK_G)
-    ends = tl.minimum(tl.load(offs_ptr + groups, mask=groups < G, other=0), T)
-    starts = tl.minimum(tl.load(offs_ptr + groups - 1, mask=(groups > 0) & (groups < G), other=0), T)
-    tiles = tl.cdiv(tl.maximum(ends - starts, 0), BLOCK_M)
-    tiles_up_to = tl.cumsum(tiles, 0)
-    group = tl.sum((tiles_up_to <= pid_m).to(tl.int32), 0)
+    group, row, end = _rows_of_group(offs_ptr, pid_m, T, G, BLOCK_M, BLOCK_G)
     if group < G:
-        mine = groups == group
-        row = tl.sum(tl.where(mine, starts + (pid_m - tiles_up_to + tiles) * BLOCK_M, 0), 0)
-        end = tl.sum(tl.where(mine, ends, 0), 0)
-
         offs_m = row + tl.arange(0, BLOCK_M)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_k = tl.arange(0, BLOCK_K).to(tl.int64)

@@ -14,6 +14,7 @@ ALL_THREE = [True, True, True]
 IMAGE = torch.randn(2, 6, 11)
 GROUPS = torch.randn(3, 8, 16).bfloat16()
 Q = torch.randn(2, 4, 5, 16)
+A8, B8, SCALE_A, SCALE_B = A.to(torch.float8_e4m3fn), A.to(torch.float8_e5m2).t(), torch.rand(5, 1), torch.rand(1, 5)
 
 CALLS = {
     "mm": (torch.mm, (A, A.t())),
@@ -27,6 +28,8 @@ CALLS = {
     "dot": (torch.dot, (V, V.flip(0))),
     "vdot": (torch.vdot, (V, V.flip(0))),
     "_grouped_mm": (torch._grouped_mm, (GROUPS, torch.randn(3, 16, 16).bfloat16())),
+    "_scaled_mm": (torch._scaled_mm, (A8, B8, SCALE_A, SCALE_B, V[:5], None, torch.float32)),
+    "_scaled_mm_v2": (torch._scaled_mm_v2, (A8, B8, [SCALE_A], [1], [], [SCALE_B], [1], [], V[:5], torch.float32)),
     "convolution": (
         torch.convolution,
         (IMAGE, torch.randn(4, 3, 3), torch.randn(4), [2], [1], [2], False, [0], 2),
@@ -134,7 +137,7 @@ WITH_A_TEST_OF_THEIR_OWN = {  # tests/e2e/test_layers.py
 }
 NOT_ON_THE_CPU = {
     "mm.dtype", "addmm.dtype", "bmm.dtype", "baddbmm.dtype", "_fused_rms_norm", "_fused_rms_norm_backward",
-    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_grouped_mm", "_scaled_grouped_mm_v2",
 }  # fmt: skip
 
 

@@ -33,8 +33,11 @@ from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import stock_torch
 
 EXAMPLES = 40  # calls of each entry
-# Their tests are in tests/e2e/test_layers.py: they take lists, running statistics, or what torch's own kernel checks.
+# Their tests are in tests/e2e/test_layers.py and tests/kernels/test_scaled.py: they take lists, running statistics, scales of
+# certain shapes, or what torch's own kernel checks.
 TESTED_AS_LAYERS = (
+    "_scaled_mm",
+    "_scaled_grouped_mm",
     "batch_norm",
     "_embedding_bag",
     "_fft",
