@@ -1,5 +1,7 @@
 """The project's tests on other versions of torch: ``nox -s tests`` runs all of them, ``nox -s "tests(torch='2.11.0')"`` one.
 
+Another Python than 3.11: ``nox --force-python 3.13 -s "tests(torch='2.13.0')"``.
+
 On x86 Linux the wheels of torch on PyPI are CUDA builds. Each session's environment takes 4 to 6 GB of disk and about 3 GB of
 downloads, so set ``--envdir`` to a place that has room, and expect 20 GB for all four. What ``import torch`` does not need on
 a machine without a GPU is left out, which saves about 1 GB each. The versions of everything else are in ``constraints/``.
@@ -44,7 +46,8 @@ def tests(session: nox.Session, torch: str) -> None:
     """tests/patches, the conformance suite and the project's other tests on the CPU. Arguments choose among RUNS."""
     _install(session, torch)
     session.env.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_CACHE_DIR=session.create_tmp())
-    path = RESULTS / f"patches-torch-{torch}.json"
+    of_python = "" if session.python == "3.11" else f"-python-{session.python}"
+    path = RESULTS / f"patches-torch-{torch}{of_python}.json"
     record = {"torch": torch, **_machine(session), "runs": _runs_before(path)}
     failed = []
     for name in session.posargs or RUNS:
@@ -170,6 +173,7 @@ _PROJECT = (
     "pytest-xdist",
     "hypothesis",
     "transformers",
+    "httpx",
     "msgspec",
     "numpy",
     "packaging",

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from torch._inductor import lowering
 
 from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_batch_invariant
 from pytest_batchinv.diagnose import bisection
@@ -93,17 +94,23 @@ def test_generated_modules_are_as_they_were_after_a_trace_that_failed():
     assert before == [(dict(vars(graph.module)), [x.current_callable for x in graph.compiled]) for graph in graphs().watched]
 
 
-def test_code_that_cannot_be_watched_is_bisected_to_the_lowering():
-    """Inductor's ``var`` of so many columns adds one row in another order than two. A C++ wrapper calls nothing from Python."""
+def test_code_that_cannot_be_watched_is_bisected_to_the_lowering(monkeypatch):
+    """Planted: Inductor's ``cos`` of one row is scaled. A C++ wrapper calls nothing from Python."""
+    cos, mul = (lowering.lowerings[op] for op in (torch.ops.aten.cos.default, torch.ops.aten.mul.Tensor))
+
+    def planted(x):
+        return mul(cos(x), 1.0 + 2.0**-20) if x.get_size()[0] == 1 else cos(x)
+
+    monkeypatch.setitem(lowering.lowerings, torch.ops.aten.cos.default, planted)
     pool = torch.randn(40, 37, generator=torch.Generator().manual_seed(0))
     case = BatchShape((Row(0), Row(4)))
     with torch._inductor.config.patch(cpp_wrapper=True), pytest.raises(BatchVarianceError) as caught:
-        assert_batch_invariant(lambda x: x.std(1), pool, relations=("I",), compile_mode="default", case=case)
+        assert_batch_invariant(lambda x: (x * 0.5).cos() + 1.0, pool, relations=("I",), compile_mode="default", case=case)
     found = caught.value.finding.trace
     assert not found.culprits
     assert found.notes[1].startswith("what was compiled runs without Python")
     assert found.notes[2].startswith("bisection: the bits part with torch's backend 'inductor', at number ")
-    assert found.notes[2].endswith("of its lowerings: var")
+    assert found.notes[2].endswith("of its lowerings: cos")
 
 
 def test_two_graphs_of_the_two_sides_are_set_beside_eager_code():
