@@ -24,6 +24,11 @@ def rows_up_to(longest: int) -> st.SearchStrategy[tuple[Row, ...]]:
     return st.lists(row, min_size=1, max_size=12).map(lambda rows: tuple(Row(i, *row) for i, row in enumerate(rows)))
 
 
+def at_least(least: int, most: int) -> st.SearchStrategy[int]:
+    """A bound: often the least that there can be."""
+    return st.just(least) | st.integers(least, least + 3) | st.integers(least, most)
+
+
 @st.composite
 def spaces(draw, *, without_bounds=False, shortest=1):
     """Spaces of models: all have the plain layout. without_bounds: of rows, tokens, positions and keys. shortest: of the rows'
@@ -36,17 +41,17 @@ def spaces(draw, *, without_bounds=False, shortest=1):
         max_length=longest,
         max_position=draw(st.sampled_from((0, 1 << 20))),
         caches=tuple(sorted(draw(st.sets(st.sampled_from(CACHES))))),
-        window=draw(st.just(0) | st.integers(1, 420)),
+        window=draw(st.just(0) | st.integers(1, 6) | st.integers(1, 420)),
         forgets=draw(st.booleans()),
     )
     if without_bounds:
         return space
     return replace(
         space,
-        max_rows=draw(st.integers(1, 40)),
-        max_tokens=draw(st.integers(longest, 2048)),
-        max_position=draw(st.just(0) | st.integers(longest, 600)),
-        max_keys=draw(st.integers(longest, 600)),
+        max_rows=draw(st.integers(1, 3) | st.integers(1, 40)),
+        max_tokens=draw(at_least(longest, 2048)),
+        max_position=draw(st.just(0) | at_least(longest, 600)),
+        max_keys=draw(at_least(longest, 600)),
     )
 
 
