@@ -41,11 +41,12 @@ def _load(engine: str, url: str | None, **words: str) -> Any:
             from pytest_batchinv.subjects.transformers import TransformersSubject
 
             return TransformersSubject(**words, **({"hidden": True} if engine == "transformers-hidden" else {}))
-        if engine in ("transformers-generate", "transformers-sample"):
+        if engine in ("transformers-generate", "transformers-sample", "transformers-assisted"):
             from pytest_batchinv.subjects.transformers import TransformersSubject
             from pytest_batchinv.subjects.transformers.generation import Generation, Sampling
 
-            return Generation(TransformersSubject(**words), sampling=Sampling() if engine == "transformers-sample" else None)
+            sampling = Sampling() if engine == "transformers-sample" else None
+            return Generation(TransformersSubject(**words), sampling=sampling, assisted=engine == "transformers-assisted")
         if engine == "transformers-continuous":
             from pytest_batchinv.subjects.transformers import TransformersSubject
             from pytest_batchinv.subjects.transformers.continuous import ContinuousBatching

@@ -9,7 +9,7 @@ from pytest_batchinv.letters import WORDS
 
 RELATIONS = {**WORDS, "N": "stock torch is caught"}
 _OF_TRANSFORMERS = (
-    *("transformers", "transformers-generate", "transformers-sample", "transformers-continuous"),
+    *("transformers", "transformers-generate", "transformers-sample", "transformers-assisted", "transformers-continuous"),
     "transformers-hidden",
 )
 ENGINES = (*_OF_TRANSFORMERS, "http", "http-chat", "vllm")

@@ -7,7 +7,7 @@ from pytest_batchinv import BatchVarianceError, batch_invariant_mode, check_batc
 from pytest_batchinv.mutants import models
 from pytest_batchinv.shapes import BatchShape, Row
 from pytest_batchinv.subjects.transformers import TransformersSubject
-from pytest_batchinv.subjects.transformers.generation import N_TOKENS, Generation, Sampling
+from pytest_batchinv.subjects.transformers.generation import GUESSED, N_TOKENS, Generation, Sampling
 from pytest_batchinv.subjects.transformers.layout import row_tokens
 
 BATCH = BatchShape((Row(0, 5), Row(1, 1), Row(2, 33, "extreme"), Row(3, 17)))
@@ -70,6 +70,29 @@ def test_a_fault_that_follows_the_batch_is_caught():
     with batch_invariant_mode(), models.planted(subject.subject.model, models.follows_the_batch_size):
         with pytest.raises(BatchVarianceError, match="relation I"):
             check_batch_invariant(subject, ("I",), case=BatchShape((*BATCH.rows, Row(4, 3))))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_tokens_that_were_guessed_and_verified_at_once_have_the_logits_of_a_batch_without_guesses(dtype):
+    rows = (Row(0, 33, "repeated"), Row(1, 5), Row(2, 17, "repeated"))
+    subject = Generation(TransformersSubject("tiny-llama", device="cpu", dtype=dtype), n_tokens=16, assisted=True)
+    with batch_invariant_mode():
+        records = check_batch_invariant(subject, ("R", "I"), case=BatchShape(rows))
+        assert [record.verdict for record in records] == ["equal"] * 2
+        subject.notes()
+        subject.run(BatchShape(rows[:1]))
+    (note,) = subject.notes()
+    assert note.startswith("assisted decoding: 16 tokens of rows alone in ")
+    assert int(note.split()[-2]) <= 16
+    assert subject.notes() == ()
+
+
+def test_a_fault_of_verified_tokens_is_caught():
+    subject = Generation(TransformersSubject("tiny-llama", device="cpu", dtype="fp32"), assisted=True)
+    fault = lambda hidden: hidden.roll(1, -1) if 1 < hidden.shape[1] <= 1 + GUESSED else hidden  # noqa: E731
+    with batch_invariant_mode(), models.planted(subject.subject.model, fault):
+        with pytest.raises(BatchVarianceError, match="relation I"):
+            check_batch_invariant(subject, ("I",), case=BatchShape((Row(0, 33, "repeated"), Row(1, 9))))
 
 
 def test_a_model_that_cannot_pad_on_the_left_is_refused_with_the_reason():

@@ -325,14 +325,15 @@ def test_bits_of_moments_far_from_zero_are_near_the_reference():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_cols", [1, 1000, 16385])
 def test_logprobs_are_the_gathered_log_softmax(dtype, n_cols):
-    x = mixed(5, n_cols, dtype)
-    for k in (1, 3, 40):
-        index = torch.randint(0, n_cols, (5, k))
-        for columns in (index, index.T.contiguous().T, index[:, :1].expand(5, k)):
-            for out_dtype in (dtype, torch.promote_types(dtype, torch.float32)):
+    x = mixed(3, n_cols, dtype)
+    for out_dtype in (dtype, torch.promote_types(dtype, torch.float32)):
+        whole = cuda.row_softmax(x, True, out_dtype)
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[out_dtype]
+        for k in (1, 3, 40):
+            index = torch.randint(0, n_cols, (3, k))
+            for columns in (index, index.T.contiguous().T, index[:, :1].expand(3, k)):
                 got = softmax.row_logprobs(x, columns, out_dtype)
-                assert_same_bits(got, cuda.row_softmax(x, True, out_dtype).gather(1, columns))
-                tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[out_dtype]
+                assert_same_bits(got, whole.gather(1, columns))
                 want = reference.row_logprobs(x, columns, out_dtype)
                 torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * 100)
 
