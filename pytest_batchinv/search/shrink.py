@@ -36,10 +36,9 @@ def _simpler(case: BatchShape) -> Iterator[BatchShape]:
     for rows in without_blocks(case.rows):
         yield from _with_rows(case, rows)
     yield from _computed_simpler(case)
-    for simple in (BatchShape(case.rows), BatchShape(case.rows, case.layout)):
-        rank = (LAYOUTS.index(simple.layout), simple.extra_padding)
-        if rank < (LAYOUTS.index(case.layout), case.extra_padding):
-            yield from _changed(case, layout=simple.layout, extra_padding=simple.extra_padding)
+    for layout, padding in ((LAYOUTS[0], 0), (case.layout, 0), (LAYOUTS[0], case.extra_padding)):
+        if (LAYOUTS.index(layout), padding) < (LAYOUTS.index(case.layout), case.extra_padding):
+            yield from _changed(case, layout=layout, extra_padding=padding)
     for position, row in enumerate(case.rows):
         for simple in _simpler_rows(row, case.steps):
             if (simple.length, simple.content != "random", simple.id) < (row.length, row.content != "random", row.id):
@@ -60,7 +59,7 @@ def _computed_simpler(case: BatchShape) -> Iterator[BatchShape]:
             yield from _changed(case, **{name: plain})
     if case.steps is None:
         return
-    for ends in without_blocks(case.steps.ends):
+    for ends in ([], *without_blocks(case.steps.ends)):
         yield from _changed(case, steps=msgspec.structs.replace(case.steps, ends=tuple(ends)))
     for name in ("spare", "rejected", "prefix", "cache"):
         if getattr(case.steps, name) != (plain := getattr(Steps(), name)):

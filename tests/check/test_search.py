@@ -3,6 +3,7 @@
 import itertools
 
 import hypothesis
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given
@@ -12,7 +13,7 @@ from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_ba
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.search import strategies, sweep
 from pytest_batchinv.search.shrink import smallest
-from pytest_batchinv.shapes import LAYOUTS, BatchShape, Row, of_rows
+from pytest_batchinv.shapes import LAYOUTS, BatchShape, Row, Steps, of_rows
 from pytest_batchinv.subjects.base import Space
 from pytest_batchinv.subjects.rows import RowsSubject
 
@@ -200,6 +201,75 @@ def test_a_failure_from_a_batch_size_on_becomes_that_many_equal_rows(n_rows, lay
 def test_a_failure_of_one_layout_keeps_it():
     case = BatchShape(tuple(Row(i, 5) for i in range(9)), "packed")
     assert smallest(case, lambda s: s.layout == "packed" and len(s) > 1) == BatchShape((Row(0),) * 2, "packed")
+
+
+MIXED = BatchShape(
+    (Row(4, 5), Row(3, 7, "extreme"), Row(5, 9, "repeated"), Row(4, 5)),
+    "left",
+    extra_padding=2,
+    opposite_padding=3,
+    first_position=4,
+    steps=Steps((2, 4, 6), rejected=2, prefix=1),
+)
+NOT_PADDED = msgspec.structs.replace(MIXED, extra_padding=0, opposite_padding=0)
+IN_STATIC_CACHE = BatchShape((Row(4, 5), Row(3, 7)), steps=Steps((2, 4), "static", spare=3))
+
+
+@pytest.mark.parametrize(
+    ("case", "fails", "expected"),
+    [
+        (MIXED, lambda s: True, of_rows([0])),
+        (MIXED, lambda s: any(row.content == "extreme" for row in s.rows), BatchShape((Row(3, 1, "extreme"),))),
+        (MIXED, lambda s: any(row.id == 5 for row in s.rows), of_rows([5])),
+        (MIXED, lambda s: any(row.length == 9 for row in s.rows), BatchShape((Row(0, 9),))),
+        (MIXED, lambda s: any((row.id, row.length) == (5, 9) for row in s.rows), BatchShape((Row(5, 9),))),
+        (MIXED, lambda s: Row(5, 9, "repeated") in s.rows, BatchShape((Row(5, 9, "repeated"),))),
+        (MIXED, lambda s: {row.id for row in s.rows} >= {3, 5}, of_rows([3, 5])),
+        (MIXED, lambda s: s.layout == "left", BatchShape((Row(0),), "left")),
+        (MIXED, lambda s: s.extra_padding == 2, BatchShape((Row(0),), extra_padding=2)),
+        (MIXED, lambda s: s.opposite_padding == 3, BatchShape((Row(0),), opposite_padding=3)),
+        (MIXED, lambda s: s.first_position == 4, BatchShape((Row(0),), first_position=4)),
+        (MIXED, lambda s: s.steps is not None, BatchShape((Row(0),), steps=Steps())),
+        (MIXED, lambda s: s.steps is not None and s.steps.rejected == 2, BatchShape((Row(0),), steps=Steps(rejected=2))),
+        (NOT_PADDED, lambda s: s.steps is not None and s.steps.prefix == 1, BatchShape((Row(0, 2),), steps=Steps(prefix=1))),
+        (MIXED, lambda s: s.steps is not None and len(s.steps.ends) > 1, BatchShape((Row(0, 5),), steps=Steps((2, 4)))),
+        (IN_STATIC_CACHE, lambda s: s.steps is not None, BatchShape((Row(0),), steps=Steps())),
+        (
+            IN_STATIC_CACHE,
+            lambda s: s.steps is not None and s.steps.cache == "static",
+            BatchShape((Row(0),), steps=Steps(cache="static")),
+        ),
+        (
+            IN_STATIC_CACHE,
+            lambda s: s.steps is not None and s.steps.spare == 3,
+            BatchShape((Row(0),), steps=Steps(cache="static", spare=3)),
+        ),
+    ],
+)
+def test_only_what_a_failure_needs_is_left_of_its_case(case, fails, expected):
+    assert smallest(case, fails) == expected
+
+
+def test_a_smaller_case_that_raises_is_no_smaller_form_of_the_finding():
+    found = []
+
+    def fn(x):
+        if len(x) >= 6:
+            found.append(len(x))
+            return x * (1.0 + 2**-20)
+        if found and len(x) > 1:
+            raise ArithmeticError("planted")
+        return x
+
+    with pytest.raises(BatchVarianceError) as caught:
+        check_batch_invariant(RowsSubject(fn, [planted.pool()]), ("I",))
+    assert caught.value.record.finding.n_rows == 6
+
+
+def test_a_profile_without_a_database_of_examples_searches_too(database):
+    hypothesis.settings.register_profile("without", database=None)
+    hypothesis.settings.load_profile("without")
+    check_batch_invariant(RowsSubject(planted.invariant, [planted.pool()]), ("I",), max_examples=5)
 
 
 def test_a_case_that_cannot_be_made_small_in_time_stays_what_it_was():
