@@ -32,7 +32,7 @@ import triton
 from torch import Tensor
 
 from pytest_batchinv.kernels import cuda, plans, reference, tiles
-from pytest_batchinv.kernels.cuda import matmul
+from pytest_batchinv.kernels.cuda import matmul, scaled
 from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
@@ -378,6 +378,67 @@ def check_grouped_gemm(report: Report, clock: Clock, tiny: bool) -> None:
                     report.same("grouped_gemm: as gemm", got[start:end], want, dtype=dtype, rows=end - start)
                 start = end
             report.same("grouped_gemm: rows behind", got[start:], torch.zeros_like(got[start:]), dtype=dtype)
+
+
+def check_scaled(report: Report, clock: Clock, tiny: bool) -> None:
+    """Products of 8-bit floats: every number of rows up to 300, both tiles, scales of all kinds, groups as plain ones."""
+    capability = tiles.device_of(torch.zeros(()).device).capability
+    if torch.zeros(()).device.type == "cuda" and capability < 89:
+        report.notes.append(f"scaled products: not run, as compute capability {capability / 10} has none of 8-bit floats")
+        return
+    most, e4m3, e5m2 = (70 if tiny else 300), torch.float8_e4m3fn, torch.float8_e5m2
+    sizes = ((48, 400),) if tiny else ((256, 2048), (1024, 496), (384, 4096))
+    mixes = ((e4m3, e4m3), (e4m3, e5m2), (e5m2, e4m3))
+    for (N, K), dtypes, form in itertools.product(sizes, mixes, ("rows", "blocks", "blocks of columns")):
+        where = {"N": N, "K": K, "dtypes": dtypes, "form": form}
+        a, b = _randn(most, K, dtype=dtypes[0]), _randn(N, K, dtype=dtypes[1]).t()
+        groups, columns = (1, N) if form == "rows" else (-(-K // 128), N if form == "blocks" else -(-N // 128))
+        scale_a, scale_b, bias = torch.rand(most, groups) + 0.1, torch.rand(groups, columns) + 0.1, torch.randn(N)
+        out_dtype = torch.float32  # so that no rounding of the result hides a bit
+        whole = cuda.scaled_gemm(a, b, scale_a, scale_b, bias, out_dtype)
+        exact = reference.scaled_gemm(a, b, scale_a, scale_b, bias, out_dtype)
+        report.near("scaled gemm: near fp64", whole, exact, eps=1e-4, **where)
+        for M in range(1, most + 1) if form == "rows" or tiny else (*range(1, 130, 7), 64, 65, 128, 129, 257):
+            if clock.over():
+                return
+            first = most - M  # the last ones, so that a row has other places in its tile
+            some = cuda.scaled_gemm(a[first:], b, scale_a[first:], scale_b, bias, out_dtype)
+            report.same("scaled gemm: rows", some, whole[first:], M=M, **where)
+        for block_m in (64, 128):
+            tile = tiles.scaled_tile(block_m, a.device)
+            with _patched(scaled, "scaled_tile", lambda *args, tile=tile: tile):
+                report.same("scaled gemm: tiles", cuda.scaled_gemm(a, b, scale_a, scale_b, bias, out_dtype), whole, **where)
+        strided = cuda.scaled_gemm(_wider(a), b.contiguous(), scale_a, scale_b, bias, out_dtype)
+        report.same("scaled gemm: strides", strided, whole, **where)
+        if form == "rows":
+            _check_scaled_groups(report, clock, a, b, scale_a, scale_b, where)
+
+
+def _check_scaled_groups(report, clock, a, b, scale_a, scale_b, where) -> None:
+    """Rows of groups, and groups of the summed dim, against the plain product; where one group has everything, and some."""
+    (T, K), dtype = a.shape, torch.float32
+    experts = torch.stack([b.t().contiguous(), b.t().flip(0)]).mT
+    scales = torch.stack([scale_b[0], scale_b[0].flip(0)])
+    for end in (0, 1, 63, 64, 65, T // 2, T):
+        if clock.over():
+            return
+        offs = torch.tensor([min(end, T), T], dtype=torch.int32)
+        got, start = cuda.scaled_grouped_gemm(a, experts, scale_a[:, 0], scales, offs, dtype), 0
+        for group, stop in enumerate(offs.tolist()):
+            if stop > start:
+                mine = scale_a[start:stop], scales[group][None]
+                want = cuda.scaled_gemm(a[start:stop], experts[group], *mine, None, dtype)
+                report.same("scaled grouped gemm: as scaled gemm", got[start:stop], want, end=end, group=group, **where)
+            start = stop
+    for end in (0, 16, 100, 128, K // 2, K):
+        offs = torch.tensor([min(end, K), K], dtype=torch.int32)
+        both = scale_a[:, 0].expand(2, T), scales
+        got, start = cuda.scaled_grouped_gemm_over_k(a, b, *both, offs, dtype), 0
+        for group, stop in enumerate(offs.tolist()):
+            mine = scale_a, scales[group][None]
+            want = cuda.scaled_gemm(a[:, start:stop], b[start:stop], *mine, None, dtype)
+            report.same("scaled grouped gemm over k: as scaled gemm", got[group], want, end=end, group=group, **where)
+            start = stop
 
 
 def _gemm_sizes(dtype: torch.dtype, aligned: bool, tiny: bool) -> tuple[int, int]:
@@ -761,6 +822,7 @@ SECTIONS: dict[str, Callable[[Report, Clock, bool], None]] = {
     **{f"gemm edges, {dtype}": functools.partial(check_gemm_edges, dtype) for dtype in DTYPES},
     **{f"tuned sizes, {dtype}": functools.partial(check_tuned_sizes, dtype) for dtype in DTYPES[:2]},
     "grouped gemm": check_grouped_gemm,
+    "scaled gemm": check_scaled,
     "rows": check_rows,
     "padding": check_padding,
     "attention": check_attention,

@@ -4,7 +4,7 @@
 
 Each batch that those tests run is run, each row of it compared bit for bit with the row alone; then a search goes on from
 there. On the GPU in bf16 if there is one, else on the CPU in fp32, and of products two sizes. Their products of FP8 are
-left out: the mode refuses them.
+left out.
 """
 
 import pytest

@@ -76,6 +76,21 @@ def _gemm(result: Result):
     return figure
 
 
+def _fp8(result: Result):
+    """Ratio to stock torch by rows, a line for each (K, N)."""
+    figure, (axes,) = _panels(1, 1, width=6.0, height=4.0)
+    for K, N in dict.fromkeys((point.sizes["K"], point.sizes["N"]) for point in result.points):
+        mine = [point for point in result.points if (point.sizes["K"], point.sizes["N"]) == (K, N)]
+        axes.plot([point.sizes["M"] for point in mine], [point.ratio() for point in mine], "o-", label=f"K={K}, N={N}")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("M (rows of x)")
+    axes.set_ylabel("time / torch._scaled_mm's")
+    axes.set_title("scaled_mm in float8_e4m3fn, scales of rows")
+    axes.legend(fontsize=7, loc="upper left")
+    return figure
+
+
 def _rows(result: Result):
     """Above: ratio to stock torch by rows and columns. Below: GB/s as a share of a copy of the same size."""
     points = [point for point in result.points if point.dtype == result.points[0].dtype]
@@ -203,7 +218,7 @@ def _peers(points: list[Point]) -> list[str]:
     return [name for name in dict.fromkeys(n for p in points for n in p.timings) if name not in (OURS, STOCK)]
 
 
-_PLOTS = {"gemm": _gemm, "rows": _rows, "attention": _attention, "launch": _launch, "forward": _forward}
+_PLOTS = {"gemm": _gemm, "rows": _rows, "attention": _attention, "launch": _launch, "forward": _forward, "fp8": _fp8}
 
 
 if __name__ == "__main__":

@@ -90,6 +90,14 @@ def _gemm(result: Result) -> Iterator[Figure]:
         yield _mean("gemm", f"time / cuBLAS, {dtype}, M <= 32, geometric mean", 1.00 if must else None, small)
 
 
+def _fp8(result: Result) -> Iterator[Figure]:
+    """Told, and not judged: no tile was tuned for 8 bits."""
+    small = [point for point in result.points if int(point.sizes["M"]) <= 32]
+    yield _mean("fp8", "time / stock scaled_mm, scales of rows, geometric mean", None, result.points)
+    yield _worst("fp8", "time / stock scaled_mm, scales of rows, worst", None, result.points)
+    yield _mean("fp8", "time / stock scaled_mm, scales of rows, M <= 32, geometric mean", None, small)
+
+
 def _rows(result: Result) -> Iterator[Figure]:
     for dtype, points in _by_dtype(result.points):
         for work in ("rms_norm", "softmax", "log_softmax", "layer_norm"):
@@ -150,6 +158,7 @@ _FIGURES: dict[str, Callable[[Result], Iterator[Figure]]] = {
     "attention": _attention,
     "launch": _launch,
     "forward": _forward,
+    "fp8": _fp8,
 }
 
 

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from pytest_batchinv.kernels import cuda, table, tiles
 from pytest_batchinv.kernels.aten import common
-from pytest_batchinv.kernels.cuda import matmul, norm, reduce, rows, scatter, softmax
+from pytest_batchinv.kernels.cuda import matmul, norm, reduce, rows, scaled, scatter, softmax
 from pytest_batchinv.kernels.cuda.attention import backward as attention_backward
 from pytest_batchinv.kernels.cuda.attention import kernel as attention_kernel
 from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
@@ -43,6 +43,12 @@ SPECIALISED = {
     "_grouped_gemm_kernel": {"N", "K", "stride_am", "stride_ak", "stride_bg", "stride_bk", "stride_bn"}
     | {"a_ptr", "b_ptr", "out_ptr"},
     "_grouped_gemm_over_k_kernel": {"M", "N", "stride_am", "stride_ak", "stride_bk", "stride_bn", "a_ptr", "b_ptr", "out_ptr"},
+    "_scaled_gemm_kernel": {"N", "K", "stride_bias", "a_ptr", "b_ptr", "scale_a_ptr", "scale_b_ptr", "bias_ptr", "out_ptr"}
+    | {f"stride_{dim}" for dim in "ab am ak bb bk bn sab sam sag sbb sbg sbn".split()},
+    "_scaled_grouped_gemm_kernel": {"N", "K", "a_ptr", "b_ptr", "scale_a_ptr", "scale_b_ptr", "offs_ptr", "out_ptr"}
+    | {f"stride_{dim}" for dim in "am ak bg bk bn sa sbg sbn".split()},
+    "_scaled_grouped_gemm_over_k_kernel": {"M", "N", "a_ptr", "b_ptr", "scale_a_ptr", "scale_b_ptr", "offs_ptr", "out_ptr"}
+    | {f"stride_{dim}" for dim in "am ak bk bn sag sam sbg sbn".split()},
     "_tree_sum_kernel": {"parts_ptr", "out_ptr", "n"},  # the additions are written out
     "_row_partials_kernel": ROW,
     "_row_reduce_kernel": ROW,
@@ -276,6 +282,64 @@ def test_gemm_over_the_rows_of_groups(arch, compile_for):
     assert_sound(binary, arch, MOST_SPILLED)
     kind = "wgmma" if arch == 90 else "mma.sync"
     assert {name.split("_async")[0][: len(kind)] for name in instructions(binary)} == {kind}
+
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def scaled_launches():
+    """Each kernel of scaled 8-bit floats: (has a bias, reads by bytes, launch); few rows and many, scales of all kinds."""
+
+    def of(M, N, K, groups=1, columns=None, dtypes=(E4M3, E4M3), bias=None, row_major_b=False):
+        a, b = tensor(M, K, dtype=dtypes[0]), tensor(N, K, dtype=dtypes[1]).t()
+        b, scales = b.contiguous() if row_major_b else b, (torch.zeros(M, groups), torch.zeros(groups, columns or N))
+        return bias is not None, K % 16 > 0, lambda: cuda.scaled_gemm(a, b, *scales, bias, torch.bfloat16)
+
+    def of_groups(T):
+        a, scales = tensor(T, 512, dtype=E4M3), (torch.zeros(T), torch.zeros(8, 256))
+        return False, False, lambda: cuda.scaled_grouped_gemm(a, experts, *scales, offs, torch.bfloat16)
+
+    def over_k():
+        a, b = tensor(256, 1024, dtype=E4M3), tensor(128, 1024, dtype=E4M3).t()
+        cuda.scaled_grouped_gemm_over_k(a, b, torch.zeros(8, 256), torch.zeros(8, 128), offs, torch.bfloat16)
+
+    offs, experts = torch.zeros(8, dtype=torch.int32), tensor(8, 256, 512, dtype=E4M3).mT
+    yield of(1, 256, 512)
+    yield of(300, 256, 512)
+    yield of(300, 256, 512, 4, 2)
+    yield False, True, over_k
+    yield of(1, 256, 512, bias=tensor(256, dtype=torch.bfloat16))
+    yield from (of(M, 256, 496) for M in (64, 65))
+    yield of(1, 256, 512, 4)
+    yield from (of(5, 256, 512, dtypes=dtypes) for dtypes in ((E4M3, E5M2), (E5M2, E4M3)))
+    yield of(300, 256, 512, row_major_b=True)
+    yield of(300, 32, 100)
+    yield from map(of_groups, (8, 4000))
+
+
+@pytest.mark.parametrize("arch", [89, 90, 100], ids=["sm89", "sm90", "sm100"])
+def test_scaled_products_have_one_instruction_and_two_levels_of_sums(arch, compile_for):
+    """Kinds of instructions round 8-bit floats in ways of their own, so one row has that of many; and what an instruction has
+    summed is added in float32, not summed on by the next one: Triton would fold the addition into the product."""
+    kinds = {
+        89: r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(e4m3|e5m2)\.(e4m3|e5m2)\.f32",
+        90: r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.f32\.(e4m3|e5m2)\.(e4m3|e5m2)",
+        100: r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
+    }
+    for has_bias, by_bytes, launch in itertools.islice(scaled_launches(), None if arch == 90 else 4):
+        (binary,) = compile_for(arch, launch)
+        assert_sound(binary, arch, MOST_SPILLED if arch == 90 and not by_bytes else None)
+        ptx = binary.asm["ptx"]
+        found = set(re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]*", ptx))
+        assert len(found) == 1 and re.fullmatch(kinds[arch], found.pop())
+        assert re.findall(r"\bfma[\w.]*f32", ptx) == []  # no scale or bias shares a rounding with a sum
+        additions = len(re.findall(r"\badd\.rn\.f32 ", ptx)) + len(re.findall(r"\badd\.rn\.f32x2 ", ptx)) * 2
+        accumulators = 64  # of a thread: 64 rows and 128 columns are those of four warps
+        assert additions >= accumulators * (2 if has_bias else 1)
+        if arch == 90:  # a product begins with zeros, and its operands lie in shared memory, in whose order K is summed
+            first = re.findall(r"wgmma\.mma_async[\w.]*\s*\{[^}]*\}, (%rd\d+), (%rd\d+), (\w+|%p\d+)", ptx)
+            assert len(first) == len(re.findall(r"wgmma\.mma_async", ptx))
+            assert [accumulates for *_, accumulates in first].count("0") * 4 == len(first)
 
 
 @BOTH
@@ -532,11 +596,11 @@ def test_the_gradients_of_attention(arch, dtype, head_dim, compile_for):
 def test_specialised_arguments_are_the_ones_named():
     kernels = [
         value
-        for module in [*ROW_MODULES, matmul, attention_backward, attention_kernel, attention_merge, attention_ranges]
+        for module in [*ROW_MODULES, matmul, scaled, attention_backward, attention_kernel, attention_merge, attention_ranges]
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.__module__ == module.__name__
     ]
-    assert len(kernels) == 21
+    assert len(kernels) == 24
     for kernel in kernels:
         assert type(kernel) is JITFunction, f"{kernel}: tuned or chosen at run time, by sizes that nobody lists"
         specialised = {
@@ -635,6 +699,17 @@ def test_specialised_launches_are_remembered_by_all_that_their_binary_depends_on
             a, b = x[None, :M, :K], tensor(N, K, dtype=x.dtype)
             cuda.gemm(a, b.T[None])
             cuda.gemm(a, b.T.contiguous()[None], tensor(N, dtype=x.dtype).expand(1, M, N))
+        for M, K, N in ((1, 64, 64), (3, 64, 64), (64, 128, 64), (65, 256, 80), (300, 250, 72)):
+            a, b, scale_b = tensor(M, K, dtype=E4M3), tensor(N, K, dtype=E4M3), torch.zeros(1, N + 1)
+            for shift, bias in ((0, None), (1, None), (1, x[0, :N]), (0, x[0, 1 : N + 1])):
+                scales = torch.zeros(M, 1), scale_b[:, shift : N + shift]
+                cuda.scaled_gemm(a, b.t(), *scales, bias, x.dtype)
+                cuda.scaled_gemm(a, b.t().contiguous(), *scales, bias, x.dtype)
+            for G in (2, 3):
+                offs, experts = torch.arange(1, G + 1, dtype=torch.int32), tensor(G, N, K, dtype=E4M3).mT
+                cuda.scaled_grouped_gemm(a, experts, torch.zeros(M + 1)[1:], torch.zeros(G, N), offs, x.dtype)
+                scales = torch.zeros(G, K), torch.zeros(G, K)
+                cuda.scaled_grouped_gemm_over_k(a.t(), a, *scales, offs, x.dtype)
         for Sq, Skv in ((1, 64), (1, 600), (3, 600), (40, 40)):
             q, k = tensor(1, 4, Sq, 64, dtype=x.dtype), tensor(1, 2, Skv, 64, dtype=x.dtype)
             for options in ({}, {"window": 3}, {"with_lse": False}):
