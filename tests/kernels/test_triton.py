@@ -579,7 +579,7 @@ def test_attention_does_not_see_padding(dtype, additive, pad):
         assert_same_bits((out[1:, :, here], lse[1:, :, here]), want)
 
 
-@pytest.mark.parametrize("sizes", [(2, 4, 2, 5, 70, 20, 24), (1, 2, 2, 40, 40, 64, 64), (1, 3, 1, 1, 300, 130, 16)])
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 5, 70, 20, 24), (1, 2, 2, 40, 40, 64, 64), (1, 2, 1, 1, 300, 130, 16)])
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 def test_attention_reads_nothing_after_its_operands(sizes, kind):
     q, k, v = qkv(*sizes, torch.float32)
@@ -593,20 +593,20 @@ def test_attention_reads_nothing_after_its_operands(sizes, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_decodes_as_it_prefills(dtype):
-    q, k, v = qkv(1, 4, 2, 150, 150, 16, 16, dtype)
+    q, k, v = qkv(1, 2, 1, 150, 150, 16, 16, dtype)
     out, lse = cuda.attention(q, k, v, None, True, 0.25)
     for i in (0, 1, 31, 32, 63, 64, 149):
         step = cuda.attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], None, False, 0.25)
         assert_same_bits(step, (out[:, :, i : i + 1], lse[:, :, i : i + 1]))
-        cache = torch.arange(150).expand(1, 4, 1, 150) <= i
+        cache = torch.arange(150).expand(1, 2, 1, 150) <= i
         step = cuda.attention(q[:, :, i : i + 1], k, v, cache, False, 0.25)
         assert_same_bits(step, (out[:, :, i : i + 1], lse[:, :, i : i + 1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_tiles_are_one_class(dtype, monkeypatch):
-    q, k, v = qkv(1, 4, 2, 40, 100, 16, 16, dtype)
-    mask = (torch.rand(1, 1, 40, 100) > 0.3).expand(1, 4, 40, 100)
+    q, k, v = qkv(1, 2, 1, 40, 100, 16, 16, dtype)
+    mask = (torch.rand(1, 1, 40, 100) > 0.3).expand(1, 2, 40, 100)
     chosen = tiles.attention_tile(dtype, 16, 40, torch.device("cpu"))
     want = cuda.attention(q, k, v, mask, False, 0.25)
     for block_m in (16, 32, 64, 128):
@@ -722,13 +722,13 @@ def divided(split_blocks, splits_per_program):
 @pytest.mark.parametrize("mask", ["none", "holes", "left padding", "additive"])
 def test_attention_does_not_depend_on_how_its_keys_are_divided(mask, options, monkeypatch):
     options = with_sinks(options, 2, torch.float32)
-    q, k, v = qkv(2, 2, 1, 3, 330, 16, 16, torch.float32)
-    masks = None if mask == "none" else torch.rand(2, 1, 3, 330) < 0.7
+    q, k, v = qkv(1, 2, 1, 3, 330, 16, 16, torch.float32)
+    masks = None if mask == "none" else torch.rand(1, 1, 3, 330) < 0.7
     if mask == "left padding":
-        masks = (torch.arange(330) >= 37).expand(2, 1, 3, 330)
+        masks = (torch.arange(330) >= 37).expand(1, 1, 3, 330)
     elif mask == "additive":
         masks = torch.where(masks, 0.5, torch.finfo(torch.float32).min)
-    masks = None if masks is None else masks.expand(2, 2, 3, 330)
+    masks = None if masks is None else masks.expand(1, 2, 3, 330)
     replace(monkeypatch, attention_plan, "num_splits_heuristic", lambda *_: attention_plan.Splits(0, 1, 1))
     want = cuda.attention(q, k, v, masks, False, 0.25, causal_offset=327, **options)
     for division in DIVISIONS:
