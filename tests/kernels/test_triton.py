@@ -24,9 +24,9 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from pytest_batchinv.kernels import cuda, launch, plans, reference, table, tiles
+from pytest_batchinv.kernels import cpu, cuda, launch, plans, reference, table, tiles
 from pytest_batchinv.kernels.aten import common
-from pytest_batchinv.kernels.cuda import matmul
+from pytest_batchinv.kernels.cuda import matmul, scaled
 from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
 from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
 
@@ -135,6 +135,9 @@ def k_ascending_dot(monkeypatch):
     def wide(handle, dtype):
         if handle.data.dtype == np.uint16:  # bfloat16: the upper half of a float32
             return (handle.data.astype(np.uint32) << 16).view(np.float32).astype(dtype)
+        if handle.data.dtype == np.uint8:
+            kind = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}[str(handle.dtype.scalar)]
+            return torch.from_numpy(handle.data.copy()).view(kind).float().numpy().astype(dtype)
         return handle.data.astype(dtype)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -382,6 +385,139 @@ def test_tree_sum_adds_neighbours_then_their_sums(n_parts, n, dtype):
         alone = level[-1:] if len(level) % 2 else []
         level = [a + b for a, b in zip(level[::2], level[1::2], strict=False)] + alone
     assert_same_bits(cuda.tree_sum(parts, wide), level[0])
+
+
+# --- products of scaled 8-bit floats ---------------------------------------------------------------------------------
+
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def scaled_operands(batch, M, N, K, form="rows", dtypes=(E4M3, E4M3)):
+    a, b = torch.randn(batch, M, K).to(dtypes[0]), torch.randn(batch, N, K).to(dtypes[1]).mT
+    groups = 1 if form == "rows" else tiles.ceil_div(K, 128)
+    columns = tiles.ceil_div(N, 128) if form == "blocks of columns" else N
+    return a, b, torch.rand(batch, M, groups).add_(0.1), torch.rand(batch, groups, columns).add_(0.1)
+
+
+each_form = pytest.mark.parametrize("form", ["rows", "blocks", "blocks of columns"])
+
+
+@each_form
+@pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (E4M3, E5M2), (E5M2, E4M3)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 16, 16), (1, 70, 130, 400), (2, 20, 3, 257), (1, 3, 300, 128)], ids=str)
+def test_scaled_gemm_has_the_bits_of_the_cpus(size, dtypes, form):
+    """With the interpreter's products as a chain, both sets add the same numbers in the same order: the contract's."""
+    operands = scaled_operands(*size, form, dtypes)
+    for bias in (None, torch.randn(size[2]), torch.randn(size[2]).bfloat16()):
+        got = cuda.scaled_gemm(*operands, bias, torch.float32)
+        assert_same_bits(got, cpu.scaled_gemm(*operands, bias, torch.float32))
+        torch.testing.assert_close(got, reference.scaled_gemm(*operands, bias, torch.float32), rtol=2e-6, atol=2e-5)
+    for out_dtype in (torch.bfloat16, torch.float16):  # which the interpreter rounds in a way of its own
+        got, want = (kernels.scaled_gemm(*operands, None, out_dtype) for kernels in (cuda, cpu))
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
+@each_form
+def test_scaled_rows_alone_and_in_a_batch(form):
+    a, b, scale_a, scale_b = scaled_operands(1, 150, 40, 300, form)
+    bias = torch.randn(40)
+    whole = cuda.scaled_gemm(a, b, scale_a, scale_b, bias, torch.bfloat16)
+    for rows in ([149], [3, 2, 1], list(range(149, 60, -1))):
+        some = cuda.scaled_gemm(a[:, rows], b, scale_a[:, rows], scale_b, bias, torch.bfloat16)
+        assert_same_bits(some, whole[:, rows])
+    for a_view, scale_view in zip(layouts(a), layouts(scale_a), strict=True):
+        assert_same_bits(cuda.scaled_gemm(a_view, b.contiguous(), scale_view, scale_b, bias, torch.bfloat16), whole)
+    twice = cuda.scaled_gemm(*(x.expand(3, -1, -1) for x in (a, b, scale_a, scale_b)), bias, torch.bfloat16)
+    assert_same_bits(twice[2:], whole)
+
+
+@pytest.mark.parametrize("size", [(5, 70, 64), (33, 32, 144), (16, 1, 1), (66, 33, 130)], ids=str)
+@each_form
+def test_scaled_gemm_reads_nothing_after_its_operands(size, form):
+    operands, bias = scaled_operands(1, *size, form), torch.randn(size[1])
+    want = cuda.scaled_gemm(*operands, bias, torch.float32)
+    assert_same_bits(cuda.scaled_gemm(*(fenced(x) for x in operands), fenced(bias), torch.float32), want)
+    a, b, scale_a, scale_b = operands
+    transposed = (fenced(x.mT).mT for x in operands)
+    assert_same_bits(cuda.scaled_gemm(*transposed, fenced(bias), torch.float32), want)
+    if form == "rows":
+        offs = torch.tensor([size[0]], dtype=torch.int32)
+        given = a[0], b, scale_a[0, :, 0], scale_b[:, 0]
+        got = cuda.scaled_grouped_gemm(*(fenced(x) for x in given), fenced(offs), torch.float32)
+        assert_same_bits(got, cuda.scaled_gemm(*operands, None, torch.float32)[0])
+
+
+@pytest.mark.parametrize("ends", [[3, 3, 20, 37], [0, 0, 0, 0], [0, 145, 145, 145], [16, 32, 40, 145]], ids=str)
+def test_scaled_grouped_gemm_is_scaled_gemm_of_each_group(ends):
+    a, b = torch.randn(145, 200).to(E4M3), torch.randn(4, 33, 200).to(E4M3).mT
+    scale_a, scale_b = torch.rand(145), torch.rand(4, 33)
+    offs = torch.tensor(ends, dtype=torch.int32)
+    got = cuda.scaled_grouped_gemm(a, b, scale_a, scale_b, offs, torch.float32)
+    assert_same_bits(got, cpu.scaled_grouped_gemm(a, b, scale_a, scale_b, offs, torch.float32))
+    start = 0
+    for group, end in enumerate(ends):
+        scales = scale_a[start:end, None], scale_b[group][None]
+        assert_same_bits(got[start:end], cuda.scaled_gemm(a[start:end], b[group], *scales, None, torch.float32))
+        start = end
+    assert (got[start:] == 0).all()
+    wrong = torch.tensor(
+        [-7, 200, 30, 999], dtype=torch.int32
+    )  # nobody waits to look at them: no row beyond the operands is read
+    fences = (fenced(x) for x in (a, b.mT))
+    cuda.scaled_grouped_gemm(next(fences), next(fences).mT, fenced(scale_a), scale_b, wrong, torch.float32)
+
+
+@pytest.mark.parametrize("ends", [[3, 3, 200, 337], [0, 0, 0, 0], [0, 345, 345, 345]], ids=str)
+def test_scaled_grouped_gemm_over_k_is_scaled_gemm_of_each_group(ends):
+    a, b = torch.randn(70, 345).to(E4M3), torch.randn(33, 345).to(E4M3).t()
+    scale_a, scale_b = torch.rand(4, 70), torch.rand(4, 33)
+    offs = torch.tensor(ends, dtype=torch.int32)
+    got = cuda.scaled_grouped_gemm_over_k(a, b, scale_a, scale_b, offs, torch.float32)
+    assert_same_bits(got, cpu.scaled_grouped_gemm_over_k(a, b, scale_a, scale_b, offs, torch.float32))
+    start = 0
+    for group, end in enumerate(ends):
+        scales = scale_a[group][:, None], scale_b[group][None]
+        want = cuda.scaled_gemm(a[:, start:end], b[start:end], *scales, None, torch.float32)
+        assert_same_bits(got[group], want)
+        start = end
+    cuda.scaled_grouped_gemm_over_k(
+        fenced(a),
+        fenced(b.t()).t(),
+        fenced(scale_a),
+        scale_b,
+        torch.tensor([-7, 999, 30, 400], dtype=torch.int32),
+        torch.float32,
+    )
+
+
+def test_scaled_gemm_nan_stays_in_its_row():
+    a, b, scale_a, scale_b = scaled_operands(1, 20, 33, 200, "blocks")
+    want = cuda.scaled_gemm(a, b, scale_a, scale_b, None, torch.float32)
+    a = a.float()
+    a[0, 7, 3] = torch.nan
+    got = cuda.scaled_gemm(a.to(E4M3), b, scale_a, scale_b, None, torch.float32)
+    assert got[0, 7].isnan().all()
+    others = [row for row in range(20) if row != 7]
+    assert_same_bits(got[:, others], want[:, others])
+
+
+@pytest.mark.parametrize("size", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (2, 2, 3, 0)], ids=str)
+def test_scaled_gemm_of_nothing(size):
+    operands, bias = scaled_operands(*size), torch.ones(size[2])
+    got = cuda.scaled_gemm(*operands, bias, torch.float32)
+    assert_same_bits(got, reference.scaled_gemm(*operands, bias, torch.float32))
+    if size[3] == 0:
+        blocks = scaled_operands(*size, "blocks")
+        assert_same_bits(cuda.scaled_gemm(*blocks, bias, torch.float32), got)
+
+
+def test_scaled_products_that_int32_cannot_count_are_refused(monkeypatch):
+    operands = scaled_operands(1, 3, 40, 600)
+    monkeypatch.setattr(scaled, "INT32_END", 1000)
+    plans.forget_plans()
+    with pytest.raises(ValueError, match="fewer than 488 rows"):
+        cuda.scaled_gemm(*operands, None, torch.float32)
 
 
 def test_grouped_gemm_of_nothing():
