@@ -65,6 +65,6 @@ def _laid_out(draw: st.DrawFn, palette: Sequence[Row], n_rows: int, layouts: Seq
     order = draw(st.integers(0, 1 << 16))
     rows = random.Random(order).choices(palette, k=n_rows) if order else (list(palette) * n_rows)[:n_rows]
     layout = draw(st.sampled_from(layouts))
-    room = 0 if layout == "packed" else min(40, max_tokens // n_rows - max(row.length for row in palette))
+    room = 0 if layout == "packed" else max_tokens // n_rows - max(row.length for row in palette)
     extra_padding = max(0, min(room, draw(st.sampled_from(_PADDINGS)))) if max_tokens else 0
     return BatchShape(tuple(rows), layout, extra_padding)

@@ -1,6 +1,7 @@
 """The search finds what is cheap to find, whatever the seed, and says what it covered. The mode is off here."""
 
 import itertools
+from dataclasses import replace
 
 import hypothesis
 import msgspec
@@ -162,6 +163,39 @@ def batches_of(seed: int) -> list[tuple[int, ...]]:
 
     assert_batch_invariant(spy, planted.pool(), max_examples=15, seed=seed)
     return seen
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    {
+        "rows out of their order": lambda s: len({*s.rows}) > 2 and s.rows[0].id > s.rows[1].id > s.rows[2].id,
+        "a row beside itself": lambda s: len({*s.rows}) > 1 and any(a == b for a, b in itertools.pairwise(s.rows)),
+        "rows in their order": lambda s: len({*s.rows}) > 4 and all(b.id == a.id + 1 for a, b in itertools.pairwise(s.rows)),
+        "padding on the right": lambda s: s.layout == "right" and s.extra_padding == 40,
+        "padding on the left": lambda s: s.layout == "left" and s.extra_padding == 1,
+        "no padding": lambda s: s.layout == "left" and s.extra_padding == 0,
+        "packed": lambda s: s.layout == "packed" and len(s) > 1,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_among_the_drawn_batches_of_a_model_there_are(wanted):
+    once = hypothesis.settings(max_examples=5000, database=None, phases=(Phase.generate,), suppress_health_check=HealthCheck)
+    hypothesis.find(strategies.cases(MODEL), wanted[1], settings=once)
+
+
+@given(strategies.cases(MODEL))
+def test_a_drawn_batch_of_a_model_fits_and_is_not_padded_where_it_is_packed(case):
+    assert MODEL.fits(case) and not MODEL.holds(case)
+    assert case.layout != "packed" or not case.extra_padding
+
+
+@pytest.mark.parametrize("space", [pool_space(40), replace(MODEL, layouts=("right",), lays_out=True)], ids=["pool", "lays out"])
+def test_a_subject_that_lays_its_rows_out_is_asked_for_no_padding(space):
+    @given(strategies.cases(space))
+    def check(case):
+        assert case.extra_padding == 0
+
+    check()
 
 
 def test_a_seed_draws_the_same_batches_and_another_seed_others():
