@@ -417,7 +417,8 @@ def check_scaled(report: Report, clock: Clock, tiny: bool) -> None:
 def _check_scaled_groups(report, clock, a, b, scale_a, scale_b, where) -> None:
     """Rows of groups, and groups of the summed dim, against the plain product; where one group has everything, and some."""
     (T, K), dtype = a.shape, torch.float32
-    experts = torch.stack([b.t().contiguous(), b.t().flip(0)]).mT
+    wide = b.t().float()  # which every device can turn round
+    experts = torch.stack([wide, wide.flip(0)]).to(b.dtype).mT
     scales = torch.stack([scale_b[0], scale_b[0].flip(0)])
     for end in (0, 1, 63, 64, 65, T // 2, T):
         if clock.over():
