@@ -3,6 +3,7 @@
 import itertools
 import re
 import warnings
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -71,16 +72,34 @@ def test_what_a_function_raises_is_recorded_with_the_batch_and_raised(emitted, r
     assert record.machine["torch"] == torch.__version__
 
 
-def test_a_refusal_that_dynamo_or_a_caller_wrapped_is_a_refusal(emitted):
-    def fn(x):
-        try:
-            raise Refused("planted")
-        except Refused as error:
-            raise RuntimeError("while running the model") from error
+class Wrapping(Exception):
+    """As torch's exceptions of compiled code."""
 
-    with pytest.raises(RuntimeError):
-        assert_batch_invariant(fn, POOL)
-    assert emitted[0].verdict == "refused"
+    inner_exception: BaseException | None = None
+
+
+def wrapped(how, inner):
+    outer = Wrapping("while running the model")
+    setattr(outer, how, inner)
+    return outer
+
+
+@pytest.mark.parametrize("wraps", [*itertools.product(("inner_exception", "__cause__", "__context__"), repeat=2)], ids="-".join)
+def test_a_refusal_that_dynamo_or_a_caller_wrapped_is_a_refusal(emitted, wraps):
+    error = Refused("planted")
+    for how in wraps:
+        error = wrapped(how, error)
+    with pytest.raises(Wrapping):
+        assert_batch_invariant(from_5_rows(error), POOL)
+    assert emitted[-1].verdict == "refused"
+
+
+def test_errors_that_wrap_each_other_in_a_ring_are_an_error(emitted):
+    one, other = Wrapping("one"), Wrapping("other")
+    one.inner_exception, other.inner_exception = other, one
+    with pytest.raises(Wrapping):
+        assert_batch_invariant(from_5_rows(one), POOL, relations=("I",))
+    assert emitted[-1].verdict == "error"
 
 
 @pytest.mark.parametrize(
@@ -269,6 +288,49 @@ def test_a_control_whose_subject_breaks_is_an_error_and_not_inconclusive(emitted
     with pytest.raises(RuntimeError, match="planted"):
         check_negative_control(subject(from_5_rows(RuntimeError("planted"))))
     assert emitted[0].verdict == "error"
+
+
+def test_the_error_of_a_control_shows_the_frames_of_the_user_alone():
+    with pytest.raises(RuntimeError, match="planted") as caught:
+        check_negative_control(subject(from_5_rows(RuntimeError("planted"))))
+    assert [Path(str(entry.path)).name for entry in caught.traceback][-1] == Path(__file__).name
+
+
+def test_a_control_of_what_another_process_computes_is_refused_with_the_reason():
+    elsewhere = subject(planted.invariant)
+    elsewhere.info = SubjectInfo("far", "function", "a server", "fp32", elsewhere=True)
+    with pytest.raises(ValueError, match=r"far is computed by a server, where stock_torch\(\) changes nothing"):
+        check_negative_control(elsewhere)
+
+
+@pytest.mark.parametrize("asked", [("N",), ("I", "N"), ("N", "R")])
+def test_the_control_comes_last_of_the_relations_and_is_drawn_by_the_same_seed(emitted, asked):
+    seen = []
+
+    def fn(x):
+        seen.append(tuple(planted.index_of(x).tolist()))
+        return planted.invariant(x)
+
+    def drawn(seed):
+        seen.clear()
+        records = check_batch_invariant(subject(fn), asked, max_examples=20, seed=seed)
+        letters = [(record.relation, record.control) for record in records]
+        assert letters == [*((letter, False) for letter in asked if letter != "N"), ("I", True)]
+        assert records == emitted[-len(asked) :]
+        return list(seen)
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_a_control_draws_as_many_batches_as_it_is_told():
+    few, many = (check_negative_control(subject(planted.invariant), max_examples=n).counts.examples for n in (1, 100))
+    assert few < many
+
+
+@pytest.mark.parametrize("check", [check_batch_invariant, check_negative_control])
+def test_a_wrong_number_of_examples_is_refused_by_the_name_of_what_was_called(check):
+    with pytest.raises(ValueError, match=f"^{check.__name__}: max_examples=0"):
+        check(subject(planted.invariant), max_examples=0)
 
 
 def test_a_given_case_is_run_and_nothing_else():
