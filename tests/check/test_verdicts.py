@@ -322,9 +322,29 @@ def test_the_control_comes_last_of_the_relations_and_is_drawn_by_the_same_seed(e
     assert drawn(1) == drawn(1) != drawn(2)
 
 
-def test_a_control_draws_as_many_batches_as_it_is_told():
-    few, many = (check_negative_control(subject(planted.invariant), max_examples=n).counts.examples for n in (1, 100))
-    assert few < many
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_control_draws_as_many_batches_as_it_is_told(beside):
+    def control(n):
+        if beside:
+            return check_batch_invariant(subject(planted.invariant), ("N",), max_examples=n)[-1]
+        return check_negative_control(subject(planted.invariant), max_examples=n)
+
+    assert control(1).counts.examples < control(100).counts.examples
+
+
+def test_an_assertion_with_a_seed_draws_the_same_batches_again():
+    seen = []
+
+    def fn(x):
+        seen.append(tuple(planted.index_of(x).tolist()))
+        return planted.invariant(x)
+
+    def drawn(seed):
+        seen.clear()
+        assert_batch_invariant(fn, POOL, relations=("I",), max_examples=20, seed=seed)
+        return list(seen)
+
+    assert drawn(1) == drawn(1) != drawn(2)
 
 
 @pytest.mark.parametrize("check", [check_batch_invariant, check_negative_control])
