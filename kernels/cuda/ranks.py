@@ -25,7 +25,8 @@ def _tree_sum_kernel(parts_ptr, out_ptr, n, PARTS: tl.constexpr, WIDTH: tl.const
     part = tl.arange(0, WIDTH)
     there = (offs < n)[:, None] & (part < PARTS)[None, :]
     x = tl.load(parts_ptr + part.to(tl.int64)[None, :] * n + offs[:, None], mask=there, other=0.0).to(ACC)
-    x = tl.where(there, x, -0.0)
+    # Not the literal -0.0: Triton up to 3.7 makes 0.0 of it.
+    x = tl.where(there, x, tl.zeros([BLOCK, WIDTH], ACC) * -1.0)
     for level in tl.static_range(16):
         if (WIDTH >> level) > 1:
             even, odd = tl.split(tl.reshape(x, [BLOCK, WIDTH >> (level + 1), 2]))

@@ -19,6 +19,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import triton
+from packaging.version import Version
 from torch.nn import functional as F
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -1148,6 +1150,11 @@ def test_planned_calls_get_torchs_arguments(name, gpu):
     assert_near(ours(*args, **kwargs), torchs(*args, **kwargs), torch.float32)
 
 
+@pytest.mark.xfail(
+    Version(triton.__version__) < Version("3.8"),
+    reason="Triton's interpreter up to 3.7 makes 0.0 of a number -0.0; a GPU gets the number as an argument",
+    strict=True,
+)
 def test_planned_products_tell_zero_from_minus_zero(gpu):
     """The two are equal, so a plan must not remember a factor."""
     a, b, nothing = torch.ones(2, 3), torch.ones(3, 2), torch.full((2,), -0.0)
