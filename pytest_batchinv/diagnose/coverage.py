@@ -72,7 +72,9 @@ def vouched(
     state = None if scan is None else scan.state(name, dtype)
     if state == scanned.VARIES:
         return None
-    if overload.namespace == "batchinv" or overload in _covered(device == "cpu"):
+    # vLLM may be imported after a first check, so its operators are not among those that are remembered.
+    of_vllm = device == "cpu" and overload.name() in table.OF_VLLM
+    if of_vllm or overload.namespace == "batchinv" or overload in _covered(device == "cpu"):
         return "covered"
     if scanned.is_exact(overload, dtype) or scanned.computes_nothing(overload) or state in (scanned.ROW_LOCAL, scanned.COVERED):
         return "row-local"
@@ -82,7 +84,7 @@ def vouched(
 @cache
 def _covered(on_cpu: bool) -> frozenset[OpOverload]:
     """The table's overloads and their siblings. Pointwise entries are the CPU's alone."""
-    of_the_cpu = (*table.POINTWISE, *table.WHOLE_VECTORS, *table.OF_VLLM)
+    of_the_cpu = (*table.POINTWISE, *table.WHOLE_VECTORS)
     names = (*table.BACKEND_KERNELS, *(of_the_cpu if on_cpu else ()))
     entries = [overload for name in names if (overload := overloads.overload_of(name)) is not None]
     siblings = (sibling.overload for overload in entries for sibling in overloads.siblings(overload))
