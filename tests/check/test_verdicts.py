@@ -37,6 +37,17 @@ def subject(fn, pool=POOL, **words) -> RowsSubject:
     return RowsSubject(fn, [pool], **words)
 
 
+def recording():
+    """A function without a fault, and the rows of each batch that it is given."""
+    seen = []
+
+    def fn(x):
+        seen.append(planted.index_of(x).tolist())
+        return planted.invariant(x)
+
+    return fn, seen
+
+
 def from_5_rows(error):
     def fn(x):
         if len(x) >= 5:
@@ -305,19 +316,13 @@ def test_a_control_of_what_another_process_computes_is_refused_with_the_reason()
 
 @pytest.mark.parametrize("asked", [("N",), ("I", "N"), ("N", "R")])
 def test_the_control_comes_last_of_the_relations_and_is_drawn_by_the_same_seed(emitted, asked):
-    seen = []
-
-    def fn(x):
-        seen.append(tuple(planted.index_of(x).tolist()))
-        return planted.invariant(x)
-
     def drawn(seed):
-        seen.clear()
+        fn, seen = recording()
         records = check_batch_invariant(subject(fn), asked, max_examples=20, seed=seed)
         letters = [(record.relation, record.control) for record in records]
         assert letters == [*((letter, False) for letter in asked if letter != "N"), ("I", True)]
         assert records == emitted[-len(asked) :]
-        return list(seen)
+        return seen
 
     assert drawn(1) == drawn(1) != drawn(2)
 
@@ -333,16 +338,10 @@ def test_a_control_draws_as_many_batches_as_it_is_told(beside):
 
 
 def test_an_assertion_with_a_seed_draws_the_same_batches_again():
-    seen = []
-
-    def fn(x):
-        seen.append(tuple(planted.index_of(x).tolist()))
-        return planted.invariant(x)
-
     def drawn(seed):
-        seen.clear()
+        fn, seen = recording()
         assert_batch_invariant(fn, POOL, relations=("I",), max_examples=20, seed=seed)
-        return list(seen)
+        return seen
 
     assert drawn(1) == drawn(1) != drawn(2)
 
@@ -354,14 +353,9 @@ def test_a_wrong_number_of_examples_is_refused_by_the_name_of_what_was_called(ch
 
 
 def test_a_given_case_is_run_and_nothing_else():
-    seen = []
-
-    def spy(x):
-        seen.append(planted.index_of(x).tolist())
-        return planted.invariant(x)
-
+    fn, seen = recording()
     case = of_rows([4, 2, 4])
-    (record,) = check_batch_invariant(subject(spy), ("I",), case=case)
+    (record,) = check_batch_invariant(subject(fn), ("I",), case=case)
     assert (record.replayed, record.counts.examples, record.counts.rows) == (True, 1, 3)
     assert sorted(seen) == [[2], [4], [4, 2, 4]]
 

@@ -87,6 +87,11 @@ def test_tokens_that_were_guessed_and_verified_at_once_have_the_logits_of_a_batc
     assert subject.notes() == ()
 
 
+def test_assisted_sampling_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="assisted decoding is tested greedily"):
+        Generation(TransformersSubject("tiny-llama", device="cpu", dtype="fp32"), sampling=Sampling(), assisted=True)
+
+
 def test_a_fault_of_verified_tokens_is_caught():
     subject = Generation(TransformersSubject("tiny-llama", device="cpu", dtype="fp32"), assisted=True)
     fault = lambda hidden: hidden.roll(1, -1) if 1 < hidden.shape[1] <= 1 + GUESSED else hidden  # noqa: E731

@@ -22,11 +22,11 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pytest_batchinv.shapes import BatchShape
-from pytest_batchinv.subjects.base import NotRun, Observer, RowOutputs, Space, Span, Subject, SubjectInfo, observed
+from pytest_batchinv.subjects.base import NotRun, Observer, RowOutputs, Span, Subject, SubjectInfo, observed
 from pytest_batchinv.subjects.transformers import TransformersSubject, attention
+from pytest_batchinv.subjects.transformers.generation import N_TOKENS, space_of_prompts
 from pytest_batchinv.subjects.transformers.layout import lay_out, row_tokens
 
-N_TOKENS = 8
 TOKENS_AT_ONCE = 64
 """Of one forward: longer prompts come in chunks, and a batch of some rows in several forwards."""
 
@@ -76,15 +76,7 @@ class ContinuousBatching(Subject):
             raise ValueError(f"this transformers does not find an attention by the name {attention.PAGED_NAME!r}")
         self.subject, self.n_tokens = subject, n_tokens
         self.info = SubjectInfo(info.name, "transformers continuous batching", info.device, info.dtype, info.attention)
-        longest = min(_LONGEST, space.max_length - n_tokens)
-        self.space = Space(
-            palette=tuple(row for row in space.palette if row.length <= longest),
-            layouts=("right",),
-            max_rows=_MOST_ROWS,
-            max_length=longest,
-            max_tokens=space.max_tokens,
-            lays_out=True,
-        )
+        self.space = space_of_prompts(space, min(_LONGEST, space.max_length - n_tokens), _MOST_ROWS)
         self._generation = GenerationConfig(
             max_new_tokens=n_tokens,
             do_sample=False,
@@ -150,12 +142,12 @@ class ContinuousBatching(Subject):
         """The model's forwards with the observer, in the thread that computes them."""
         model, forward = self.subject.model, self.subject.model.forward
 
-        # transformers reads the parameters of forward().
         def watched(*args: Any, **kwargs: Any) -> Any:
             self._reached.add(kwargs["cu_seq_lens_q"].diff())
             with observed(observer):
                 return forward(*args, **kwargs)
 
+        # transformers reads the parameters of forward().
         watched.__signature__ = inspect.signature(forward)
         model.forward = watched
         try:

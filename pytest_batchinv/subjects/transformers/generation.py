@@ -47,8 +47,8 @@ class Generation(Subject):
     It gives transformers a 2-d mask and no cache, and what is tested is transformers' own way from there. sampling: how tokens
     are drawn; None takes the likeliest. ``generate(do_sample=True)`` itself calls ``torch.multinomial``, whose numbers follow
     the place in the batch: so each row's token is drawn before, and is the only one left. assisted: a batch of one row is
-    generated with prompt lookup, greedily; transformers assists no larger one, which a row alone is compared with. Raises
-    ValueError for a model that cannot pad on the left.
+    generated with prompt lookup; transformers assists no larger one, which a row alone is compared with. Raises ValueError for
+    a model that cannot pad on the left, and for assisted sampling.
     """
 
     def __init__(
@@ -63,18 +63,12 @@ class Generation(Subject):
             raise ValueError(
                 f"{info.name} cannot pad on the left, which generate() asks for. {' '.join(space.left_out)}".strip()
             )
+        if assisted and sampling is not None:
+            raise ValueError("assisted decoding is tested greedily: leave sampling= out, or assisted=")
         self.subject, self.n_tokens, self.sampling = subject, n_tokens, sampling
         kind = "transformers assisted" if assisted else "transformers generate" if sampling is None else "transformers sample"
         self.info = SubjectInfo(info.name, kind, info.device, info.dtype, info.attention)
-        longest = min(_LONGEST, space.max_length)
-        self.space = Space(
-            palette=tuple(row for row in space.palette if row.length <= longest),
-            layouts=("right",),
-            max_rows=_MOST_ROWS,
-            max_length=longest,
-            max_tokens=space.max_tokens,
-            lays_out=True,
-        )
+        self.space = space_of_prompts(space, min(_LONGEST, space.max_length), _MOST_ROWS)
         self._config = GenerationConfig(
             max_new_tokens=n_tokens,
             min_new_tokens=n_tokens,  # else a row that has ended would be shorter than in a batch
@@ -133,6 +127,18 @@ class Generation(Subject):
 
     def spans(self, case: BatchShape) -> list[Span]:
         return list(lay_out(BatchShape(case.rows, "left"), self.subject.vocabulary, self.subject.outlier).spans)
+
+
+def space_of_prompts(space: Space, longest: int, max_rows: int) -> Space:
+    """Of a subject that hands prompts to transformers, which lays them out: rows of this model of up to ``longest`` tokens."""
+    return Space(
+        palette=tuple(row for row in space.palette if row.length <= longest),
+        layouts=("right",),
+        max_rows=max_rows,
+        max_length=longest,
+        max_tokens=space.max_tokens,
+        lays_out=True,
+    )
 
 
 class _Drawn(LogitsProcessor):
