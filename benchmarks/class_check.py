@@ -113,6 +113,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="sections at a time, each a process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS)
+    )
+    parser.add_argument(
         "--ptx-of", type=int, metavar="80", help="run the PTX that Triton generates for this older compute capability"
     )
     args = parser.parse_args()
@@ -122,10 +125,10 @@ def main() -> int:
     started = time.monotonic()
     # Most of the time goes into compiling, one kernel after the other, so the sections share the GPU.
     context = multiprocessing.get_context("spawn")
-    jobs = min(args.jobs, len(SECTIONS))
-    args.seconds /= math.ceil(len(SECTIONS) / jobs)  # of one section
+    jobs = min(args.jobs, len(args.only))
+    args.seconds /= math.ceil(len(args.only) / jobs)  # of one section
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        results = {name: pool.submit(run_section, name, args) for name in SECTIONS}
+        results = {name: pool.submit(run_section, name, args) for name in args.only}
         for name, result in results.items():
             try:
                 mine, seconds[name] = result.result()

@@ -22,6 +22,8 @@ PRESETS = (
     "wide-llama",
     "wide-qwen3-moe",
     "wide-gpt2",
+    "wide-gemma",
+    "wide-gpt-oss",
     "random:qwen3-0.6b",
     "random:qwen3-1.7b",
     "random:qwen3-4b",

@@ -25,7 +25,7 @@ def test_presets_need_no_torch():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_ships_its_configuration(name):
-    assert preset_config(name)["model_type"] in ("llama", "qwen3", "qwen3_moe", "gpt2", "gemma3_text")
+    assert preset_config(name)["model_type"] in ("llama", "qwen3", "qwen3_moe", "gpt2", "gemma3_text", "gpt_oss")
 
 
 @pytest.mark.parametrize("name", ["random:qwen3-9000b", "tiny-nothing"])
