@@ -270,6 +270,8 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    mask_window: int = 0,
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """``softmax(scale * q @ k.T + mask) @ v`` -> out [B, H, Sq, Dv], logsumexp [B, H, Sq] in the accumulator's dtype.
@@ -283,7 +285,9 @@ def attention(
     mask's dtype, the keys weigh the same, and the logsumexp is some very low number. Without ``with_lse``, None in its place.
 
     The order over the keys counts from the first key that any query of the same (batch, head) can see, so padding on
-    either side changes no bit.
+    either side changes no bit. positions: int64 [B, Sq], and mask_window: with both, the mask hides from a query at position p
+    of its row all keys before position p - mask_window + 1. Then the order counts from position 0 of the row, whether those
+    keys are hidden or not there at all: a token has the same bits at once and decoded.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

@@ -13,7 +13,7 @@ from pytest_batchinv.kernels.reference import accumulator_dtype
 
 ATTENTION_SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, "
-    "float? soft_cap=None, Tensor? sinks=None) -> (Tensor, Tensor)"
+    "float? soft_cap=None, Tensor? sinks=None, Tensor? positions=None, int mask_window=0) -> (Tensor, Tensor)"
 )
 MAX_HEAD_DIM = 512
 
@@ -22,15 +22,19 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[
 
 
 def attention(
-    query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None, with_lse=True
+    query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None, positions=None, mask_window=0, with_lse=True
 ) -> tuple[Tensor, Tensor | None]:
     """``reference.attention`` on the tensors' device; the mask may be one that only broadcasts to [B, H, Sq, Skv].
 
     Raises Refused for head dims above 512. Where Triton compiles no kernel for them, it is :func:`_by_operators`.
     """
     described = describe(query), describe(key), describe(value), describe(mask)
-    attend = _plan_attention(*described, is_causal, scale, soft_cap, sinks is not None, with_lse)
-    return attend(query, key, value, mask, sinks)
+    if positions is not None and (positions.dim() != 2 or mask is None):
+        raise RuntimeError(f"attention: positions are [batch, queries], beside a mask; they are {shape_of(positions)}")
+    attend = _plan_attention(*described, is_causal, scale, soft_cap, sinks is not None, positions is not None, with_lse)
+    if positions is None:
+        return attend(query, key, value, mask, sinks)
+    return attend(query, key, value, mask, sinks, positions=positions, mask_window=mask_window)
 
 
 @plan
@@ -43,6 +47,7 @@ def _plan_attention(
     scale: float,
     soft_cap: float | None,
     has_sinks: bool,
+    has_positions: bool,
     with_lse: bool,
 ) -> Attend:
     head_dim = max(q.shape[-1], v.shape[-1])
@@ -51,15 +56,16 @@ def _plan_attention(
     scores = (*q.shape[:3], k.shape[2])
     expanded = None if mask is None else mask.expand(scores)
     if q.is_cuda and head_dim > (128 if q.dtype == torch.float64 else 256):
-        return lambda q, k, v, mask, sinks: _by_operators(q, k, v, mask, is_causal, scale, soft_cap, sinks, with_lse)
-    if reads_addresses(q) and soft_cap is None and not has_sinks and 0 not in (*q.shape, *k.shape, *v.shape):
+        return lambda q, k, v, mask, sinks, **_: _by_operators(q, k, v, mask, is_causal, scale, soft_cap, sinks, with_lse)
+    is_plain = soft_cap is None and not has_sinks and not has_positions
+    if is_plain and reads_addresses(q) and 0 not in (*q.shape, *k.shape, *v.shape):
         return _plan_launch(q, k, v, expanded, is_causal, scale, with_lse)
     options = {"soft_cap": soft_cap, "with_lse": with_lse}
     kernel = kernel_set(q).attention
 
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, **places: Any):
         mask = None if mask is None else mask.expand(scores)
-        return kernel(q, k, v, mask, is_causal, scale, sinks=sinks, **options)
+        return kernel(q, k, v, mask, is_causal, scale, sinks=sinks, **places, **options)
 
     return call
 
@@ -118,13 +124,15 @@ def _plan_launch(
     return call
 
 
-def attention_fake(query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None) -> tuple[Tensor, Tensor]:
+def attention_fake(
+    query, key, value, mask, is_causal, scale, soft_cap=None, sinks=None, positions=None, mask_window=0
+) -> tuple[Tensor, Tensor]:
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     return out, query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
 
 
 def attention_setup_context(ctx, inputs, output) -> None:
-    query, key, value, mask, ctx.is_causal, ctx.scale, ctx.soft_cap, sinks = inputs
+    query, key, value, mask, ctx.is_causal, ctx.scale, ctx.soft_cap, sinks, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, mask, sinks, *output)
 
@@ -156,7 +164,7 @@ def attention_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
     """By the kernel; by operators that have gradients themselves where those are asked for, or where it lacks this form."""
     query, key, value, mask, sinks, out, lse = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 8
+        return (None,) * 10
     if torch.is_grad_enabled() or grad_lse is not None or sinks is not None or ctx.soft_cap is not None:
         return _attention_backward_by_operators(ctx, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse)
     if not _has_backward_kernel(query, value, mask):
@@ -164,7 +172,7 @@ def attention_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
     backward = torch.ops.batchinv.attention_backward.default
     wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     grads = backward(grad_out, query, key, value, mask, out, lse, ctx.is_causal, ctx.scale, *wants)
-    return *grads, None, None, None, None, None
+    return *grads, *(None,) * 7
 
 
 def _has_backward_kernel(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -202,7 +210,7 @@ def _attention_backward_by_operators(ctx, grad_out: Tensor, grad_lse: Tensor | N
     if sinks is not None:  # a key that every query sees, whose value is 0
         sink_weights = (sinks.to(wide)[:, None] - lse).exp()
         grad_sinks = -(sink_weights * delta[..., 0]).sum((0, 2)).to(sinks.dtype)
-    return grad_q.to(query.dtype), grad_k.to(key.dtype), grad_v.to(value.dtype), None, None, None, None, grad_sinks
+    return grad_q.to(query.dtype), grad_k.to(key.dtype), grad_v.to(value.dtype), None, None, None, None, grad_sinks, None, None
 
 
 def flash_attention_for_cpu(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):

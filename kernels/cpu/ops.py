@@ -231,9 +231,14 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    mask_window: int = 0,
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """One chain over d, one over the keys; the division by the sum of the weights comes last."""
+    """One chain over d, one over the keys; the division by the sum of the weights comes last.
+
+    A hidden key changes nothing in a chain, so positions are not asked for.
+    """
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
     options = (is_causal, scale, causal_offset, window or 0, soft_cap or 0.0, _arg(sinks))

@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.cache_utils import DynamicLayer
 
 from pytest_batchinv import batch_invariant_mode, check_batch_invariant, check_negative_control
@@ -172,6 +180,26 @@ def test_no_mask_is_made_for_a_causal_prefill(monkeypatch):
         assert masks == []
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     assert [tuple(mask.shape) for mask in masks] == [(2, 1, 40, 40)]
+
+
+def test_our_attention_is_told_how_many_keys_a_window_has_left_behind(monkeypatch):
+    """By the positions of the queries, in layers with a window, where keys may be missing; GPU kernels count keys from them."""
+    subject = TransformersSubject("tiny-gemma", device="cpu", dtype="fp32")  # one layer with a window of 16, one without
+    places = []
+    attend = torch.ops.batchinv.attention
+
+    def noted(*args):
+        places.append((args[0].shape[2], *args[8:]))
+        return attend(*args)
+
+    monkeypatch.setattr(torch.ops.batchinv, "attention", noted)
+    cache = DynamicCache(config=subject.model.config)
+    with torch.no_grad():
+        for tokens in torch.arange(24)[None].split([20, 1, 3], 1):
+            subject.model(input_ids=tokens, past_key_values=cache)
+    told = [(queries, None if at is None else at.tolist(), window) for queries, at, window in places]
+    none = [(n, None, 0) for n in (20, 1, 3)]
+    assert told == [none[0], none[0], (1, [[20]], 16), none[1], (3, [[21, 22, 23]], 16), none[2]]
 
 
 @pytest.mark.parametrize(

@@ -244,16 +244,16 @@ def _lengths(q_starts_ptr, k_starts_ptr, batch, LAYOUT: tl.constexpr):
 
 # What is specialised, strides and alignment of q, k, v and out, changes how they are read and written, and no order of sums.
 @triton.jit(
-    do_not_specialize="n_blocks_m seqlen_q seqlen_k n_packs total_queries page_size window causal_offset".split()
+    do_not_specialize="n_blocks_m seqlen_q seqlen_k n_packs total_queries page_size window causal_offset mask_window".split()
     + "stride_lb stride_lh stride_mb stride_mh stride_mq stride_mk stride_ib stride_ih stride_iq stride_rb stride_rh".split()
-    + "n_ranges stride_pages num_splits splits_per_program".split(),
+    + "stride_positions n_ranges stride_pages num_splits splits_per_program".split(),
     do_not_specialize_on_alignment="mask_ptr intervals_ptr ranges_ptr lse_ptr workspace_ptr".split()
-    + "q_starts_ptr k_starts_ptr pages_ptr sinks_ptr".split(),
+    + "q_starts_ptr k_starts_ptr pages_ptr sinks_ptr positions_ptr".split(),
 )
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, intervals_ptr, ranges_ptr, out_ptr, lse_ptr, workspace_ptr,
-    q_starts_ptr, k_starts_ptr, pages_ptr, sinks_ptr,
-    n_blocks_m, seqlen_q, seqlen_k, n_packs, total_queries, page_size, window, causal_offset,
+    q_starts_ptr, k_starts_ptr, pages_ptr, sinks_ptr, positions_ptr,
+    n_blocks_m, seqlen_q, seqlen_k, n_packs, total_queries, page_size, window, causal_offset, mask_window, stride_positions,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -267,12 +267,14 @@ def _attention_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
     STRIDE_KN: tl.constexpr, STRIDE_VN: tl.constexpr, LAYOUT: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+    POSITIONS: tl.constexpr,
     SPLIT_BLOCKS: tl.constexpr, MANY_CHUNKS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(sm_scale * q @ k.T + mask) @ v for one block of queries of PACK heads that share a key head.
 
-    The keys of a row are counted from its first visible one, in blocks of BLOCK_N. Each block has a softmax of its own:
+    The keys of a row are counted from its first visible one, or with POSITIONS from its first one, seen or not, in blocks of
+    BLOCK_N. Each block has a softmax of its own:
         qk = sm_scale * (q @ k.T), soft-capped, + mask, the product over the head dim ascending; hidden keys are -inf
         m = max(qk); p = exp(qk - m), rounded to v's dtype; [l, acc] = p @ [1, v], the products over the keys ascending
     These are merged in ascending order:
@@ -329,7 +331,11 @@ def _attention_kernel(
 
     if MASK != "none":
         ranges_ptr += batch * stride_rb + (pack_index * PACK).to(tl.int64) * stride_rh
-    first_key = first_visible_key(ranges_ptr, n_ranges, seqlen_k, MASK, CHUNK_BLOCKS * BLOCK_N)
+    before = seqlen_k * 0
+    if POSITIONS:  # keys of the row before the first that its first query sees
+        position = tl.load(positions_ptr + batch * stride_positions)
+        before = (tl.maximum(position + 1 - mask_window, 0) % (CHUNK_BLOCKS * BLOCK_N)).to(tl.int32)
+    first_key = first_visible_key(ranges_ptr, n_ranges, seqlen_k, before, MASK, CHUNK_BLOCKS * BLOCK_N)
     start, full_end, end, has_holes = key_range(
         ranges_ptr, n_ranges, first_key, start_m, seqlen_q, seqlen_k, causal_offset, window,
         PACK, MASK, CAUSAL, WINDOW, BLOCK_M, BLOCK_N,

@@ -31,6 +31,8 @@ class _Options(NamedTuple):
     window: int | None = None
     soft_cap: float | None = None
     page_size: int = 1
+    mask_window: int = 0
+    """Of the mask, where positions are given."""
 
 
 class _Dtypes(NamedTuple):
@@ -41,6 +43,7 @@ class _Dtypes(NamedTuple):
     k_starts: torch.dtype | None = None
     pages: torch.dtype | None = None
     lse: torch.dtype | None = None
+    positions: torch.dtype | None = None
 
 
 class _Heads(NamedTuple):
@@ -84,6 +87,8 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    positions: Tensor | None = None,
+    mask_window: int = 0,
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """``reference.attention`` on the GPU. What the mask hides is found there: nothing waits for it."""
@@ -92,9 +97,9 @@ def attention(
     lse = q.new_empty((B, H, Sq), dtype=accumulator_dtype(q.dtype)) if with_lse else None
     if B * H * Sq == 0:
         return out, lse
-    options = _Options("dense", B, Sq, k.shape[2], is_causal, scale, causal_offset, window, soft_cap)
+    options = _Options("dense", B, Sq, k.shape[2], is_causal, scale, causal_offset, window, soft_cap, 1, mask_window)
     with on_device(q):
-        _run(options, q, k, v, out, lse, mask=mask, sinks=sinks)
+        _run(options, q, k, v, out, lse, mask=mask, sinks=sinks, positions=positions)
     return out, lse
 
 
@@ -140,6 +145,7 @@ def _run(
     q_starts: Tensor | None = None,
     k_starts: Tensor | None = None,
     pages: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> None:
     kernel = _plan(
         options,
@@ -147,12 +153,13 @@ def _run(
         (q.stride(), k.stride(), v.stride()),
         None if mask is None else (mask.dtype, mask.shape, mask.stride()),
         None if pages is None else pages.stride(0),
-        _Dtypes(*[None if x is None else x.dtype for x in (sinks, q_starts, k_starts, pages, lse)]),
+        0 if positions is None or positions.shape[0] == 1 else positions.stride(0),
+        _Dtypes(*[None if x is None else x.dtype for x in (sinks, q_starts, k_starts, pages, lse, positions)]),
         alignment(q, k, v, k if mask is None else mask),
         q.dtype,
         q.device,
     )
-    kernel(q, k, v, out, lse, mask, sinks, q_starts, k_starts, pages)
+    kernel(q, k, v, out, lse, mask, sinks, q_starts, k_starts, pages, positions)
 
 
 def plan_attention(
@@ -169,7 +176,7 @@ def plan_attention(
     """``attention`` of q, k and v like these. mask: dtype, full shape, strides; aligned: the bits of q, k, v and the mask."""
     (B, _, Sq, _), (_, _, Skv, _), _ = shapes
     options = _Options("dense", B, Sq, Skv, is_causal, scale)
-    return _plan(options, shapes, strides, mask, None, _Dtypes(lse=lse_dtype), aligned, dtype, device)
+    return _plan(options, shapes, strides, mask, None, 0, _Dtypes(lse=lse_dtype), aligned, dtype, device)
 
 
 @plan
@@ -179,6 +186,7 @@ def _plan(
     strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     mask: tuple[torch.dtype, torch.Size, tuple[int, ...]] | None,
     stride_pages: int | None,
+    stride_positions: int,
     dtypes: _Dtypes,
     aligned: int,
     dtype: torch.dtype,
@@ -193,11 +201,13 @@ def _plan(
     group = heads.heads // heads.key_heads
     pack = group if range_strides.mask_head == 0 else 1
     n_packs = heads.heads // pack
-    tile, splits, many_chunks = _tile_and_splits(options, heads, pack, mask_kind, dtype, device)
+    # Keys may be counted from one that is not there.
+    counts_before = mask_kind == "additive" or dtypes.positions is not None
+    tile, splits, many_chunks = _tile_and_splits(options, heads, pack, mask_kind != "none", counts_before, dtype, device)
     n_blocks_m = ceil_div(options.max_seqlen_q * pack, tile.block_m)
     numbers = (
         *(n_blocks_m, options.max_seqlen_q, options.max_seqlen_k, n_packs, layout.total_queries),
-        *(options.page_size, options.window or 0, options.causal_offset),
+        *(options.page_size, options.window or 0, options.causal_offset, options.mask_window, stride_positions),
         *(*layout.q, *layout.k, *layout.v, *layout.out, *range_strides),
         *(stride_pages or 0, splits.stored, splits.splits_per_program),
         *(float(options.sm_scale), options.soft_cap or 0.0),
@@ -208,6 +218,7 @@ def _plan(
     constants = (
         *(heads.head_dim, heads.head_dim_v, group, pack, stride_kn, stride_vn, options.layout, mask_kind),
         *(options.is_causal, options.window is not None, options.soft_cap is not None, has_sinks, has_lse),
+        dtypes.positions is not None,
         *(splits.split_blocks, many_chunks, acc, tile.block_m, tile.block_n),
         *(max(16, next_power_of_2(heads.head_dim)), max(16, next_power_of_2(heads.head_dim_v))),
     )
@@ -247,16 +258,18 @@ def _layout(options: _Options, shapes: Sequence[tuple[int, ...]], strides: Seque
 
 
 def _tile_and_splits(
-    options: _Options, heads: _Heads, pack: int, mask_kind: str, dtype: torch.dtype, device: torch.device
+    options: _Options, heads: _Heads, pack: int, has_mask: bool, counts_before: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tile, Splits, bool]:
-    """The tile, the splits, and whether a program may see more than one chunk of keys."""
-    rows, has_mask = options.max_seqlen_q * pack, mask_kind != "none"
+    """The tile, the splits, and whether a program may see more than one chunk of keys.
+
+    counts_before: whether the first chunk may begin before the first key.
+    """
+    rows = options.max_seqlen_q * pack
     size = (dtype, max(heads.head_dim, heads.head_dim_v), rows, device, has_mask)
     tile, splits = attention_tile(*size), Splits(0, 1, 1)
     n_blocks_m = ceil_div(rows, tile.block_m)
     programs = n_blocks_m * (heads.heads // pack) * options.batch
-    # With an additive mask the first chunk may begin before the first key.
-    n_key_blocks = ceil_div(options.max_seqlen_k, tile.block_n) + (CHUNK_BLOCKS.value if mask_kind == "additive" else 0)
+    n_key_blocks = ceil_div(options.max_seqlen_k, tile.block_n) + (CHUNK_BLOCKS.value if counts_before else 0)
     if n_blocks_m == 1:
         multiprocessors = device_of(device).multiprocessors
         splits = num_splits_heuristic(programs, n_key_blocks, multiprocessors)
@@ -320,12 +333,13 @@ class _Attention:
         q_starts: Tensor | None = None,
         k_starts: Tensor | None = None,
         pages: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         intervals = ranges = workspace = None
         if self._ranges is not None:
             mask, intervals, ranges = self._ranges(mask)
         if self._merge is not None:
             workspace = self._merge.workspace(q)
-        self._launch(q, k, v, mask, intervals, ranges, out, lse, workspace, q_starts, k_starts, pages, sinks)
+        self._launch(q, k, v, mask, intervals, ranges, out, lse, workspace, q_starts, k_starts, pages, sinks, positions)
         if self._merge is not None:
             self._merge(workspace, sinks, out, lse)

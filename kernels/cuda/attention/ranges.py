@@ -69,10 +69,10 @@ def _ranges_kernel(
 
 
 @triton.jit
-def first_visible_key(ranges_ptr, n_ranges, seqlen_k, MASK: tl.constexpr, CHUNK_N: tl.constexpr):
-    """The key from which those of a (batch, head) are counted.
+def first_visible_key(ranges_ptr, n_ranges, seqlen_k, before, MASK: tl.constexpr, CHUNK_N: tl.constexpr):
+    """The key from which those of a (batch, head) are counted: so many before the first visible one.
 
-    With an additive mask it is the last one at or before key 0 that is a multiple of CHUNK_N before the first visible key.
+    With an additive mask it is the last one at or before key 0 that is a multiple of CHUNK_N before that key.
     """
     first_key = tl.minimum(seqlen_k, 0)
     if MASK != "none":
@@ -81,6 +81,7 @@ def first_visible_key(ranges_ptr, n_ranges, seqlen_k, MASK: tl.constexpr, CHUNK_
             offs = i + tl.arange(0, 128)
             begin = tl.load(ranges_ptr + offs * 5, mask=offs < n_ranges, other=seqlen_k)
             first_key = tl.minimum(first_key, tl.min(begin, 0))
+        first_key -= before
         if MASK == "additive":
             first_key = first_key - tl.cdiv(first_key, CHUNK_N) * CHUNK_N
     return first_key
@@ -97,9 +98,7 @@ def key_range(
     No query sees a key before start or from end on; start is in step with first_key. Every query sees every key from start
     to full_end. has_holes: a query does not see all of its own interval, as far as a boolean mask tells.
     """
-    start = first_key
-    if MASK == "additive":
-        start += -first_key // BLOCK_N * BLOCK_N  # there is no key before key 0
+    start = first_key + tl.maximum(-first_key, 0) // BLOCK_N * BLOCK_N  # there is no key before key 0
     end = seqlen_k
     full_end = seqlen_k
     has_holes = True

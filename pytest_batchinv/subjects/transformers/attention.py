@@ -31,7 +31,6 @@ _SHORTEST = 24
 _NO_MATTER = {
     *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
     "num_items_in_batch",
-    "sliding_window",  # it is in the mask, too
 }
 """Keywords of transformers that change nothing of what attention computes. Any other one that a model gives does."""
 
@@ -89,13 +88,16 @@ def attention_forward(
     packing: Packing | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The contract of transformers: query, key and value [B, heads, tokens, D]; returns [B, tokens, heads, D].
 
     Key heads are not repeated: the operator maps query heads to key heads itself. softcap: scores s become
     ``softcap * tanh(s / softcap)``; s_aux: sinks [heads]. packing: given by the subject for a sequence of packed
-    rows, which are unpacked here, since the operator counts keys from the start of a sequence.
+    rows, which are unpacked here, since the operator counts keys from the start of a sequence. sliding_window: it is in the
+    mask; with position_ids it tells how many keys of a row are hidden, or dropped by a cache, before the first that is seen.
     """
     _refuse_uncovered(dropout, kwargs)
     if packing is not None:
@@ -104,18 +106,35 @@ def attention_forward(
         mask = _unpack_mask(attention_mask, columns)
         out, _ = attention_forward(module, *unpacked, mask, scaling, softcap=softcap, s_aux=s_aux)
         return out.flatten(0, 1)[slots][None], None
-    mask = causal = None
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        # A single query is the last one: it sees every key.
-        causal = causal and query.shape[2] > 1
-    else:
-        additive = attention_mask.dtype != torch.bool
-        mask = attention_mask.to(query.dtype) if additive else attention_mask
+    is_whole = query.shape[2] == key.shape[2]  # no key is missing
+    positions = None if is_whole or position_ids is None or position_ids.dim() != 2 else position_ids
+    if attention_mask is None and is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    return _attend(query, key, value, attention_mask, is_causal, scaling, softcap, s_aux, sliding_window, positions), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    window: int | None,
+    positions: Tensor | None,
+) -> Tensor:
+    """[B, tokens, heads, D]. positions: int64 [B, tokens], where keys may be missing before those that are seen."""
+    # A single query is the last one: it sees every key.
+    causal = mask is None and bool(is_causal) and query.shape[2] > 1
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    places = (positions, window) if window and mask is not None and positions is not None else (None, 0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sinks = None if s_aux is None else s_aux.to(query.dtype)
-    out, _ = torch.ops.batchinv.attention(query, key, value, mask, bool(causal), scale, softcap, sinks)
-    return out.transpose(1, 2).contiguous(), None
+    sinks = None if sinks is None else sinks.to(query.dtype)
+    out, _ = torch.ops.batchinv.attention(query, key, value, mask, causal, scale, softcap, sinks, *places)
+    return out.transpose(1, 2).contiguous()
 
 
 def paged_attention_forward(
@@ -129,6 +148,7 @@ def paged_attention_forward(
     cache: Any = None,
     cu_seq_lens_q: Tensor | None = None,
     sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
@@ -151,7 +171,8 @@ def paged_attention_forward(
     if sliding_window:
         visible &= keys > last - sliding_window
     unpacked = (_unpack(query, q_rows), _unpack(key, k_rows), _unpack(value, k_rows))
-    out, _ = attention_forward(module, *unpacked, visible[:, None], scaling, softcap=softcap, s_aux=s_aux)
+    positions = None if position_ids is None else position_ids[0][q_rows.clamp(min=0)]
+    out = _attend(*unpacked, visible[:, None], None, scaling, softcap, s_aux, sliding_window, positions)
     return out[q_rows >= 0][None], None
 
 
