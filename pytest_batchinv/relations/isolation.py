@@ -30,7 +30,7 @@ class Isolation(Relation):
             return "a batch of one row has no neighbours"
         if not space.shapes_follow_length:
             return "rows of one length need not have the same shapes here, so no neighbour can be replaced by another one"
-        if space.pool is not None and all(_other(row, space) == row for row in space.palette):
+        if space.pool is not None and all(_other(row, space, 0) == row for row in space.palette):
             return "no two rows of the pool have the same shapes, so no neighbour can be replaced by another one"
         return ""
 
@@ -71,18 +71,18 @@ def _with_other_neighbours(case: BatchShape, space: Space) -> Iterator[tuple[Bat
         for value in (0, 1):
             kept = tuple(p for p in range(len(case)) if p >> bit & 1 == value)
             rows = [row if p in kept else _other(row, space, p) for p, row in enumerate(case.rows)]
-            if kept and tuple(rows) != case.rows:
+            if tuple(rows) != case.rows:
                 yield case.with_rows(*rows), kept
 
 
-def _other(row: Row, space: Space, salt: int = 0) -> Row:
+def _other(row: Row, space: Space, position: int) -> Row:
     """A row of the same shapes and other content: of the pool, or made up, of another magnitude. The row itself where the pool
-    has none."""
+    has none. position: of the row that it replaces, so that equal rows become different ones."""
     if space.pool is None:
-        return Row(row.id + 1000 + salt, row.length, "random" if row.content == "extreme" else "extreme")
+        return Row(row.id + 1000 + position, row.length, "random" if row.content == "extreme" else "extreme")
     shapes = space.alike or space.pool
     others = [i for i, other in enumerate(shapes) if other == shapes[row.id] and i != row.id]
-    return Row(random.Random(f"{row.id} {salt}").choice(others)) if others else row
+    return Row(random.Random(f"{row.id} {position}").choice(others)) if others else row
 
 
 def _at(outputs: RowOutputs, positions: tuple[int, ...]) -> RowOutputs:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from pytest_batchinv.relations import RELATIONS
@@ -265,14 +265,29 @@ def n_rows_of(cases):
     return [len(case) for case in cases]
 
 
+def most_in_isolation(space: Space) -> int:
+    return min(17 if space.pool is None else 65, space.max_rows)
+
+
 @given(spaces() | pools())
 def test_isolation_is_asked_of_a_few_small_batches_that_have_neighbours(space):
-    most = 17 if space.pool is None else 65
-    sizes = n_rows_of(first("S", space))
+    cases, most = first("S", space), most_in_isolation(space)
+    sizes = n_rows_of(cases)
     assert len(sizes) <= 6
-    assert all(2 <= n_rows <= most for n_rows in sizes)
-    if space.max_rows > 1 and space.max_tokens > 1:
-        assert min(sizes) == 2
+    assert all(case.tokens <= 64 * most for case in cases)
+    several = [size for size in space.boundaries() if 2 <= size <= most]
+    assert min(sizes, default=None) == min(several, default=None)
+    if space.pool is None:
+        assert set(sizes) <= set(several)
+    else:
+        assert max(sizes, default=None) == max(several, default=None)
+
+
+@pytest.mark.parametrize("space", [Space((Row(0, 5), Row(1, 9)), max_length=9), Space((Row(0), Row(1)), (1, 1))])
+@pytest.mark.parametrize("n_rows", [2, 16])
+def test_isolation_is_asked_of_drawn_batches_down_to_two_rows(space, n_rows):
+    drawn = RELATIONS["S"].cases(replace(space, max_rows=n_rows)).drawn
+    find(drawn, lambda case: len(case) == n_rows, settings=settings(database=None))
 
 
 @given(spaces() | pools(), st.data())
@@ -280,14 +295,17 @@ def test_each_neighbour_is_replaced_once_by_a_row_of_the_same_shapes_and_other_c
     if min(space.max_rows, space.max_tokens) < 2:
         return
     case = data.draw(RELATIONS["S"].cases(space).drawn)
-    assert 2 <= len(case) <= (17 if space.pool is None else 65)
+    assert 2 <= len(case) <= most_in_isolation(space)
+    assert case.tokens <= 64 * most_in_isolation(space)
 
     def run(shape):
         return RowOutputs(rows=[{"stood": (shape, position)} for position in range(len(shape))])
 
     runs = SimpleNamespace(subject=SimpleNamespace(space=space), run=run)
+    comparisons = [*RELATIONS["S"].sides(runs, case)]
+    assert comparisons == [*RELATIONS["S"].sides(runs, case)]  # a finding is replayed with the same neighbours
     replaced = set()
-    for expected, actual, kept in RELATIONS["S"].sides(runs, case):
+    for expected, actual, kept in comparisons:
         assert [row["stood"] for row in expected] == [(case, position) for position in kept]
         others = {row["stood"][0] for row in actual}
         (other,) = others
@@ -297,6 +315,9 @@ def test_each_neighbour_is_replaced_once_by_a_row_of_the_same_shapes_and_other_c
         for position, (row, instead) in enumerate(zip(case.rows, other.rows, strict=True)):
             assert instead == row if position in kept else alike(space, row, instead)
             replaced |= {(beside, position) for beside in kept if instead != row}
+        if space.pool is None:  # equal neighbours become different ones
+            pairs = [pair for p, pair in enumerate(zip(case.rows, other.rows, strict=True)) if p not in kept]
+            assert len(set(pairs)) == len(pairs)
     everywhere = set(itertools.permutations(range(len(case)), 2))
     assert replaced == {(p, q) for p, q in everywhere if space.pool is None or has_others(space, case.rows[q])}
 
