@@ -15,7 +15,7 @@ from pytest_batchinv.relations import Relation
 from pytest_batchinv.report import message
 from pytest_batchinv.report.record import Finding, Mode, OpCoverage, Record, Verdict, machine
 from pytest_batchinv.search.find import Broken, Search
-from pytest_batchinv.search.runs import Stats, SubjectRuns
+from pytest_batchinv.search.runs import SubjectRuns
 from pytest_batchinv.shapes import BatchShape, chosen_evenly
 from pytest_batchinv.subjects.base import NotRun, Subject
 from pytest_batchinv.subjects.rows import RowsSubject
@@ -121,6 +121,7 @@ def check_negative_control(
     Verdict "caught" with the batch, or "inconclusive" where none is found: then equal verdicts of the mode say little about
     this machine. Raises what the subject raises.
     """
+    __tracebackhide__ = True
     given = _Given("check_negative_control", subject, (relation,), max_examples, seed, None)
     if subject.info.elsewhere:
         raise ValueError(f"{subject.info.name} is computed by {subject.info.device}, where stock_torch() changes nothing")
@@ -148,25 +149,18 @@ class _Given:
         if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
             raise ValueError(f"{who}: max_examples={max_examples!r} is not a whole number from 1 on")
         self.relations = relations.chosen(letters, who)
-        self.runs = SubjectRuns(subject)
+        self.subject = subject
         self.max_examples = max_examples or surrounding.max_examples
         self.seed = surrounding.seed if seed is None else seed
         self.case = case or surrounding.case
         self.case_is_own = case is not None
-
-    def runs_of(self, relation: Relation, obstacle: str) -> SubjectRuns:
-        """Of what the relation runs. The rows alone are remembered for all relations that run the same subject."""
-        subject = self.runs.subject if obstacle else relation.subject_of(self.runs.subject)
-        runs = self.runs if subject is self.runs.subject else SubjectRuns(subject)
-        runs.stats, runs.last = Stats(), None
-        return runs
 
 
 def _all_checked(given: _Given) -> list[Record]:
     __tracebackhide__ = True
     records = []
     for relation in given.relations:
-        if relation.applies(given.runs.subject):
+        if relation.applies(given.subject):
             record, error = _check(given, relation)
             context.current().emit(record)
             if error is not None:
@@ -196,8 +190,8 @@ _OURS = str(Path(__file__).parent)
 
 def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Record, BaseException | None]:
     """One relation: search, diagnosis, record. What was found, or raised, comes back as an error, and is in the record."""
-    obstacle = relation.obstacle(given.runs.subject)
-    runs = given.runs_of(relation, obstacle)
+    obstacle = relation.obstacle(given.subject)
+    runs = SubjectRuns(given.subject if obstacle else relation.subject_of(given.subject))
     search = Search(relation, runs, given.max_examples, given.seed)
     before = counters.hits()
     case = None if control else given.case
@@ -218,7 +212,7 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
     broken = search.broken
     counts, hits = runs.stats.counts(), _grown(before)  # before the diagnosis, which runs the subject again
     notes = _notes(given, case)
-    if runs.subject is not given.runs.subject:
+    if runs.subject is not given.subject:
         notes += runs.subject.notes()
     verdict = _verdict(broken, error, control)
     finding, ops = None, None
@@ -328,8 +322,8 @@ def _case_of(finding: Finding | None, error: BaseException | None, last: BatchSh
 
 
 def _notes(given: _Given, case: BatchShape | None) -> tuple[str, ...]:
-    left_out = (*given.runs.subject.space.left_out, *given.runs.subject.notes())
-    if case is None or not case.pool or case.pool == (now := given.runs.subject.digest()):
+    left_out = (*given.subject.space.left_out, *given.subject.notes())
+    if case is None or not case.pool or case.pool == (now := given.subject.digest()):
         return left_out
     return (
         *left_out,

@@ -52,7 +52,7 @@ _Key = tuple[Subject, Row, int]
 
 
 class SubjectRuns:
-    """Runs of one subject. ``stats`` is replaced for each relation; the rows alone are kept for all of them.
+    """Runs of one subject for the check of one relation.
 
     last: the case that ran last, for the account of an error.
     """

@@ -1,17 +1,26 @@
 """Each relation catches its planted faults, names itself, and leaves what is no fault of its kind alone."""
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 
-from pytest_batchinv import BatchVarianceError, assert_batch_invariant, batch_invariant_mode, check_batch_invariant
+from pytest_batchinv import (
+    BatchVarianceError,
+    assert_batch_invariant,
+    batch_invariant_mode,
+    check_batch_invariant,
+    extensions,
+)
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.mutants.sequences import Sequences
 from pytest_batchinv.plugin.options import RELATIONS as OPTION_WORDS
-from pytest_batchinv.relations import RELATIONS
+from pytest_batchinv.relations import RELATIONS, chosen
 from pytest_batchinv.relations.base import Side
 from pytest_batchinv.shapes import BatchShape, Row, Steps
 from pytest_batchinv.subjects.base import RowOutputs
@@ -111,6 +120,21 @@ def test_relation_x_names_the_operators_that_diverge_in_place_ones_too():
     ) as caught:
         assert_batch_invariant(fn, pool, relations=("X",), max_examples=1)
     assert caught.value.finding.sections[0].title == "operators"
+
+
+def test_relations_of_other_packages_come_after_ours_and_take_none_of_our_letters(monkeypatch):
+    class Again(type(RELATIONS["R"])):
+        letter = "W"
+
+    entries = {"W": EntryPoint("W", "a_package:Again", extensions.RELATIONS)}
+    monkeypatch.setitem(sys.modules, "a_package", SimpleNamespace(Again=Again))
+    monkeypatch.setattr(extensions, "found", {extensions.RELATIONS: entries}.get)
+    assert [relation.letter for relation in chosen(("W", "I", "R"), "a test")] == ["R", "I", "W"]
+    with pytest.raises(ValueError, match=r"a test checks the relations R .*, X \(.*\), W; not Z$"):
+        chosen(("W", "Z"), "a test")
+    entries["I"] = EntryPoint("I", "a_package:Again", extensions.RELATIONS)
+    with pytest.raises(ValueError, match="gives 'I' in pytest_batchinv.relations, which pytest-batchinv has itself"):
+        chosen(("W",), "a test")
 
 
 # --- what a relation says before it runs anything, and after it found something ----------------------------------------

@@ -1,7 +1,9 @@
 """The search finds what is cheap to find, whatever the seed, and says what it covered. The mode is off here."""
 
 import itertools
+import math
 from dataclasses import replace
+from datetime import timedelta
 
 import hypothesis
 import msgspec
@@ -10,12 +12,17 @@ import torch
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
-from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_batch_invariant
+from pytest_batchinv import BatchVarianceError, assert_batch_invariant, check_batch_invariant, context
+from pytest_batchinv.compare import first_row_that_differs
 from pytest_batchinv.mutants import rows as planted
+from pytest_batchinv.mutants.sequences import Sequences
+from pytest_batchinv.relations import RELATIONS, Comparison
+from pytest_batchinv.search import runs as search_runs
 from pytest_batchinv.search import strategies, sweep
+from pytest_batchinv.search.runs import SubjectRuns
 from pytest_batchinv.search.shrink import smallest
 from pytest_batchinv.shapes import LAYOUTS, BatchShape, Row, Steps, of_rows
-from pytest_batchinv.subjects.base import Space
+from pytest_batchinv.subjects.base import RowOutputs, Space, Subject, SubjectInfo
 from pytest_batchinv.subjects.rows import RowsSubject
 
 POOLS = (4, 20, 40, 150, 320)
@@ -202,9 +209,13 @@ def test_a_seed_draws_the_same_batches_and_another_seed_others():
     assert batches_of(1) == batches_of(1) != batches_of(2)
 
 
-def test_a_failure_is_kept_for_its_own_subject_and_replayed_first(database, monkeypatch):
+def without_a_sweep(monkeypatch):
     monkeypatch.setattr(sweep, "boundary_cases", lambda space: [of_rows([0])])
     monkeypatch.setattr(sweep, "covering", lambda space: [])
+
+
+def test_a_failure_is_kept_for_its_own_subject_and_replayed_first(database, monkeypatch):
+    without_a_sweep(monkeypatch)
 
     def fails_at_once(name):
         fn, pool = planted.from_size(20, 12)
@@ -221,6 +232,34 @@ def test_a_failure_is_kept_for_its_own_subject_and_replayed_first(database, monk
         check_batch_invariant(RowsSubject(fn, [pool], name="rare"), ("I",), max_examples=500)
     assert fails_at_once("rare")
     assert not fails_at_once("another subject")
+
+
+def test_a_failure_that_is_mended_is_kept_no_longer(database, monkeypatch):
+    without_a_sweep(monkeypatch)
+    fn, pool = planted.from_size(20, 12)
+    with pytest.raises(BatchVarianceError):
+        check_batch_invariant(RowsSubject(fn, [pool], name="it"), ("I",), max_examples=500)
+    assert any(database.data.values())
+    check_batch_invariant(RowsSubject(planted.invariant, [pool], name="it"), ("I",), max_examples=9)
+    assert not any(database.data.values())
+
+
+def test_with_a_seed_no_failure_is_kept_or_replayed(database, monkeypatch):
+    without_a_sweep(monkeypatch)
+    fn, pool = planted.from_size(20, 12)
+    subject = RowsSubject(fn, [pool], name="it")
+    with pytest.raises(BatchVarianceError):
+        check_batch_invariant(subject, ("I",), max_examples=500, seed=0)
+    assert not any(database.data.values())
+    with pytest.raises(BatchVarianceError):
+        check_batch_invariant(subject, ("I",), max_examples=500)
+    check_batch_invariant(subject, ("I",), max_examples=1, seed=0)  # the first batch of this seed does not fail
+
+
+def test_a_profile_with_a_deadline_and_health_checks_changes_nothing(database):
+    hypothesis.settings.register_profile("strict", deadline=timedelta(microseconds=1), suppress_health_check=())
+    hypothesis.settings.load_profile("strict")
+    check_batch_invariant(RowsSubject(planted.invariant, [planted.pool()]), ("I",), max_examples=5)
 
 
 # --- the smallest case ------------------------------------------------------------------------------------------------
@@ -284,6 +323,52 @@ def test_only_what_a_failure_needs_is_left_of_its_case(case, fails, expected):
     assert smallest(case, fails) == expected
 
 
+def test_bits_that_differ_are_made_small_by_batches_whose_bits_differ():
+    """The boundaries of the sweep hold 14 and not 11; the search for a smaller batch comes by 11 rows."""
+
+    def fn(x):
+        if len(x) == 11:
+            return x.double()
+        return planted.one_ulp_up(x) if len(x) >= 14 else x
+
+    error = caught(lambda: (fn, planted.pool()))
+    assert (error.record.verdict, len(error.shape)) == ("differs", 14)
+
+
+@pytest.mark.parametrize(
+    "letter, words, fault, expected",
+    [
+        (
+            "I",
+            {"layouts": ("right", "packed"), "max_tokens": 310},
+            lambda forward: len(forward.case) > 1 and forward.case.layout == "packed",
+            BatchShape((Row(0),) * 2, "packed"),
+        ),
+        (
+            "C",
+            {"caches": ("static",)},
+            lambda forward: forward.start > 0,
+            BatchShape((Row(0, 2),), steps=Steps((1,), "static")),
+        ),
+    ],
+    ids=["padded rows have more tokens", "there is no plainer cache"],
+)
+def test_no_batch_is_run_that_the_subject_cannot_run_while_one_is_made_small(letter, words, fault, expected):
+    ran = []
+
+    class Spy(Sequences):
+        def run(self, case, observer=None):
+            ran.append(case)
+            return super().run(case, observer)
+
+    subject = Spy(fault)
+    subject.space = replace(subject.space, **words)
+    with pytest.raises(BatchVarianceError) as caught:
+        check_batch_invariant(subject, (letter,), max_examples=1)
+    assert caught.value.shape == expected
+    assert all(subject.space.fits(case) and not subject.space.holds(case) for case in ran)
+
+
 def test_a_smaller_case_that_raises_is_no_smaller_form_of_the_finding():
     found = []
 
@@ -314,7 +399,7 @@ def test_a_case_that_cannot_be_made_small_in_time_stays_what_it_was():
 # --- how much is run --------------------------------------------------------------------------------------------------
 
 
-def test_a_row_is_run_alone_once_for_all_relations():
+def test_a_row_is_run_alone_once():
     alone = []
 
     def spy(x):
@@ -335,3 +420,146 @@ def test_what_is_counted_is_what_was_compared():
     assert counts.compared_bytes == counts.rows * planted.N_COLS * 4
     assert counts.forwards == counts.examples + 40
     assert torch.tensor(counts.seconds) > 0
+
+
+@pytest.mark.parametrize("letter, asked, drawn", [("I", 7, 7), ("R", 7, 1), ("R", 35, 3)])
+def test_a_search_tells_before_each_case_how_far_it_is(letter, asked, drawn):
+    told = []
+    subject = RowsSubject(planted.invariant, [planted.pool()], name="it")
+    with context.surrounding(context.Context(progress=told.append)):
+        (record,) = check_batch_invariant(subject, (letter,), max_examples=asked)
+    cases = RELATIONS[letter].cases(subject.space)
+    always, then = len(cases.first), sum(len(list(part)) for part in cases.then)
+    phases = [(told.phase, told.done, told.total) for told in told]
+    assert phases == [
+        *(("sweep", done, always) for done in range(always)),
+        *(("sweep", done, 0) for done in range(then)),
+        *(("drawn", done, drawn) for done in range(drawn)),
+    ]
+    assert {(told.subject, told.relation) for told in told} == {("it", letter)}
+    assert [told.rows for told in told[:always]] == [0, *itertools.accumulate(map(len, cases.first[:-1]))]
+    assert told[-1].rows < record.counts.rows
+    assert 0 <= told[0].seconds < told[-1].seconds <= record.counts.seconds
+
+
+# --- what a subject's runs give ---------------------------------------------------------------------------------------
+
+FLOATS = (torch.float32, torch.bfloat16, torch.complex64)
+VALUES = (*FLOATS, torch.float8_e4m3fn, torch.int64, torch.bool)
+
+
+@st.composite
+def outputs_of_a_row(draw, names: tuple[str, ...], alike: bool) -> dict[str, torch.Tensor]:
+    """By name; with NaN in some. alike: of one shape and dtype for each name, so that rows can be stacked."""
+
+    def output(name: str) -> torch.Tensor:
+        dtype = VALUES[hash_of(name) % len(VALUES)] if alike else draw(st.sampled_from(VALUES))
+        shape = ((), (3,), (2, 2))[hash_of(name) % 3] if alike else draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
+        numbers = st.sampled_from([0.0, 1.0, torch.nan] if dtype in FLOATS else [0.0, 1.0])
+        n_values = math.prod(shape)
+        return torch.tensor(draw(st.lists(numbers, min_size=n_values, max_size=n_values))).to(dtype).reshape(shape)
+
+    return {name: output(name) for name in names}
+
+
+def hash_of(name: str) -> int:
+    return sum(map(ord, name))
+
+
+class Scripted(Subject):
+    """Gives the outputs that it was told for each row, and says which batches it was given."""
+
+    info = SubjectInfo("scripted", "function", "cpu", "fp32")
+
+    def __init__(self, table, stacked: bool):
+        self.table, self.stacked, self.space, self.ran = table, stacked, pool_space(len(table)), []
+
+    def run(self, case, observer=None):
+        self.ran.append(case)
+        rows = [self.table[row.id] for row in case.rows]
+        if self.stacked:
+            return RowOutputs({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, shared=self.table[0])
+        return RowOutputs(rows=rows, shared=self.table[0])
+
+
+@st.composite
+def scripted(draw) -> Scripted:
+    names, stacked = tuple(draw(st.sets(st.sampled_from("abcdef"), min_size=1))), draw(st.booleans())
+    table = st.lists(outputs_of_a_row(names, alike=stacked or draw(st.booleans())), min_size=5, max_size=5)
+    return Scripted(draw(table), stacked)
+
+
+cases_of_5_rows = st.builds(
+    lambda ids, first: msgspec.structs.replace(of_rows(ids), first_position=first),
+    st.lists(st.integers(0, 4), min_size=1, max_size=9),
+    st.integers(0, 1),
+)
+
+
+@given(scripted(), scripted(), st.lists(st.tuples(cases_of_5_rows, st.booleans()), min_size=1, max_size=4))
+def test_rows_alone_are_what_the_subject_gives_for_each_and_each_is_run_once_by_itself(one, other, asked):
+    runs = SubjectRuns(one)
+    for case, by_other in asked:
+        subject = other if by_other else one
+        alone = runs.alone(case, subject) if by_other else runs.alone(case)
+        assert first_row_that_differs(RowOutputs(rows=[subject.table[row.id] for row in case.rows]), alone) is None
+        assert not alone.shared  # which belongs to one batch
+        runs.forget_most()
+    for subject, by_other in ((one, False), (other, True)):
+        wanted = {case.alone(p) for case, by in asked if by == by_other for p in range(len(case))}
+        assert len(subject.ran) == len(wanted) and set(subject.ran) == wanted
+    assert runs.stats.forwards == len(one.ran) + len(other.ran)
+    assert runs.last in {*one.ran, *other.ran}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_rows_alone_with_scales_of_their_own_stay_apart():
+    rows = [{"a": torch.quantize_per_tensor(torch.ones(1, 3), scale, 0, torch.qint8)} for scale in (0.5, 0.25)]
+
+    class Quantised(Scripted):
+        def run(self, case, observer=None):
+            return RowOutputs(self.table[case.rows[0].id])
+
+    alone = SubjectRuns(Quantised(rows, stacked=True)).alone(of_rows([1, 0]))
+    assert [row["a"].q_scale() for row in alone] == [0.25, 0.5]
+
+
+@given(scripted(), cases_of_5_rows)
+def test_rows_with_a_nan_in_any_output_are_counted_and_what_is_compared_too(subject, case):
+    runs = SubjectRuns(subject)
+    assert runs.compare(Comparison(runs.alone(case), runs.run(case))) is None
+    rows = [[output for output in subject.table[row.id].values()] for row in case.rows]
+    assert runs.stats.nan_rows == sum(any(x.dtype in FLOATS and bool(x.isnan().any()) for x in row) for row in rows)
+    assert runs.stats.compared_bytes == sum(x.nbytes for row in rows for x in row)
+
+
+def test_a_difference_stands_at_its_position_in_the_case():
+    table = [{"a": torch.tensor([float(i)])} for i in range(5)]
+    runs = SubjectRuns(Scripted(table, stacked=True))
+    one, other = runs.run(of_rows([0, 1, 2])), runs.run(of_rows([0, 1, 3]))
+    assert runs.compare(Comparison(one, other)).position == 2
+    assert runs.compare(Comparison(one, other, (4, 5, 7))).position == 7
+    assert runs.compare(Comparison(one, one, (4, 5, 7))) is None
+
+
+def test_rows_alone_that_were_not_asked_for_lately_are_forgotten_between_cases_past_a_bound(monkeypatch):
+    subject = Scripted([{"a": torch.zeros(8)} for _ in range(5)], stacked=True)
+    runs = SubjectRuns(subject)
+
+    def ran(*ids):
+        before = len(subject.ran)
+        runs.alone(of_rows(ids))
+        return [case.rows[0].id for case in subject.ran[before:]]
+
+    monkeypatch.setattr(search_runs, "ALONE_BYTES", 64)  # two rows
+    assert ran(0, 1) == [0, 1]
+    runs.forget_most()
+    assert ran(0) == []
+    assert ran(2, 3) == [2, 3]  # within a case nothing is forgotten
+    assert ran(1) == []
+    runs.forget_most()
+    assert ran(3, 1) == []
+    assert ran(0, 2) == [0, 2]
+    monkeypatch.setattr(search_runs, "ALONE_BYTES", 8)  # less than one row
+    runs.forget_most()
+    assert ran(2) == []

@@ -3,7 +3,8 @@
 import itertools
 import re
 import warnings
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -20,6 +21,7 @@ from pytest_batchinv import (
     check_negative_control,
     context,
 )
+from pytest_batchinv.check import UnverifiedError, check_engine
 from pytest_batchinv.diagnose import account, coverage
 from pytest_batchinv.kernels.aten.common import Refused
 from pytest_batchinv.mode import ModeError, stock_torch
@@ -136,6 +138,15 @@ def test_a_check_in_which_no_batch_could_run_is_no_pass(emitted):
     with pytest.raises(NotRun, match="no batch could run, so nothing was compared: out of memory"):
         assert_batch_invariant(no_memory, POOL)
     assert [record.verdict for record in emitted] == ["not_run"]
+
+
+def test_where_no_batch_could_run_the_first_reason_is_told():
+    def no_memory(x):
+        raise NotRun(f"out of memory for {len(x)} rows")
+
+    for case in (None, of_rows([0])):
+        with pytest.raises(NotRun, match="no batch could run, so nothing was compared: out of memory for 1 rows"):
+            assert_batch_invariant(no_memory, POOL, case=case)
 
 
 def test_batches_that_could_not_run_are_recorded_and_the_check_goes_on():
@@ -258,6 +269,40 @@ def test_operators_that_ran_past_the_table_make_equal_bits_prove_nothing(emitted
     assert emitted[0].verdict == "error"
 
 
+@pytest.mark.parametrize(
+    "ops, says",
+    [
+        (OpCoverage({"aten::mm": 3}, ("aten::add",)), ""),
+        (OpCoverage({}, (), ("aten::a", "aten::b")), "aten::a, aten::b ran, .*: docs/coverage.md says"),
+        (OpCoverage({}, (), ("aten::a",), not_scanned="scan it first"), "aten::a ran, .*: scan it first."),
+        (OpCoverage(error="RuntimeError: planted"), r"it is not known which operators ran \(RuntimeError: planted\)"),
+    ],
+    ids=["none", "some", "not scanned", "not known"],
+)
+def test_strict_refuses_what_nobody_vouches_for_and_says_what_to_do(emitted, monkeypatch, ops, says):
+    monkeypatch.setattr(coverage, "op_coverage", lambda *_: ops)
+    with batch_invariant_mode(), context.surrounding(context.Context(strict=True, emit=emitted.append)):
+        with pytest.raises(UnverifiedError, match=says) if says else nullcontext():
+            assert_batch_invariant(planted.invariant, POOL, relations=("R",), max_examples=1)
+    assert [(record.verdict, record.ops) for record in emitted] == [("error" if says else "equal", ops)]
+
+
+def test_operators_are_asked_for_of_one_row_too_but_neither_after_an_error_nor_elsewhere(emitted):
+    def alone_otherwise(x):
+        return torch.erfinv(x.tanh()) if len(x) == 1 else x.tanh()
+
+    elsewhere = subject(planted.invariant)
+    elsewhere.info = SubjectInfo("far", "function", "a server", "fp32", elsewhere=True)
+    with batch_invariant_mode():
+        check_batch_invariant(subject(alone_otherwise), ("R",), max_examples=1)
+        check_batch_invariant(elsewhere, ("R",), max_examples=1)
+        with pytest.raises(RuntimeError):
+            check_batch_invariant(subject(from_5_rows(RuntimeError("planted"))), ("R",))
+    asked, not_here, failed = [record.ops for record in emitted]
+    assert "aten::erfinv" in {*asked.covered, *asked.row_local, *asked.unverified}
+    assert not_here is failed is None
+
+
 def test_an_own_kernel_without_a_covered_operator_is_equal_in_the_mode():
     with batch_invariant_mode():
         record = assert_batch_invariant(planted.invariant, POOL, max_examples=3)
@@ -299,12 +344,6 @@ def test_a_control_whose_subject_breaks_is_an_error_and_not_inconclusive(emitted
     with pytest.raises(RuntimeError, match="planted"):
         check_negative_control(subject(from_5_rows(RuntimeError("planted"))))
     assert emitted[0].verdict == "error"
-
-
-def test_the_error_of_a_control_shows_the_frames_of_the_user_alone():
-    with pytest.raises(RuntimeError, match="planted") as caught:
-        check_negative_control(subject(from_5_rows(RuntimeError("planted"))))
-    assert [Path(str(entry.path)).name for entry in caught.traceback][-1] == Path(__file__).name
 
 
 def test_a_control_of_what_another_process_computes_is_refused_with_the_reason():
@@ -374,6 +413,29 @@ def test_the_case_of_the_surroundings_is_run_and_one_that_does_not_fit_is_left_o
         assert_batch_invariant(planted.invariant, POOL, case=of_rows([20]))
 
 
+def test_a_control_searches_whatever_case_the_surroundings_give(emitted):
+    with context.surrounding(context.Context(case=of_rows([0]), emit=emitted.append)):
+        fn, pool = planted.from_size(9)
+        check_negative_control(subject(fn, pool))
+    assert [(record.verdict, record.replayed, record.finding.n_rows) for record in emitted] == [("caught", False, 9)]
+
+
+def test_a_record_has_the_notes_of_the_subject_and_of_what_the_relation_made_of_it():
+    class Noting(RowsSubject):
+        def __init__(self, note):
+            super().__init__(planted.invariant, [POOL])
+            self.note, self.space = note, replace(self.space, left_out=("left out",))
+
+        def notes(self):
+            return (self.note,)
+
+        def with_gradients(self):
+            return Noting("of its gradients")
+
+    records = check_batch_invariant(Noting("of itself"), ("R", "G"), max_examples=1)
+    assert [record.notes for record in records] == [("left out", "of itself"), ("left out", "of itself", "of its gradients")]
+
+
 def test_a_replay_on_other_rows_says_so():
     fn, pool = planted.from_size(2)
     with pytest.raises(BatchVarianceError) as caught:
@@ -403,21 +465,48 @@ def test_the_message_names_relation_row_values_sizes_mode_and_replay(monkeypatch
     assert text.endswith("'tests/test_x.py::test_a[tiny 1]'")
 
 
-def test_a_users_error_shows_the_users_frames_and_none_of_ours():
+CHECKS = [
+    lambda fn, **words: assert_batch_invariant(fn, POOL, **words),
+    lambda fn, **words: check_batch_invariant(subject(fn), **words),
+    lambda fn, **words: check_engine(subject(fn), **words),
+    lambda fn: check_negative_control(subject(fn)),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_users_error_shows_the_users_frames_and_none_of_ours(check):
     with pytest.raises(RuntimeError) as caught:
-        assert_batch_invariant(from_5_rows(RuntimeError("planted")), POOL)
+        check(from_5_rows(RuntimeError("planted")))
     files = [entry.path.name for entry in caught.traceback if entry.frame.f_globals["__name__"].startswith("pytest_batchinv")]
     shown = [entry for entry in caught.traceback if not entry.ishidden(caught)]
     assert set(files) <= {"check.py"}
-    assert [entry.path.name for entry in shown] == ["test_verdicts.py", "test_verdicts.py"]
+    assert [entry.path.name for entry in shown] == ["test_verdicts.py"] * 3  # the test, its lambda, the function
+
+
+def test_an_error_of_our_own_shows_where_it_was_raised():
+    with pytest.raises(NotRun) as caught:
+        assert_batch_invariant(planted.invariant, POOL, case=of_rows([20]))
+    files = [entry.path.name for entry in caught.traceback]
+    assert (files[0], files[-1]) == ("test_verdicts.py", "find.py")
+
+
+def test_the_name_of_the_check_up_to_0_1_is_the_check(emitted):
+    records = check_engine(subject(planted.invariant), max_examples=1)
+    assert [record.relation for record in records] == ["R", "I"]
+    assert records[1].counts.examples < check_engine(subject(planted.invariant), relations=("I",))[0].counts.examples
+    (record,) = check_engine(subject(planted.invariant), relations=("I",), shape=of_rows([4, 2]))
+    assert (record.replayed, record.counts.rows) == (True, 2)
 
 
 # --- what was asked for -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("relations", [("Q",), (), ("R", "Z"), ("N",)])
-def test_an_unknown_relation_is_refused_with_the_right_ones(relations):
-    with pytest.raises(ValueError, match=r"assert_batch_invariant checks the relations R \(run to run\), S \(.*\), I"):
+@pytest.mark.parametrize(
+    "relations, wrong", [(("Q",), "Q"), ((), "none at all"), (("R", "Z", "Q"), "Q, Z"), (("N",), "N")], ids=repr
+)
+def test_an_unknown_relation_is_refused_with_the_right_ones(relations, wrong):
+    right = r"assert_batch_invariant checks the relations R \(run to run\), S \(.*\), I"
+    with pytest.raises(ValueError, match=f"^{right}.*; not {wrong}$"):
         assert_batch_invariant(planted.invariant, POOL, relations=relations)
 
 
@@ -474,8 +563,9 @@ def test_a_function_that_raises_while_its_finding_is_made_small_does_not_hide_th
 def test_an_interrupt_while_a_finding_is_made_small_keeps_the_finding(emitted):
     with pytest.raises(KeyboardInterrupt):
         assert_batch_invariant(varies_from_14_and_raises_at_11(KeyboardInterrupt()), POOL, relations=("I",))
-    assert [record.verdict for record in emitted] == ["differs"]
-    assert emitted[0].finding.n_rows == 14
+    (record,) = emitted
+    assert (record.verdict, record.finding.n_rows) == ("differs", 14)
+    assert record.finding.breakpoints is None and record.finding.sections == ()  # who interrupts waits for no diagnosis
 
 
 def test_a_difference_that_is_not_there_when_the_drawn_batch_is_run_again_is_a_finding(emitted, monkeypatch):
