@@ -80,7 +80,8 @@ def test_what_a_function_raises_is_recorded_with_the_batch_and_raised(emitted, r
     assert caught.value is error
     (record,) = emitted
     assert (record.relation, record.verdict) == (relation, verdict)
-    assert record.error.startswith(type(error).__name__)
+    words = f": {error}" if str(error) else ""
+    assert record.error == f"{type(error).__name__}{words}"
     assert len(BatchShape.from_json(record.case)) >= 5
     assert record.machine["torch"] == torch.__version__
 
@@ -236,6 +237,17 @@ def test_breakpoints_hold_the_failing_size_and_are_exact(size, last):
 # --- what a record holds ----------------------------------------------------------------------------------------------
 
 
+def test_a_record_says_what_was_covered_by_which_seed_and_shows_no_case_where_all_is_equal(emitted):
+    (equal,) = check_batch_invariant(subject(planted.invariant), ("I",), max_examples=1, seed=5)
+    assert (equal.verdict, equal.seed, equal.case, equal.error, equal.finding) == ("equal", 5, "", "", None)
+    assert equal.covered[0] == "all sizes 1-300"
+    fn, pool = planted.from_size(9)
+    with pytest.raises(BatchVarianceError) as caught:
+        check_batch_invariant(subject(fn, pool), ("I",), seed=6)
+    record = caught.value.record
+    assert (record.seed, record.error, record.case) == (6, "", record.finding.case)
+
+
 def test_a_record_says_whether_the_mode_was_on_and_which_operators_ran():
     head = torch.nn.Linear(16, 4)
 
@@ -301,6 +313,7 @@ def test_operators_are_asked_for_of_one_row_too_but_neither_after_an_error_nor_e
     asked, not_here, failed = [record.ops for record in emitted]
     assert "aten::erfinv" in {*asked.covered, *asked.row_local, *asked.unverified}
     assert not_here is failed is None
+    assert [record.mode for record in emitted] == ["on", "elsewhere", "on"]
 
 
 def test_an_own_kernel_without_a_covered_operator_is_equal_in_the_mode():
@@ -396,6 +409,7 @@ def test_a_given_case_is_run_and_nothing_else():
     case = of_rows([4, 2, 4])
     (record,) = check_batch_invariant(subject(fn), ("I",), case=case)
     assert (record.replayed, record.counts.examples, record.counts.rows) == (True, 1, 3)
+    assert record.covered == ("the one batch that was given",)
     assert sorted(seen) == [[2], [4], [4, 2, 4]]
 
 
