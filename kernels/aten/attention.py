@@ -31,7 +31,8 @@ def attention(
     described = describe(query), describe(key), describe(value), describe(mask)
     if positions is not None and (positions.dim() != 2 or mask is None):
         raise RuntimeError(f"attention: positions are [batch, queries], beside a mask; they are {shape_of(positions)}")
-    attend = _plan_attention(*described, is_causal, scale, soft_cap, sinks is not None, positions is not None, with_lse)
+    how = {"has_sinks": sinks is not None, "has_positions": positions is not None, "with_lse": with_lse}
+    attend = _plan_attention(*described, is_causal, scale, soft_cap, **how)
     if positions is None:
         return attend(query, key, value, mask, sinks)
     return attend(query, key, value, mask, sinks, positions=positions, mask_window=mask_window)
@@ -308,7 +309,8 @@ def _plan_sdpa(
     _check_sdpa(q, k, v, mask, mask_needs_gradient, dropout_p, is_causal, enable_gqa)
     q, k, v = _broadcast(q, k, v, enable_gqa)
     if reads_addresses(q) and q.dim() == 4 and (mask is None or mask.dim() <= 4 and mask.dtype in (torch.bool, q.dtype)):
-        attend = _plan_attention(q, k, v, mask, is_causal, _scale(q, scale), None, False, False)
+        how = {"soft_cap": None, "has_sinks": False, "has_positions": False, "with_lse": False}
+        attend = _plan_attention(q, k, v, mask, is_causal, _scale(q, scale), **how)
         return lambda q, k, v, mask: attend(q, k, v, mask, None)[0]
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

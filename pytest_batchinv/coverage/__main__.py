@@ -31,26 +31,35 @@ def main(arguments: list[str] | None = None) -> int:
     if options.again and not (options.cells and options.cells.exists()):
         print("--again needs --cells with the file of a whole scan, to put what it finds in its place", file=sys.stderr)
         return 2
+    if options.resume and not (options.cells and options.cells.exists()):
+        print("--resume needs --cells with the file of a scan that was interrupted", file=sys.stderr)
+        return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU here that torch can use; scan the CPU with --device cpu", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
+        signal.signal(number, signal.default_int_handler)
+    before = _kept(options.cells) if options.resume else None
     start = time.monotonic()
     tell = _told(start) if not options.quiet else lambda line: None
     try:
         wanted = options.again or options.only
-        found = scan.scan(options.device, options.dtypes, options.threads, wanted, tell, options.jobs)
+        found = scan.scan(options.device, options.dtypes, options.threads, wanted, tell, options.jobs, before)
     except MissingPackage as error:
         print(error, file=sys.stderr)
         return 2
     if options.again:
-        kept = msgspec.json.decode(options.cells.read_bytes(), type=states.Found)
+        kept = _kept(options.cells)
         kept = kept.without(scan.sources(options.again))
         kept.add(found)
         found = kept
     if options.cells:
         options.cells.write_bytes(msgspec.json.encode(found))
     return _finished(found, options, time.monotonic() - start)
+
+
+def _kept(path: Path) -> states.Found:
+    return msgspec.json.decode(path.read_bytes(), type=states.Found)
 
 
 def _finished(found: states.Found, options: argparse.Namespace, seconds: float) -> int:
@@ -98,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that measure; they share one GPU")
     parser.add_argument("--out", type=Path, metavar="PATH", help="write the data here, and no document")
     parser.add_argument("--cells", type=Path, metavar="PATH", help="write what every call showed, too")
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted scan whose calls are in --cells")
     parser.add_argument("--quiet", action="store_true", help="tell nothing on the way")
     parser.add_argument("--document", action="store_true", help="write docs/coverage.md from the stored data, and scan nothing")
     parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="say what changed between two files of data")

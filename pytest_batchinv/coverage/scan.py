@@ -41,6 +41,7 @@ SECONDS_FOR_ONE = 90
 
 Tell = Callable[[str], None]
 _Key = tuple[str, str, str]  # operator, dtype, signature
+_INTERRUPTED = "interrupted"
 
 
 class Walk:
@@ -162,14 +163,16 @@ def scan(
     wanted: Iterable[str] = (),
     tell: Tell = lambda line: None,
     jobs: int = 1,
+    found: Found | None = None,
 ) -> Found:
     """Every source, or those whose names are wanted, in so many processes. One that ends, or hangs, is started again.
 
-    An interrupt ends it early, and is named in ``not_run``.
+    An interrupt ends it early, and is named in ``not_run``. found: of a scan that was interrupted, which goes on.
     """
-    found = Found()
+    found = found or Found()
+    found.not_run = [entry for entry in found.not_run if entry[0] != _INTERRUPTED]
     every = sources(wanted)
-    left = list(reversed(every))
+    left = [source for source in reversed(every) if source not in set(found.done)]
     at_work: list[tuple[_Worker, str, int]] = []  # the process, its source, how often that ended a process
     idle: list[_Worker] = []
     try:
@@ -189,6 +192,7 @@ def scan(
                         continue
                     idle.append(worker)
                     found.add(done)
+                    found.done.append(name)
                 except _Ended as ended:
                     worker.end()
                     found.add(_of_the_end(ended, name))
@@ -197,11 +201,11 @@ def scan(
                         at_work.append((again := _Worker(device, tuple(dtypes), threads), name, ends + 1))
                         again.begin(name, found)
                         continue
-                n_done = len(every) - len(left) - len(at_work)
-                tell(f"{n_done} of {len(every)}: {name}, {len(found.cells)} calls of operators")
+                    found.done.append(name)
+                tell(f"{len(found.done)} of {len(every)}: {name}, {len(found.cells)} calls of operators")
     except KeyboardInterrupt:  # what was measured stands, and the data says that it is not all
-        n_left = len(left) + len(at_work)
-        found.not_run.append(("interrupted", "", f"the last {n_left} of {len(every)} sources were not run"))
+        n_left = len(set(every).difference(found.done))
+        found.not_run.append((_INTERRUPTED, "", f"{n_left} of {len(every)} sources were not run"))
     finally:
         for worker in (*idle, *(worker for worker, _, _ in at_work)):
             worker.end()

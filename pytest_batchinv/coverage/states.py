@@ -40,13 +40,14 @@ class Found(msgspec.Struct):
     """All that a scan, or a part of it, found.
 
     not_run: sources that gave no sample, or ended the process, and why. seen: calls that need no measuring any more (operator,
-    dtype, signature).
+    dtype, signature). done: the sources that are through.
     """
 
     cells: list[Cell] = []
     functions: list[Function] = []
     not_run: list[tuple[str, str, str]] = []
     seen: list[tuple[str, str, str]] = []
+    done: list[str] = []
 
     def without(self, sources: Iterable[str]) -> Found:
         """All but what these sources gave."""
@@ -55,6 +56,7 @@ class Found(msgspec.Struct):
             cells=[cell for cell in self.cells if cell.source not in dropped],
             functions=[function for function in self.functions if function.source not in dropped],
             not_run=[entry for entry in self.not_run if entry[0] not in dropped],
+            done=[source for source in self.done if source not in dropped],
         )
 
     def add(self, other: Found) -> None:
@@ -62,6 +64,7 @@ class Found(msgspec.Struct):
         self.functions += other.functions
         self.not_run += other.not_run
         self.seen += other.seen
+        self.done += other.done
 
 
 def merged(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:

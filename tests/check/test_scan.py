@@ -3,12 +3,14 @@
 import json
 import sys
 
+import msgspec
 import pytest
 import torch
 
 from pytest_batchinv import assert_batch_invariant, batch_invariant_mode, context
 from pytest_batchinv.check import UnverifiedError
 from pytest_batchinv.coverage import report, samples, scan, states
+from pytest_batchinv.coverage.__main__ import main
 from pytest_batchinv.coverage.calls import Call
 from pytest_batchinv.coverage.measure import measure
 from pytest_batchinv.diagnose import coverage
@@ -200,35 +202,81 @@ def test_the_worst_that_a_call_showed_is_the_state_of_its_cell():
     assert states.merged(cells[:2]) == {"aten::it": {ROW_LOCAL: "fp32"}}
 
 
+class FakeWorker:
+    """In place of a process: what it ``says`` of a source, at once."""
+
+    def __init__(self, *_):
+        pass
+
+    @staticmethod
+    def ready(workers):
+        return workers
+
+    def begin(self, name, account):
+        self.begun.append(name)
+        self.name = name
+
+    def heard(self):
+        return self.says(self.name)
+
+    def end(self):
+        pass
+
+
+def that(source):
+    return states.Found(cells=[states.Cell("aten::that", "fp32", "f", ROW_LOCAL, "", source)])
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_process_that_ends_is_a_result_and_the_scan_goes_on(monkeypatch, jobs):
-    begun = []
+    class Worker(FakeWorker):
+        begun = []
 
-    class Worker(scan._Worker):
-        def __init__(self, *_):
-            pass
-
-        @staticmethod
-        def ready(workers):
-            return workers
-
-        def begin(self, name, account):
-            begun.append(name)
-            self.name = name
-
-        def heard(self):
-            if begun.count(self.name) == 1 and self.name == "also:rfft":
+        def says(self, name):
+            if self.begun.count(name) == 1 and name == "also:rfft":
                 raise scan._Ended("it ended the process (exit code -11)", ("aten::it", "fp32", ""))
-            return states.Found(cells=[states.Cell("aten::that", "fp32", "f", ROW_LOCAL, "", self.name)])
-
-        def end(self):
-            pass
+            return that(name)
 
     monkeypatch.setattr(scan, "_Worker", Worker)
     found = scan.scan("cpu", ("fp32",), THREADS, ("rfft", "multi_dot"), jobs=jobs)
-    assert sorted(begun) == ["also:multi_dot", "also:rfft", "also:rfft"]
+    assert sorted(Worker.begun) == ["also:multi_dot", "also:rfft", "also:rfft"]
     assert {(cell.operator, cell.state) for cell in found.cells} == {("aten::it", scanned.RAISES), ("aten::that", ROW_LOCAL)}
     assert ("aten::it", "fp32", "") in found.seen
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_scan_says_so_and_goes_on_where_it_was(monkeypatch, tmp_path, jobs):
+    """By the file of its calls, as from the command line."""
+    wanted = ("rfft", "multi_dot", "neg", "exp")
+
+    class Worker(FakeWorker):
+        begun, is_interrupted = [], True
+
+        def says(self, name):
+            if self.is_interrupted and len(self.begun) > 2:
+                raise KeyboardInterrupt
+            return that(name)
+
+    monkeypatch.setattr(scan, "_Worker", Worker)
+    cells, out = tmp_path / "cells.json", tmp_path / "scan.json"
+    words = ["--only", ",".join(wanted), "--dtypes", "fp32", "--jobs", str(jobs), "--cells", str(cells), "--out", str(out)]
+    assert main([*words, "--quiet"]) == 0
+    cut = scanned.Scan.from_json(out.read_text())
+    done = msgspec.json.decode(cells.read_bytes(), type=states.Found).done
+    every = scan.sources(wanted)
+    assert 0 < len(done) < len(every)
+    assert cut.not_run == [f"interrupted  {len(every) - len(done)} of {len(every)} sources were not run"]
+    Worker.is_interrupted, Worker.begun = False, []
+    assert main([*words, "--quiet", "--resume"]) == 0
+    assert sorted([*Worker.begun, *done]) == sorted(every)
+    assert scanned.Scan.from_json(out.read_text()).not_run == []
+    kept = msgspec.json.decode(cells.read_bytes(), type=states.Found)
+    assert sorted(cell.source for cell in kept.cells) == sorted(every)
+
+
+def test_to_go_on_with_a_scan_needs_its_calls(tmp_path, capsys):
+    assert main(["--resume", "--cells", str(tmp_path / "none.json")]) == 2
+    assert "--resume needs --cells" in capsys.readouterr().err
 
 
 def test_sources_that_are_scanned_again_take_the_place_of_what_they_gave():
