@@ -30,9 +30,10 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from pytest_batchinv.kernels import cuda, plans, reference, tiles
-from pytest_batchinv.kernels.cuda import matmul, scaled
+from pytest_batchinv.kernels.cuda import implicit_gemm, matmul, scaled
 from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
@@ -407,10 +408,11 @@ def check_scaled(report: Report, clock: Clock, tiny: bool) -> None:
             first = most - M  # the last ones, so that a row has other places in its tile
             some = cuda.scaled_gemm(a[first:], b, scale_a[first:], scale_b, bias, out_dtype)
             report.same("scaled gemm: rows", some, whole[first:], M=M, **where)
-        for block_m in (64, 128):
-            tile = tiles.scaled_tile(block_m, a.device)
+        for block_m, tma in itertools.product((64, 128), {False, tiles.device_of(a.device).has_tma}):
+            tile = tiles.Tile(block_m, 128, 128, block_m // 16, 3, tma)
             with _patched(scaled, "scaled_tile", lambda *args, tile=tile: tile):
-                report.same("scaled gemm: tiles", cuda.scaled_gemm(a, b, scale_a, scale_b, bias, out_dtype), whole, **where)
+                got = cuda.scaled_gemm(a, b, scale_a, scale_b, bias, out_dtype)
+                report.same("scaled gemm: tiles", got, whole, tile=tuple(tile), **where)
         strided = cuda.scaled_gemm(_wider(a), b.contiguous(), scale_a, scale_b, bias, out_dtype)
         report.same("scaled gemm: strides", strided, whole, **where)
         if form == "rows":
@@ -443,6 +445,58 @@ def _check_scaled_groups(report, clock, a, b, scale_a, scale_b, where) -> None:
             want = cuda.scaled_gemm(a[:, start:stop], b[start:stop], *mine, None, dtype)
             report.same("scaled grouped gemm over k: as scaled gemm", got[group], want, end=end, group=group, **where)
             start = stop
+
+
+def _convolution_tiles(dtype: torch.dtype, x: Tensor, terms: int, stride: int) -> list[tiles.Tile]:
+    """Those of products, and boxes for TMA where the operands fit it."""
+    every = [_fitting(tile, x) for tile in tiles.GEMM_TILES[dtype]]
+    if dtype.itemsize == 2 and tiles.device_of(x.device).has_tma and terms % 32 == 0 and x.shape[3] % stride == 0:
+        block_k = 64 if terms % 64 == 0 else 32
+        boxes = [(64, 32, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (256, 64, 8), (128, 256, 8)]
+        every += [_fitting(tiles.Tile(m, n, block_k, warps, 3, True), x) for m, n, warps in boxes]
+    return every
+
+
+def check_convolution(report: Report, clock: Clock, tiny: bool) -> None:
+    """Every tile, both formats, alone and in a batch, against the product of unfolded rows; channels last as torch has them."""
+    batch, side = (2, 5) if tiny else (5, 14)
+    layers: tuple[tuple[int, ...], ...] = (
+        (64, 64, 3, 1, 1, 1),
+        (3, 64, 7, 2, 3, 1),
+        (48, 80, 3, 2, 1, 1),
+        (128, 32, 1, 2, 0, 1),
+        (64, 24, 1, 1, 0, 1),
+    )
+    layers += ((3, 40, 4, 4, 0, 1), (32, 32, 3, 1, 1, 32), (128, 64, 3, 1, 1, 2))
+    formats = torch.contiguous_format, torch.channels_last
+    for dtype, (channels, out, taps, stride, padding, groups) in itertools.product(DTYPES, layers[:3] if tiny else layers):
+        where = {"dtype": dtype, "layer": (channels, out, taps, stride, padding, groups)}
+        how = (stride,) * 2, (padding,) * 2, (1, 1), groups
+        x, weight = _randn(batch, channels, side, side, dtype=dtype), _randn(out, channels // groups, taps, taps, dtype=dtype)
+        bias = _randn(out, dtype=dtype)
+        view = F.pad(x, [padding] * 4).unfold(2, taps, stride).unfold(3, taps, stride).unflatten(1, (groups, -1))
+        rows = view.permute(1, 0, 3, 4, 5, 6, 2).reshape(groups, -1, taps * taps * channels // groups)
+        kernel = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).reshape(groups, rows.shape[2], -1)
+        pixels = view.shape[3:5]
+        product = cuda.gemm(rows, kernel, bias.view(groups, 1, -1).expand(groups, rows.shape[1], out // groups))
+        want = product.view(groups, batch, *pixels, -1).permute(1, 0, 4, 2, 3).flatten(1, 2)
+        report.near("convolution: near fp64", want, reference.convolution(x, weight, bias, *how), **where)
+        for x_format, weight_format in itertools.product(formats, formats):
+            given = x.to(memory_format=x_format), weight.to(memory_format=weight_format)
+            for tile in _convolution_tiles(dtype, x, channels // groups, stride):
+                if clock.over():
+                    return
+                with _patched(implicit_gemm, "convolution_tile", lambda *args, tile=tile: tile):
+                    got = cuda.convolution(*given, bias, *how)
+                    report.same("convolution: as the product of rows", got, want, tile=tuple(tile), **where)
+            for i in range(batch):
+                report.same(
+                    "convolution: alone", cuda.convolution(given[0][i : i + 1], given[1], bias, *how), want[i : i + 1], **where
+                )
+            if x.is_cuda:
+                strides = F.conv2d(*given, bias, *how).stride()
+                if got.stride() != strides:
+                    report.notes.append(f"convolution {where} {x_format} {weight_format}: {got.stride()}, torch's {strides}")
 
 
 def _gemm_sizes(dtype: torch.dtype, aligned: bool, tiny: bool) -> tuple[int, int]:
@@ -827,6 +881,7 @@ SECTIONS: dict[str, Callable[[Report, Clock, bool], None]] = {
     **{f"tuned sizes, {dtype}": functools.partial(check_tuned_sizes, dtype) for dtype in DTYPES[:2]},
     "grouped gemm": check_grouped_gemm,
     "scaled gemm": check_scaled,
+    "convolution": check_convolution,
     "rows": check_rows,
     "padding": check_padding,
     "attention": check_attention,

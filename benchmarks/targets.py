@@ -98,6 +98,18 @@ def _fp8(result: Result) -> Iterator[Figure]:
     yield _mean("fp8", "time / stock scaled_mm, scales of rows, M <= 32, geometric mean", None, small)
 
 
+def _convolution(result: Result) -> Iterator[Figure]:
+    for dtype, points in _by_dtype(result.points):
+        must = 1.10 if dtype == MUST_DTYPE else None
+        yield _mean("convolution", f"time / cuDNN, {dtype}, geometric mean", must, points)
+        yield _worst("convolution", f"time / cuDNN, {dtype}, worst", None, points)
+        for size in ("batch", "format"):
+            for value in dict.fromkeys(point.sizes[size] for point in points):
+                mine = [point for point in points if point.sizes[size] == value]
+                words = f"batch {value}" if size == "batch" else value
+                yield _mean("convolution", f"time / cuDNN, {dtype}, {words}, geometric mean", None, mine)
+
+
 def _rows(result: Result) -> Iterator[Figure]:
     for dtype, points in _by_dtype(result.points):
         for work in ("rms_norm", "softmax", "log_softmax", "layer_norm"):
@@ -159,6 +171,7 @@ _FIGURES: dict[str, Callable[[Result], Iterator[Figure]]] = {
     "launch": _launch,
     "forward": _forward,
     "fp8": _fp8,
+    "convolution": _convolution,
 }
 
 

@@ -9,6 +9,8 @@ Results are contiguous. No result may depend on the number of rows, on the strid
 threads. A size of 0 gives what torch gives: an empty result, or the neutral element of the sum.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,26 @@ def grouped_gemm_over_k(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
         out[group] = (a[:, start:end].double() @ b[start:end].double()).to(a.dtype)
         start = end
     return out
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The convolution of images as [N, O, P, Q], rounded once. On CUDA alone: ``aten.convolution`` unfolds the others.
+
+    x: [N, C, H, W]; weight: [O, C // groups, R, S] of the same dtype; bias: [O], or None. One sum for each pixel and channel:
+    over the rows of the kernel, its columns, the channels of the group, ascending. The result is ``channels_last`` where x or
+    the weight is, else contiguous.
+    """
+    of_bias = None if bias is None else bias.double()
+    out = torch.nn.functional.conv2d(x.double(), weight.double(), of_bias, list(stride), list(padding), list(dilation), groups)
+    return out.to(x.dtype)
 
 
 SCALED_BLOCK = 128

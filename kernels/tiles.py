@@ -164,20 +164,43 @@ def _nearest(tuned: TunedGemm, M: int, N: int, K: int, fits_tma: bool) -> Tile:
     return Tile(*(best if fits_tma else best_without_tma))
 
 
-def _covering(dtype: torch.dtype, rows: int, cols: int, batch: int, device: torch.device) -> Tile:
-    """The largest tile that is no taller than the rows need and still gives most multiprocessors a program."""
+def _covering(dtype: torch.dtype, rows: int, cols: int, batch: int, device: torch.device, is_narrow: bool = False) -> Tile:
+    """The largest tile that is no taller than the rows need and still gives most multiprocessors a program.
+
+    is_narrow: and one that is no wider than the columns need, if there is one.
+    """
     height = max(16, next_power_of_2(rows))
     candidates = [tile for tile in GEMM_TILES[dtype] if tile.block_m <= height]
+    if is_narrow:
+        candidates = [tile for tile in candidates if tile.block_n <= max(32, next_power_of_2(cols))] or candidates
     for tile in candidates:
         if batch * ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n) * 4 >= device_of(device).multiprocessors * 3:
             break
     return tile
 
 
-def scaled_tile(rows: int, device: torch.device) -> Tile:
-    """Of products of 8-bit floats: 64 rows to four warps, 128 columns, 128 terms, so that all have one instruction."""
-    block_m = 64 if rows <= 64 else 128
-    return Tile(block_m, 128, 128, block_m // 16, _stages(4, (block_m + 128) * 128, 0, device))
+def convolution_tile(
+    dtype: torch.dtype, pixels: int, channels: int, terms: int, groups: int, device: torch.device, fits_tma: bool
+) -> Tile:
+    """block_m pixels by block_n channels of a group: of the class of ``gemm``. terms: channels of a group of the input."""
+    tile = _covering(dtype, pixels, channels, groups, device, is_narrow=True)
+    if fits_tma:
+        block_k = 64 if terms % 64 == 0 else 32
+        tile = tile._replace(block_m=max(64, tile.block_m), block_k=block_k, num_warps=max(4, tile.num_warps), tma=True)
+    stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
+    return tile._replace(num_stages=_stages(tile.num_stages, stage, 0, device))
+
+
+def scaled_tile(rows: int, cols: int, device: torch.device, fits_tma: bool = False) -> Tile:
+    """Of products of 8-bit floats: 64 rows to four warps, 128 columns, 128 terms, so that all have one instruction.
+
+    With many tiles a multiprocessor has two or three programs, whose additions run while another's products do: that leaves
+    each fewer stages. Few rows of many columns were faster through pointers on an H200.
+    """
+    n_tiles, multiprocessors = ceil_div(rows, 64) * ceil_div(cols, 128), device_of(device).multiprocessors
+    stages = 6 if rows <= 64 or n_tiles <= multiprocessors else 4 if n_tiles <= 2 * multiprocessors else 3
+    tma = fits_tma and (rows > 64 or 2 * n_tiles <= multiprocessors)
+    return Tile(64, 128, 128, 4, _stages(stages, (64 + 128) * 128, 0, device), tma)
 
 
 def gemm_class(dtype: torch.dtype, device: torch.device) -> list[Tile]:

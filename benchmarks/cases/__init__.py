@@ -18,7 +18,7 @@ from pytest_batchinv.kernels.aten.common import kernel_set
 
 T = TypeVar("T")
 
-SECONDS = {"gemm": 60, "rows": 60, "attention": 45, "launch": 15, "forward": 200, "fp8": 45}
+SECONDS = {"gemm": 60, "rows": 60, "attention": 45, "launch": 15, "forward": 200, "fp8": 45, "convolution": 150}
 """The cases in the order in which they run, and the seconds that each may take unless the command line says otherwise."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

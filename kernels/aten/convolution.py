@@ -1,4 +1,7 @@
-"""Convolutions of any number of dimensions, and their gradients: products of the values under the kernel, one a group."""
+"""Convolutions of any number of dimensions, and their gradients: products of the values under the kernel, one a group.
+
+On CUDA those of one and two dimensions have a kernel of their own, ``cuda/implicit_gemm.py``.
+"""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +32,7 @@ def convolution(input, weight, bias, stride, padding, dilation, transposed, outp
     _check(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
     if transposed:
         return _transposed(input, weight, bias, stride, padding, dilation, output_padding, groups)
-    return _direct(_padded(input, [(p, p) for p in padding]), weight, bias, stride, dilation, groups)
+    return _direct(input, weight, bias, stride, padding, dilation, groups)
 
 
 def convolution_backward(
@@ -93,10 +96,22 @@ def _transposed(input, weight, bias, stride, padding, dilation, output_padding, 
     reach = [d * (k - 1) - p for d, k, p in zip(dilation, taps, padding, strict=True)]
     padded = _padded(spread, [(r, r + extra) for r, extra in zip(reach, output_padding, strict=True)])
     mirrored = weight.flip(list(range(2, weight.dim()))).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    return _direct(padded, mirrored, bias, [1] * len(taps), dilation, groups)
+    return _direct(padded, mirrored, bias, [1] * len(taps), [0] * len(taps), dilation, groups)
 
 
-def _direct(input: Tensor, weight: Tensor, bias: Tensor | None, stride, dilation, groups: int) -> Tensor:
+def _direct(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int) -> Tensor:
+    """By the kernel of CUDA, which reads images where they lie, or of rows that are unfolded."""
+    n_dims = weight.dim() - 2
+    if input.is_cuda and not input.is_complex() and n_dims <= 2:
+        kernel = kernel_set(input).convolution
+        if n_dims == 2:
+            return kernel(input, weight, bias, stride, padding, dilation, groups)
+        one_row = (input.unsqueeze(2), weight.unsqueeze(2), bias, [1, *stride], [0, *padding], [1, *dilation])
+        return kernel(*one_row, groups).squeeze(2)
+    return _unfolded(_padded(input, [(p, p) for p in padding]), weight, bias, stride, dilation, groups)
+
+
+def _unfolded(input: Tensor, weight: Tensor, bias: Tensor | None, stride, dilation, groups: int) -> Tensor:
     """Of an input that has its padding."""
     n_batch, taps, out_channels = input.shape[0], weight.shape[2:], weight.shape[0]
     view = input

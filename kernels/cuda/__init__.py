@@ -4,6 +4,7 @@
 """
 
 from .attention import attention, attention_backward, packed_attention, plan_attention
+from .implicit_gemm import convolution
 from .matmul import gemm, grouped_gemm, grouped_gemm_over_k, plan_gemm
 from .norm import (
     plan_row_layer_norm,
@@ -44,6 +45,7 @@ from .softmax import (
 __all__ = [
     "attention",
     "attention_backward",
+    "convolution",
     "gemm",
     "grouped_gemm",
     "grouped_gemm_over_k",

@@ -8,7 +8,7 @@ other widths. So every call on a device has the same one, whatever its sizes: a 
 four warps, and always 128 columns and 128 terms; one row is computed in a tile of 64. Warps, stages and the rows of a tile are
 free. ``max_num_imprecise_acc`` keeps Triton from making one sum of the two levels, as it does on SM89 and SM100 without it.
 
-Operands are loaded through pointers, with any strides. How fast this is has not been measured.
+Operands are loaded through pointers, with any strides, or from SM90 on through TMA descriptors where K is contiguous.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launch import Launch
 from ..plans import Description, describe, on_device, plan
 from ..reference import SCALED_BLOCK
-from ..tiles import GROUP_M, ceil_div, next_power_of_2, scaled_tile
+from ..tiles import GROUP_M, ceil_div, device_of, next_power_of_2, scaled_tile
 from .matmul import INT32_END, LONGEST_AXIS, MARGIN, _batched, _launch, _rows_of_group, _tile_of
 
 
@@ -29,6 +30,8 @@ from .matmul import INT32_END, LONGEST_AXIS, MARGIN, _batched, _launch, _rows_of
 def _two_levels(
     a_ptrs,
     b_ptrs,
+    row,
+    col,
     stride_ak,
     stride_bk,
     scale_a_ptrs,
@@ -42,16 +45,20 @@ def _two_levels(
     BLOCK_K: tl.constexpr,
     BY_BLOCK: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """sum over k of a[:, k] * b[k, :], with the scales: BLOCK_K terms at a time, each such sum from 0, added ascending.
 
     BY_BLOCK: each block of K has its scales, and they move on with it. After K there are zeros; rows that are not inside are
-    zeros, too, and are not read.
+    zeros, too, and are not read. TMA: a_ptrs and b_ptrs are descriptors of [M, K] and [N, K], read from row and col on.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     offs_k = tl.arange(0, BLOCK_K)
     for start in range(0, K, BLOCK_K):
-        if EVEN_K:
+        if TMA:
+            a = a_ptrs.load([row, start])
+            b = b_ptrs.load([col, start]).T
+        elif EVEN_K:
             a = tl.load(a_ptrs, mask=inside_m[:, None], other=0.0)
             b = tl.load(b_ptrs)
         else:
@@ -64,8 +71,9 @@ def _two_levels(
             scale_a_ptrs += stride_sag
             scale_b_ptrs += stride_sbg
         acc = acc + part
-        a_ptrs += tl.full([], BLOCK_K, tl.int64) * stride_ak
-        b_ptrs += tl.full([], BLOCK_K, tl.int64) * stride_bk
+        if not TMA:
+            a_ptrs += tl.full([], BLOCK_K, tl.int64) * stride_ak
+            b_ptrs += tl.full([], BLOCK_K, tl.int64) * stride_bk
     if not BY_BLOCK:
         of_rows = tl.load(scale_a_ptrs, mask=inside_m, other=0.0)
         acc = acc * (of_rows[:, None] * tl.load(scale_b_ptrs)[None, :])
@@ -104,11 +112,12 @@ def _scaled_gemm_kernel(
     BY_BLOCK: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """out = a @ b with the scales, + bias, for one tile of one matrix of the batch: ``_two_levels``, the bias, one cast.
 
-    SCALE_N: how many columns have one scale. Columns after the edge read the first ones again; they and rows after the edge
-    are not stored.
+    SCALE_N: how many columns have one scale. TMA: a_ptr and b_ptr are descriptors. Columns after the edge read the first ones
+    again, or zeros; they and rows after the edge are not stored.
     """
     matrix = tl.program_id(1).to(tl.int64)
     pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -116,9 +125,16 @@ def _scaled_gemm_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     rows, cols = offs_m.to(tl.int64), (offs_n % N).to(tl.int64)
+    if TMA:
+        a, b = a_ptr, b_ptr
+    else:
+        a = a_ptr + matrix * stride_ab + rows[:, None] * stride_am + offs_k[None, :] * stride_ak
+        b = b_ptr + matrix * stride_bb + offs_k[:, None] * stride_bk + cols[None, :] * stride_bn
     acc = _two_levels(
-        a_ptr + matrix * stride_ab + rows[:, None] * stride_am + offs_k[None, :] * stride_ak,
-        b_ptr + matrix * stride_bb + offs_k[:, None] * stride_bk + cols[None, :] * stride_bn,
+        a,
+        b,
+        pid_m * BLOCK_M,
+        pid_n * BLOCK_N,
         stride_ak,
         stride_bk,
         scale_a_ptr + matrix * stride_sab + rows * stride_sam,
@@ -132,6 +148,7 @@ def _scaled_gemm_kernel(
         BLOCK_K,
         BY_BLOCK,
         EVEN_K,
+        TMA,
     )
     if HAS_BIAS:
         acc = acc + tl.load(bias_ptr + cols * stride_bias).to(tl.float32)[None, :]
@@ -178,6 +195,8 @@ def _scaled_grouped_gemm_kernel(
         acc = _two_levels(
             a_ptr + rows[:, None] * stride_am + offs_k[None, :] * stride_ak,
             b_ptr + matrix * stride_bg + offs_k[:, None] * stride_bk + cols[None, :] * stride_bn,
+            row,
+            0,
             stride_ak,
             stride_bk,
             scale_a_ptr + rows * stride_sa,
@@ -191,6 +210,7 @@ def _scaled_grouped_gemm_kernel(
             BLOCK_K,
             False,
             EVEN_K,
+            False,
         )
         out_ptrs = out_ptr + rows[:, None] * N + offs_n.to(tl.int64)[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside_m[:, None] & (offs_n < N)[None, :])
@@ -232,6 +252,8 @@ def _scaled_grouped_gemm_over_k_kernel(
     acc = _two_levels(
         a_ptr + rows[:, None] * stride_am + first[None, :] * stride_ak,
         b_ptr + first[:, None] * stride_bk + cols[None, :] * stride_bn,
+        0,
+        0,
         stride_ak,
         stride_bk,
         scale_a_ptr + group * stride_sag + rows * stride_sam,
@@ -243,6 +265,7 @@ def _scaled_grouped_gemm_over_k_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
+        False,
         False,
         False,
     )
@@ -272,17 +295,27 @@ def _plan_scaled_gemm(
     if batch > LONGEST_AXIS:
         raise ValueError(f"scaled_gemm takes up to {LONGEST_AXIS} products at once, not {batch}.")
     _check_sizes("scaled_gemm", a, b)
-    tile, groups = scaled_tile(M, a.device), scale_a.shape[-1]
+    groups = scale_a.shape[-1]
+    strides_of_rows = _batched(a.shape, a.strides)[1:], _batched(b.shape, b.strides)[:0:-1]
+    fits_tma = device_of(a.device).has_tma and batch == 1 and min(M, K) >= 16 and a.is_aligned and b.is_aligned
+    fits_tma = fits_tma and all(within == 1 and row % 16 == 0 and row >= K for row, within in strides_of_rows)
+    tile = scaled_tile(M, N, a.device, fits_tma)
     strides = [stride for x in (a, b, scale_a, scale_b) for stride in _batched(x.shape, x.strides)]
     arguments = (M, N, K, *strides, 0 if bias is None else _strides(bias)[0], *tile[:3], GROUP_M)
-    arguments += (1 if scale_b.shape[-1] == N else SCALED_BLOCK, groups != 1, K % tile.block_k == 0, bias is not None)
+    arguments += (1 if scale_b.shape[-1] == N else SCALED_BLOCK, groups != 1, K % tile.block_k == 0, bias is not None, tile.tma)
     grid = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n), batch, 1
     launch = _launch(_scaled_gemm_kernel, grid, arguments, tile)
 
+    descriptors = [
+        ([rows, K], [strides[0], 1], [block, tile.block_k])
+        for rows, strides, block in zip((M, N), strides_of_rows, tile[:2], strict=True)
+    ]
+
     def call(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> Tensor:
         out = a.new_empty(shape, dtype=out_dtype)
+        operands = [TensorDescriptor(x, *how) for x, how in zip((a, b), descriptors, strict=True)] if tile.tma else (a, b)
         with on_device(a):
-            launch(a, b, scale_a, scale_b, bias, out)
+            launch(*operands, scale_a, scale_b, bias, out)
         return out
 
     return call
@@ -302,7 +335,7 @@ def _plan_scaled_grouped_gemm(
     if 0 in (T, N, G):
         return lambda a, *_: a.new_zeros((T, N), dtype=out_dtype)
     _check_sizes("scaled_grouped_gemm", a, b)
-    tile = scaled_tile(ceil_div(T, G), a.device)
+    tile = scaled_tile(ceil_div(T, G), N, a.device)
     strides = [stride for x in (a, b, scale_a, scale_b) for stride in _strides(x)]
     arguments = (T, G, N, K, *strides, *tile[:3], next_power_of_2(G), K % tile.block_k == 0)
     programs = (ceil_div(T, tile.block_m) + G) * ceil_div(N, tile.block_n)
@@ -328,7 +361,7 @@ def _plan_scaled_grouped_gemm_over_k(
     if G > LONGEST_AXIS:
         raise ValueError(f"scaled_grouped_gemm_over_k takes up to {LONGEST_AXIS} groups, not {G}.")
     _check_sizes("scaled_grouped_gemm_over_k", a, b)
-    tile = scaled_tile(M, a.device)
+    tile = scaled_tile(M, N, a.device)
     strides = [stride for x in (a, b, scale_a, scale_b) for stride in _strides(x)]
     arguments = (T, M, N, *strides, *tile[:3], GROUP_M)
     grid = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n), G, 1

@@ -21,6 +21,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -28,7 +30,7 @@ from triton.runtime import driver
 
 from pytest_batchinv.kernels import cpu, cuda, launch, plans, reference, table, tiles
 from pytest_batchinv.kernels.aten import common
-from pytest_batchinv.kernels.cuda import matmul, scaled
+from pytest_batchinv.kernels.cuda import implicit_gemm, matmul, scaled
 from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
 from pytest_batchinv.kernels.cuda.attention import plan as attention_plan
 
@@ -651,6 +653,87 @@ def replace(monkeypatch, module, name, value):
     """Plans made with what was there before are forgotten."""
     monkeypatch.setattr(module, name, value)
     plans.forget_plans()
+
+
+# --- convolutions ------------------------------------------------------------------------------------------------------
+
+
+def unfolded(x, weight, stride, padding, dilation, groups):
+    """Rows [groups, pixels, R * S * C] of what lies under the kernel, and the kernel to multiply them by."""
+    R, S = weight.shape[2:]
+    view = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    for dim, (k, s, d) in enumerate(zip((R, S), stride, dilation, strict=True), 2):
+        view = view.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+    rows = view.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 5, 6, 2)
+    pixels = rows.shape[1:4]
+    kernel = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).reshape(groups, -1, weight.shape[0] // groups)
+    return rows.reshape(groups, -1, kernel.shape[1]), kernel, pixels
+
+
+CONVOLUTIONS = {
+    "of a block of channels": ((2, 64, 6, 7), (32, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "of blocks of channels, in steps": ((3, 64, 9, 8), (40, 64, 3, 4), (3, 2), (1, 2), (1, 1), 1),
+    "of blocks of channels, dilated": ((2, 96, 8, 6), (20, 96, 2, 3), (2, 1), (3, 0), (3, 2), 1),
+    "of some channels": ((2, 20, 6, 7), (9, 20, 3, 2), (2, 1), (1, 0), (1, 2), 1),
+    "of three channels": ((2, 3, 9, 8), (5, 3, 3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "grouped": ((2, 64, 5, 5), (6, 32, 2, 3), (1, 1), (0, 2), (1, 1), 2),
+    "depthwise": ((2, 6, 7, 7), (6, 1, 3, 3), (1, 1), (1, 1), (1, 1), 6),
+    "of one tap": ((3, 20, 4, 5), (17, 20, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "of one tap in steps": ((2, 64, 5, 6), (8, 64, 1, 1), (2, 2), (0, 0), (1, 1), 1),
+    "of patches": ((2, 3, 9, 8), (10, 3, 4, 4), (4, 4), (0, 0), (1, 1), 1),
+}
+"""Shapes of x and of the weight, stride, padding, dilation, groups."""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_has_the_bits_of_the_product_of_unfolded_rows_in_any_layout(name, dtype, capability, monkeypatch):
+    """And where x has the channels last, so has the result, as torch's has."""
+    replace(monkeypatch, implicit_gemm, "device_of", lambda _: tiles.Device(132, 232_448, capability))
+    sizes, weight_sizes, *how, groups = CONVOLUTIONS[name]
+    x, weight, bias = randn(*sizes, dtype=dtype), randn(*weight_sizes, dtype=dtype), randn(weight_sizes[0], dtype=dtype)
+    rows, kernel, pixels = unfolded(x, weight, *how, groups)
+    for offset in (None, bias):
+        of_groups = None if offset is None else offset.view(groups, 1, -1).expand(groups, rows.shape[1], kernel.shape[2])
+        product = cuda.gemm(rows, kernel, of_groups).view(groups, *pixels, -1)
+        want = product.permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()
+        assert_near(want, reference.convolution(x, weight, offset, *how, groups), dtype)
+        for x_format, weight_format in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
+            given = x.to(memory_format=x_format), weight.to(memory_format=weight_format)
+            got = cuda.convolution(*given, offset, *how, groups)
+            assert_same_bits(got, want)
+            assert got.is_contiguous(memory_format=x_format) or weight_format == torch.channels_last
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(batch=st.integers(1, 70), P=st.integers(1, 60), Q=st.integers(1, 60), block_m=st.sampled_from([16, 64, 128, 256]))
+def test_boxes_have_the_pixels_of_a_tile_and_none_reach_over_fewer(batch, P, Q, block_m):
+    def reach(box):
+        return math.prod(-(-size // of_box) * of_box for size, of_box in zip((batch, P, Q), box, strict=True))
+
+    chosen = implicit_gemm.smallest_boxes(block_m, batch, P, Q)
+    assert math.prod(chosen) == block_m
+    powers = [1 << i for i in range(9)]
+    others = [box for box in itertools.product(powers, powers, powers) if math.prod(box) == block_m]
+    assert reach(chosen) == min(map(reach, others))
+
+
+def test_convolution_of_views_and_of_rows_has_the_same_bits():
+    x, weight = randn(5, 64, 6, 6, dtype=torch.float32), randn(8, 64, 3, 3, dtype=torch.float32)
+    want = cuda.convolution(x, weight, None, (1, 1), (1, 1), (1, 1), 1)
+    assert_same_bits(cuda.convolution(fenced(x.mT).mT, weight, None, (1, 1), (1, 1), (1, 1), 1), want)
+    for i in range(5):
+        assert_same_bits(cuda.convolution(x[i : i + 1], weight, None, (1, 1), (1, 1), (1, 1), 1), want[i : i + 1])
+
+
+def test_convolution_of_more_pixels_than_int32_counts_is_taken_by_halves(monkeypatch):
+    x, weight = randn(70, 16, 3, 3, dtype=torch.float32), randn(8, 16, 3, 3, dtype=torch.float32)
+    want = cuda.convolution(x, weight, None, (1, 1), (1, 1), (1, 1), 1)
+    replace(monkeypatch, implicit_gemm, "INT32_END", implicit_gemm.MARGIN + 300)
+    assert_same_bits(cuda.convolution(x, weight, None, (1, 1), (1, 1), (1, 1), 1), want)
+    with pytest.raises(ValueError, match="convolution takes images of fewer than 300 values"):
+        cuda.convolution(torch.zeros(1, 16, 9, 9), weight, None, (1, 1), (1, 1), (1, 1), 1)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

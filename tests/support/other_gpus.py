@@ -28,7 +28,7 @@ DEVICES = {
 
 _MODULES = (
     *("attention.backward", "attention.kernel", "attention.merge", "attention.plan", "attention.ranges"),
-    *("matmul", "norm", "ranks", "reduce", "rows", "scaled", "scatter", "softmax"),
+    *("implicit_gemm", "matmul", "norm", "ranks", "reduce", "rows", "scaled", "scatter", "softmax"),
 )
 
 
