@@ -447,19 +447,32 @@ def _check_scaled_groups(report, clock, a, b, scale_a, scale_b, where) -> None:
             start = stop
 
 
-def _convolution_tiles(dtype: torch.dtype, x: Tensor, terms: int, stride: int) -> list[tiles.Tile]:
-    """Those of products, and boxes for TMA where the operands fit it."""
-    every = [_fitting(tile, x) for tile in tiles.GEMM_TILES[dtype]]
-    if dtype.itemsize == 2 and tiles.device_of(x.device).has_tma and terms % 32 == 0 and x.shape[3] % stride == 0:
-        block_k = 64 if terms % 64 == 0 else 32
-        boxes = [(64, 32, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (256, 64, 8), (128, 256, 8)]
-        every += [_fitting(tiles.Tile(m, n, block_k, warps, 3, True), x) for m, n, warps in boxes]
-    return every
+@contextmanager
+def _convolving(form: tuple[tiles.Tile, bool]) -> Iterator[None]:
+    """With this tile through pointers, or this run, wherever it fits."""
+    tile, of_images = form
+    with (
+        _patched(implicit_gemm, "convolution_tile", lambda *args: tile),
+        _patched(implicit_gemm, "convolution_run", lambda *args: (tile, of_images)),
+        _patched(implicit_gemm, "pointwise_tile", lambda *args: tile._replace(block_m=64)),
+        _patched(implicit_gemm, "_fits_tma", (lambda *args, fits=implicit_gemm._fits_tma: tile.tma and fits(*args))),
+    ):
+        yield
+
+
+def _convolution_forms(dtype: torch.dtype, x: Tensor, terms: int) -> list[tuple[tiles.Tile, bool]]:
+    """Tiles of products, and runs for TMA."""
+    forms = [(_fitting(tile, x), False) for tile in tiles.GEMM_TILES[dtype]]
+    if dtype.itemsize == 2 and tiles.device_of(x.device).has_tma and terms % 32 == 0:
+        sizes = itertools.product((16, 32, 64, 128), (64, 128), (32, 64, 128), (3, 5), (False, True))
+        runs = [(tiles.Tile(m, n, k, 4 if m < 128 else 8, s, True), images) for m, n, k, s, images in sizes if terms % k == 0]
+        forms += [(_fitting(tile, x), images) for tile, images in runs]
+    return forms
 
 
 def check_convolution(report: Report, clock: Clock, tiny: bool) -> None:
     """Every tile, both formats, alone and in a batch, against the product of unfolded rows; channels last as torch has them."""
-    batch, side = (2, 5) if tiny else (5, 14)
+    batch, side = (2, 5) if tiny else (70, 14)
     layers: tuple[tuple[int, ...], ...] = (
         (64, 64, 3, 1, 1, 1),
         (3, 64, 7, 2, 3, 1),
@@ -467,7 +480,7 @@ def check_convolution(report: Report, clock: Clock, tiny: bool) -> None:
         (128, 32, 1, 2, 0, 1),
         (64, 24, 1, 1, 0, 1),
     )
-    layers += ((3, 40, 4, 4, 0, 1), (32, 32, 3, 1, 1, 32), (128, 64, 3, 1, 1, 2))
+    layers += ((256, 256, 3, 1, 1, 1), (3, 40, 4, 4, 0, 1), (32, 32, 3, 1, 1, 32), (128, 64, 3, 1, 1, 2))
     formats = torch.contiguous_format, torch.channels_last
     for dtype, (channels, out, taps, stride, padding, groups) in itertools.product(DTYPES, layers[:3] if tiny else layers):
         where = {"dtype": dtype, "layer": (channels, out, taps, stride, padding, groups)}
@@ -483,12 +496,13 @@ def check_convolution(report: Report, clock: Clock, tiny: bool) -> None:
         report.near("convolution: near fp64", want, reference.convolution(x, weight, bias, *how), **where)
         for x_format, weight_format in itertools.product(formats, formats):
             given = x.to(memory_format=x_format), weight.to(memory_format=weight_format)
-            for tile in _convolution_tiles(dtype, x, channels // groups, stride):
+            for form in _convolution_forms(dtype, x, channels // groups):
                 if clock.over():
                     return
-                with _patched(implicit_gemm, "convolution_tile", lambda *args, tile=tile: tile):
-                    got = cuda.convolution(*given, bias, *how)
-                    report.same("convolution: as the product of rows", got, want, tile=tuple(tile), **where)
+                with _convolving(form):
+                    for _ in range(3):  # a race need not show at once
+                        got = cuda.convolution(*given, bias, *how)
+                        report.same("convolution: as the product of rows", got, want, form=form, **where)
             for i in range(batch):
                 report.same(
                     "convolution: alone", cuda.convolution(given[0][i : i + 1], given[1], bias, *how), want[i : i + 1], **where

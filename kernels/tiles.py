@@ -10,6 +10,7 @@ For sums over rows the order is written out in the kernels: ``cuda/rows.py`` has
 """
 
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -179,16 +180,44 @@ def _covering(dtype: torch.dtype, rows: int, cols: int, batch: int, device: torc
     return tile
 
 
-def convolution_tile(
-    dtype: torch.dtype, pixels: int, channels: int, terms: int, groups: int, device: torch.device, fits_tma: bool
-) -> Tile:
-    """block_m pixels by block_n channels of a group: of the class of ``gemm``. terms: channels of a group of the input."""
+def convolution_tile(dtype: torch.dtype, pixels: int, channels: int, groups: int, device: torch.device) -> Tile:
+    """block_m pixels by block_n channels of a group: of the class of ``gemm``, as all tiles of convolutions are."""
     tile = _covering(dtype, pixels, channels, groups, device, is_narrow=True)
-    if fits_tma:
-        block_k = 64 if terms % 64 == 0 else 32
-        tile = tile._replace(block_m=max(64, tile.block_m), block_k=block_k, num_warps=max(4, tile.num_warps), tma=True)
     stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
     return tile._replace(num_stages=_stages(tile.num_stages, stage, 0, device))
+
+
+def convolution_run(
+    batch: int, P: int, Q: int, channels: int, terms: int, groups: int, device: torch.device
+) -> tuple[Tile, bool]:
+    """With TMA, 16 bits: a run of block_m pixels of one place in several images (True), or of one row of an image.
+
+    The rows that are computed decide, those after the edges among them; short runs are slower by a factor. terms: channels of a
+    group of the input, a multiple of 32.
+    """
+
+    def runs(block_m: int, of_images: bool) -> int:
+        return P * Q * ceil_div(batch, block_m) if of_images else batch * P * ceil_div(Q, block_m)
+
+    slower = {64: 1.0, 32: 1.3, 16: 1.7}
+    forms = itertools.product(slower, (False, True))
+    block_m, of_images = min(forms, key=lambda form: runs(*form) * form[0] * slower[form[0]])
+    return _of_runs(block_m, runs(block_m, of_images), channels, terms, groups, device), of_images
+
+
+def pointwise_tile(batch: int, pixels: int, channels: int, terms: int, device: torch.device) -> Tile:
+    """With TMA, 16 bits: block_m channels by block_n pixels of an image. terms: channels of the input, a multiple of 32."""
+    return _of_runs(64, batch * ceil_div(channels, 64), pixels, terms, 1, device)
+
+
+def _of_runs(block_m: int, runs: int, cols: int, terms: int, groups: int, device: torch.device) -> Tile:
+    """The widest that still gives each multiprocessor a program. Where there are few programs, they have few and long steps."""
+    multiprocessors = device_of(device).multiprocessors
+    fitting = [block_n for block_n in (128, 64, 32) if block_n <= max(cols, 32) and (block_n > 32 or block_m >= 64)] or [64]
+    block_n = next((n for n in fitting if groups * runs * ceil_div(cols, n) >= multiprocessors), fitting[-1])
+    is_few = groups * runs * ceil_div(cols, block_n) <= 2 * multiprocessors
+    block_k = 128 if is_few and terms % 128 == 0 else 64 if terms % 64 == 0 else 32
+    return Tile(block_m, block_n, block_k, 4, _stages(3, (block_m + block_n) * block_k * 2, 0, device), True)
 
 
 def scaled_tile(rows: int, cols: int, device: torch.device, fits_tma: bool = False) -> Tile:

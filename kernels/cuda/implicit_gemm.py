@@ -12,8 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launch import Launch
 from ..plans import Description, describe, on_device, plan
-from ..tiles import Tile, accumulator, ceil_div, convolution_tile, device_of
-from .matmul import INT32_END, LONGEST_AXIS, MARGIN, _launch, gemm
+from ..tiles import accumulator, ceil_div, convolution_run, convolution_tile, device_of, pointwise_tile
+from .matmul import INT32_END, LONGEST_AXIS, MARGIN, _launch, gemm, plan_gemm
 
 FEW_CHANNELS = 16
 """So few of a group are read where they lie; more are brought side by side first, in the order of ``channels_last``."""
@@ -96,36 +96,55 @@ def _convolution_kernel(
 @triton.jit(do_not_specialize=["batch"])
 def _convolution_tma_kernel(
     x_desc, w_desc, bias_ptr, out_ptr,
-    batch, N, C, ALL_CHANNELS, P, Q, boxes_h, boxes_w,
+    batch, N, C, ALL_CHANNELS, P, Q,
     stride_on, stride_op, stride_oq,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, R: tl.constexpr, S: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OF_IMAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What ``_convolution_kernel`` computes, in its order, of images whose channels lie side by side.
 
-    A tile has a box of BOX_H by BOX_W pixels of BOX_N images; a tap's values are a box of the input, for which the descriptor
-    reads zeros outside of the image. x_desc: [batch, H / STRIDE_H, STRIDE_H, W / STRIDE_W, STRIDE_W * ALL_CHANNELS], so that
-    the values of a tap, which are STRIDE_W apart, are a box, too; w_desc: [channels, R * S * C].
+    A tile has a run of BLOCK_M pixels: of one place in so many images (OF_IMAGES), or of one row of an image. So a tap's values
+    are a run, too, for which the descriptor reads zeros outside of the image. x_desc: [batch, H / STRIDE_H, STRIDE_H,
+    W / STRIDE_W, STRIDE_W * ALL_CHANNELS], as the values of a tap are STRIDE_W apart, or with batch behind W; w_desc:
+    [channels, R * S * C]. Fewer than 64 pixels are the columns of the tile, and the channels its rows: instructions have 64 rows.
+
+    A box of several dims would be reshaped, and there Triton (3.6 to 3.9) lacks the buffer for a load that an asynchronous
+    product still reads: other bits now and then. A run is no box, as Triton drops leading dims of 1.
     """
-    BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
+    ROWS_ARE_CHANNELS: tl.constexpr = BLOCK_M < 64
     group = tl.program_id(2)
-    box = tl.program_id(0)
-    first_q = box % boxes_w * BOX_W
-    first_p = box // boxes_w % boxes_h * BOX_H
-    first_n = box // boxes_w // boxes_h * BOX_N
+    run = tl.program_id(0)
+    if OF_IMAGES:
+        runs = tl.cdiv(batch, BLOCK_M)
+        n, pixel = run % runs * BLOCK_M, run // runs
+        p, q = pixel // Q, pixel % Q
+    else:
+        runs = tl.cdiv(Q, BLOCK_M)
+        p, q = run // runs % P, run % runs * BLOCK_M
+        n = run // runs // P
     col = tl.program_id(1) * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if ROWS_ARE_CHANNELS:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     r, s, c = 0, 0, 0
     for start in range(0, R * S * C, BLOCK_K):
         # PAD * STRIDE is a multiple of STRIDE that makes them positive, as the remainder of a negative number is no phase.
         h = r * DILATION_H - PAD_H + PAD_H * STRIDE_H
         w = s * DILATION_W - PAD_W + PAD_W * STRIDE_W
-        row, column = first_p + h // STRIDE_H - PAD_H, first_q + w // STRIDE_W - PAD_W
+        row, column = p + h // STRIDE_H - PAD_H, q + w // STRIDE_W - PAD_W
         channel = w % STRIDE_W * ALL_CHANNELS + group * C + c
-        values = tl.reshape(x_desc.load([first_n, row, h % STRIDE_H, column, channel]), [BLOCK_M, BLOCK_K])
-        weights = w_desc.load([group * N + col, start]).T
-        acc = tl.dot(values, weights, acc, input_precision="ieee", out_dtype=tl.float32)
+        if OF_IMAGES:
+            values = x_desc.load([row, h % STRIDE_H, column, n, channel])
+        else:
+            values = x_desc.load([n, row, h % STRIDE_H, column, channel])
+        values = tl.reshape(values, [BLOCK_M, BLOCK_K])
+        weights = w_desc.load([group * N + col, start])
+        if ROWS_ARE_CHANNELS:
+            acc = tl.dot(weights, tl.trans(values), acc, input_precision="ieee", out_dtype=tl.float32)
+        else:
+            acc = tl.dot(values, tl.trans(weights), acc, input_precision="ieee", out_dtype=tl.float32)
         # Counted on, as divisions by C would take as long as the products.
         c += BLOCK_K
         next_tap = c == C
@@ -135,16 +154,46 @@ def _convolution_tma_kernel(
         s = tl.where(next_row, 0, s)
         r += next_row.to(tl.int32)
     offs_m = tl.arange(0, BLOCK_M)
-    n = first_n + offs_m // (BOX_H * BOX_W)
-    p = first_p + offs_m // BOX_W % BOX_H
-    q = first_q + offs_m % BOX_W
     offs_n = col + tl.arange(0, BLOCK_N)
-    channels = group * N + offs_n
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + channels, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    channels, inside_n = group * N + offs_n, offs_n < N
     rows = n.to(tl.int64) * stride_on + p.to(tl.int64) * stride_op + q.to(tl.int64) * stride_oq
-    inside = ((n < batch) & (p < P) & (q < Q))[:, None] & (offs_n < N)[None, :]
-    tl.store(out_ptr + rows[:, None] + channels[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    if OF_IMAGES:
+        rows += offs_m.to(tl.int64) * stride_on
+        inside_m = n + offs_m < batch
+    else:
+        rows += offs_m * stride_oq
+        inside_m = q + offs_m < Q
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channels, mask=inside_n, other=0.0).to(tl.float32)
+        acc += bias[:, None] if ROWS_ARE_CHANNELS else bias[None, :]
+    result = acc.to(out_ptr.dtype.element_ty)
+    if ROWS_ARE_CHANNELS:
+        tl.store(out_ptr + channels[:, None] + rows[None, :], result, mask=inside_n[:, None] & inside_m[None, :])
+    else:
+        tl.store(out_ptr + rows[:, None] + channels[None, :], result, mask=inside_m[:, None] & inside_n[None, :])
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _pointwise_tma_kernel(
+    w_desc, x_desc, bias_ptr, out_ptr, batch, N, C, PQ,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[n] = w @ x[n] + bias, of images whose pixels lie side by side: C ascending, in one accumulator, as in ``gemm``.
+
+    w_desc: [N, C]; x_desc: [batch * C, PQ]. A tile has BLOCK_M channels of BLOCK_N pixels of an image.
+    """
+    image = tl.program_id(2)
+    row, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, C, BLOCK_K):
+        values = x_desc.load([image * C + start, col])
+        acc = tl.dot(w_desc.load([row, start]), values, acc, input_precision="ieee", out_dtype=tl.float32)
+    channels, pixels = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + channels, mask=channels < N, other=0.0).to(tl.float32)[:, None]
+    rows = (image.to(tl.int64) * N + channels) * PQ
+    inside = (channels < N)[:, None] & (pixels < PQ)[None, :]
+    tl.store(out_ptr + rows[:, None] + pixels[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -255,13 +304,45 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, .
     R, S = weight.shape[2:]
     kernel = weight.permute(0, 2, 3, 1).reshape(channels, -1)
     x = x[:, :, : P * R, : Q * S]
-    if R * S == 1 and not channels_last:
-        offset = None if bias is None else bias[:, None].expand(N, channels, P * Q)
-        return gemm(kernel.expand(N, *kernel.shape), x.flatten(2), offset).view(sizes)
+    if R * S == 1 and not channels_last and (P * Q) % 8 == 0:
+        x = x.contiguous()
+        return _plan_pointwise(describe(x), describe(kernel), describe(bias))(x, kernel, bias)
+    if R * S == 1:
+        x = with_channels_last(x)
     rows = x.unflatten(3, (Q, S)).unflatten(2, (P, R)).permute(0, 2, 4, 3, 5, 1).reshape(N * P * Q, -1)
     offset = None if bias is None else bias.expand(N * P * Q, channels)
     out = gemm(rows, kernel.t(), offset).view(N, P, Q, channels).permute(0, 3, 1, 2)
     return out if channels_last else with_channels_first(out)
+
+
+@plan
+def _plan_pointwise(
+    x: Description, kernel: Description, bias: Description | None
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """kernel @ x of each image, for contiguous images whose pixels are a multiple of 8: (x, kernel, bias) -> [N, O, P, Q]."""
+    (N, C, P, Q), channels = x.shape, kernel.shape[0]
+    shape = N, channels, P, Q
+    fits_tma = x.dtype.itemsize == 2 and device_of(x.device).has_tma and C % 32 == 0 and x.is_aligned and kernel.is_aligned
+    if not fits_tma or N > LONGEST_AXIS or max(N * C, math.prod(shape[1:])) >= INT32_END - MARGIN:
+        of_kernel = kernel._replace(shape=(N, *kernel.shape), strides=(0, *kernel.strides))
+        of_x = x._replace(shape=(N, C, P * Q), strides=(C * P * Q, P * Q, 1))
+        of_bias = None if bias is None else bias._replace(shape=(N, channels, P * Q), strides=(0, *bias.strides, 0))
+        multiply = plan_gemm(of_kernel, of_x, of_bias, shape)
+        return lambda x, kernel, bias: multiply(kernel, x, bias, 1.0, 1.0)
+    tile = pointwise_tile(N, P * Q, channels, C, x.device)
+    of_kernel_rows = [channels, C], [C, 1], [tile.block_m, tile.block_k]
+    of_pixels = [N * C, P * Q], [P * Q, 1], [tile.block_k, tile.block_n]
+    grid = ceil_div(channels, tile.block_m), ceil_div(P * Q, tile.block_n), N
+    launch = _launch(_pointwise_tma_kernel, grid, (N, channels, C, P * Q, bias is not None, *tile[:3]), tile)
+
+    def call(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        out = x.new_empty(shape)
+        operands = TensorDescriptor(kernel, *of_kernel_rows), TensorDescriptor(x, *of_pixels)
+        with on_device(x):
+            launch(*operands, out if bias is None else bias, out)
+        return out
+
+    return call
 
 
 @plan
@@ -275,10 +356,9 @@ def _plan(
             f"convolution takes images of fewer than {INT32_END - MARGIN} values and up to {LONGEST_AXIS} groups, not "
             f"{list(x.shape)} in {groups}"
         )
-    fits_tma = _fits_tma(x, weight, taps)
-    tile = convolution_tile(x.dtype, N * P * Q, channels // groups, C, groups, x.device, fits_tma)
-    if tile.tma:
-        return _with_boxes(x, weight, out, has_bias, taps, groups, tile)
+    if _fits_tma(x, weight, taps):
+        return _with_runs(x, weight, out, has_bias, taps, groups)
+    tile = convolution_tile(x.dtype, N * P * Q, channels // groups, groups, x.device)
     numbers = (N * P * Q, channels // groups, C, H, W, P, Q, *x.strides, *weight.strides, *out.strides)
     constants = (*taps.stride, *taps.padding, *taps.dilation, R, S, C if C % tile.block_k else 0)
     constants += (out.strides[3] == 1 and out.strides[1] != 1, has_bias, accumulator(x.dtype), *tile[:3])
@@ -294,36 +374,25 @@ def _fits_tma(x: Description, weight: Description, taps: Taps) -> bool:
     return has_tma and whole and last and weight.shape[1] % 32 == 0 and x.is_aligned and weight.is_aligned
 
 
-def _with_boxes(
-    x: Description, weight: Description, out: Description, has_bias: bool, taps: Taps, groups: int, tile: Tile
+def _with_runs(
+    x: Description, weight: Description, out: Description, has_bias: bool, taps: Taps, groups: int
 ) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], None]:
     """``_convolution_tma_kernel`` for tensors like these."""
     (N, every, H, W), (channels, C, R, S), (_, _, P, Q) = x.shape, weight.shape, out.shape
-    (step_h, step_w), (box_n, box_h, box_w) = taps.stride, smallest_boxes(tile.block_m, N, P, Q)
-    of_x = (
-        [N, H // step_h, step_h, W // step_w, step_w * every],
-        [H * W * every, step_h * W * every, W * every, step_w * every, 1],
-        [box_n, box_h, 1, box_w, tile.block_k],
-    )
+    step_h, step_w = taps.stride
+    tile, of_images = convolution_run(N, P, Q, channels // groups, C, groups, x.device)
+    runs = P * Q * ceil_div(N, tile.block_m) if of_images else N * P * ceil_div(Q, tile.block_m)
+    sizes = [N, H // step_h, step_h, W // step_w, step_w * every]
+    strides = [H * W * every, step_h * W * every, W * every, step_w * every, 1]
+    order = [1, 2, 3, 0, 4] if of_images else [0, 1, 2, 3, 4]
+    of_x = [sizes[i] for i in order], [strides[i] for i in order], [1, 1, 1, tile.block_m, tile.block_k]
     of_weight = [channels, R * S * C], [R * S * C, 1], [tile.block_n, tile.block_k]
-    boxes_h, boxes_w = ceil_div(P, box_h), ceil_div(Q, box_w)
-    numbers = (N, channels // groups, C, every, P, Q, boxes_h, boxes_w, out.strides[0], *out.strides[2:])
-    constants = (*taps.stride, *taps.padding, *taps.dilation, R, S, has_bias, box_n, box_h, box_w, *tile[1:3])
-    grid = ceil_div(N, box_n) * boxes_h * boxes_w, ceil_div(channels // groups, tile.block_n), groups
+    numbers = (N, channels // groups, C, every, P, Q, out.strides[0], *out.strides[2:])
+    constants = (*taps.stride, *taps.padding, *taps.dilation, R, S, has_bias, of_images, *tile[:3])
+    grid = runs, ceil_div(channels // groups, tile.block_n), groups
     launch = _launch(_convolution_tma_kernel, grid, (*numbers, *constants), tile)
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         launch(TensorDescriptor(x, *of_x), TensorDescriptor(weight, *of_weight), out if bias is None else bias, out)
 
     return call
-
-
-def smallest_boxes(block_m: int, batch: int, P: int, Q: int) -> tuple[int, int, int]:
-    """Images, rows and columns of a box of block_m pixels: powers of two, whose boxes reach over the fewest pixels."""
-    sizes = [1 << i for i in range(block_m.bit_length())]
-    boxes = [(block_m // h // w, h, w) for w in sizes for h in sizes if h * w <= block_m]
-
-    def pixels(box: tuple[int, int, int]) -> int:
-        return math.prod(ceil_div(size, of_box) * of_box for size, of_box in zip((batch, P, Q), box, strict=True))
-
-    return min(boxes, key=lambda box: (pixels(box), -box[2], -box[1]))

@@ -21,8 +21,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -679,6 +677,9 @@ CONVOLUTIONS = {
     "grouped": ((2, 64, 5, 5), (6, 32, 2, 3), (1, 1), (0, 2), (1, 1), 2),
     "depthwise": ((2, 6, 7, 7), (6, 1, 3, 3), (1, 1), (1, 1), (1, 1), 6),
     "of one tap": ((3, 20, 4, 5), (17, 20, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "of one tap of blocks of channels": ((3, 64, 4, 6), (17, 64, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "of many images": ((70, 32, 2, 3), (17, 32, 2, 2), (1, 1), (1, 0), (1, 1), 1),
+    "of a wide row": ((1, 32, 2, 70), (40, 32, 2, 3), (1, 2), (0, 1), (1, 1), 1),
     "of one tap in steps": ((2, 64, 5, 6), (8, 64, 1, 1), (2, 2), (0, 0), (1, 1), 1),
     "of patches": ((2, 3, 9, 8), (10, 3, 4, 4), (4, 4), (0, 0), (1, 1), 1),
 }
@@ -704,19 +705,6 @@ def test_convolution_has_the_bits_of_the_product_of_unfolded_rows_in_any_layout(
             got = cuda.convolution(*given, offset, *how, groups)
             assert_same_bits(got, want)
             assert got.is_contiguous(memory_format=x_format) or weight_format == torch.channels_last
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(batch=st.integers(1, 70), P=st.integers(1, 60), Q=st.integers(1, 60), block_m=st.sampled_from([16, 64, 128, 256]))
-def test_boxes_have_the_pixels_of_a_tile_and_none_reach_over_fewer(batch, P, Q, block_m):
-    def reach(box):
-        return math.prod(-(-size // of_box) * of_box for size, of_box in zip((batch, P, Q), box, strict=True))
-
-    chosen = implicit_gemm.smallest_boxes(block_m, batch, P, Q)
-    assert math.prod(chosen) == block_m
-    powers = [1 << i for i in range(9)]
-    others = [box for box in itertools.product(powers, powers, powers) if math.prod(box) == block_m]
-    assert reach(chosen) == min(map(reach, others))
 
 
 def test_convolution_of_views_and_of_rows_has_the_same_bits():
