@@ -325,11 +325,15 @@ def test_nested_outputs_are_compared_row_by_row():
 
 
 def test_outputs_by_name_along_another_dimension_and_none_are_taken():
+    sizes = set()
+
     def fn(x):
+        sizes.add(len(x))
         return {"a": planted.invariant(x.t()).t(), "nothing": None}
 
     pool = planted.pool().t().contiguous()
     assert assert_batch_invariant(fn, pool, batch_dim=1, max_examples=3).verdict == "equal"
+    assert sizes == {planted.N_COLS}
 
     def second_varies(x):
         return x, planted.one_ulp_up(x) if len(x) > 1 else x

@@ -50,10 +50,14 @@ def recording():
     return fn, seen
 
 
+def raising(error):
+    raise error
+
+
 def from_5_rows(error):
     def fn(x):
         if len(x) >= 5:
-            raise error
+            raising(error)
         return planted.invariant(x)
 
     return fn
@@ -494,7 +498,7 @@ def test_a_users_error_shows_the_users_frames_and_none_of_ours(check):
     files = [entry.path.name for entry in caught.traceback if entry.frame.f_globals["__name__"].startswith("pytest_batchinv")]
     shown = [entry for entry in caught.traceback if not entry.ishidden(caught)]
     assert set(files) <= {"check.py"}
-    assert [entry.path.name for entry in shown] == ["test_verdicts.py"] * 3  # the test, its lambda, the function
+    assert [entry.path.name for entry in shown] == ["test_verdicts.py"] * 4  # the test, its lambda, the function, what it calls
 
 
 def test_an_error_of_our_own_shows_where_it_was_raised():
