@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -193,7 +194,7 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
     obstacle = relation.obstacle(given.subject)
     runs = SubjectRuns(given.subject if obstacle else relation.subject_of(given.subject))
     search = Search(relation, runs, given.max_examples, given.seed)
-    before = counters.hits()
+    before = Counter(counters.hits())
     case = None if control else given.case
     error: BaseException | None = None
     try:
@@ -210,7 +211,8 @@ def _check(given: _Given, relation: Relation, control: bool = False) -> tuple[Re
     except BaseException as caught:  # an interruption, too, has a record
         error = caught
     broken = search.broken
-    counts, hits = runs.stats.counts(), _grown(before)  # before the diagnosis, which runs the subject again
+    # Before the diagnosis, which runs the subject again.
+    counts, hits = runs.stats.counts(), dict(Counter(counters.hits()) - before)
     notes = _notes(given, case)
     if runs.subject is not given.subject:
         notes += runs.subject.notes()
@@ -330,7 +332,3 @@ def _notes(given: _Given, case: BatchShape | None) -> tuple[str, ...]:
         f"the rows are not those of the finding (pool {case.pool} then, {now} now): the test draws other numbers. Seed them, "
         "or find it with --batch-invariant, which starts every test from one seed",
     )
-
-
-def _grown(before: dict[str, int]) -> dict[str, int]:
-    return {name: n - before.get(name, 0) for name, n in counters.hits().items() if n > before.get(name, 0)}

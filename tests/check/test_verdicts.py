@@ -269,6 +269,14 @@ def test_a_record_says_whether_the_mode_was_on_and_which_operators_ran():
     assert on.fingerprint and on.receipt["torch"] == torch.__version__
 
 
+def test_a_record_counts_the_calls_that_the_table_answered_in_its_own_check():
+    with batch_invariant_mode():
+        records = [check_batch_invariant(subject(fn), ("R",), max_examples=1)[0] for fn in (torch.tanh, torch.exp, torch.tanh)]
+    hits = [record.hits for record in records]
+    assert hits[0] == hits[2] == {"aten::tanh": records[0].counts.forwards}
+    assert hits[1] == {"aten::exp": records[1].counts.forwards}
+
+
 def test_an_operator_that_nobody_vouches_for_is_named_for_a_function_of_rows():
     with batch_invariant_mode():
         record = assert_batch_invariant(lambda x: x + 0 * torch.linalg.qr(x.t() @ x).R.sum(), POOL, relations=("R",))
