@@ -124,6 +124,82 @@ def test_drawn_cases_fit_and_have_few_rows_where_each_takes_several_forwards(mos
     assert not space.holds(case)
 
 
+# --- I ----------------------------------------------------------------------------------------------------------------
+
+
+def most_rows_of_any_kind(space: Space) -> int:
+    return min(space.max_rows, space.max_tokens // max(row.length for row in space.palette))
+
+
+@given(spaces() | pools())
+def test_every_size_repeat_position_and_pair_is_swept_within_the_bounds_and_each_layout_in_turn(space):
+    sizes, repeats, positions, pairs = map(list, sweep.covering(space))
+    most, palette = most_rows_of_any_kind(space), space.palette
+    assert [len(case) for case in sizes] == list(space.sizes())
+    assert set(repeats) == {case for times in (2, 3) for row in palette if space.fits(case := BatchShape((row,) * times))}
+    stood = {at for case in positions for at in enumerate(case.rows)}
+    assert stood >= {(position, row) for position in range(min(sweep.SMALL_POSITIONS, most)) for row in palette}
+    beside = [pair for case in pairs for pair in itertools.pairwise(case.rows)]
+    assert sorted(beside) == (sorted(itertools.product(palette, repeat=2)) if most > 1 else [])
+    for part in (sizes, positions, pairs):
+        assert [case.layout for case in part] == list(itertools.islice(itertools.cycle(space.layouts), len(part)))
+
+
+@given(spaces() | pools())
+def test_the_rows_of_a_size_are_all_those_that_leave_room_for_as_many(space):
+    for case in next(iter(sweep.covering(space))):
+        n_rows = len(case)
+        fitting = [row for row in space.palette if row.length * n_rows <= space.max_tokens]
+        if fitting:
+            assert set(case.rows) <= set(fitting)
+            assert len(set(case.rows)) == min(n_rows, len(fitting))
+        else:
+            assert all(row.length == 1 for row in case.rows)
+
+
+@given(spaces() | pools())
+def test_every_boundary_is_always_run_small_ones_in_every_layout_and_others_in_one_in_turn(space):
+    plain = [case for case in sweep.boundary_cases(space) if not case.extra_padding]
+    ran = {n_rows: [case.layout for case in plain if len(case) == n_rows] for n_rows in space.boundaries()}
+    assert len(plain) == sum(map(len, ran.values()))
+    small = [layouts for n_rows, layouts in ran.items() if n_rows <= 65]
+    assert all(set(layouts) == set(space.layouts) for layouts in small)
+    others = [layouts for n_rows, layouts in ran.items() if n_rows > 65]
+    assert others == [[layout] for layout in itertools.islice(itertools.cycle(space.layouts), len(others))]
+
+
+@given(spaces(without_bounds=True), st.booleans())
+def test_padding_is_always_run_of_one_and_three_rows_on_either_side_where_it_can_be_asked_for(space, lays_out):
+    padded = [case for case in sweep.boundary_cases(replace(space, lays_out=lays_out)) if case.extra_padding]
+    asked = itertools.product(sweep.PADDINGS, [] if lays_out else padded_layouts(space), (1, 3))
+    assert sorted((case.extra_padding, case.layout, len(case)) for case in padded) == sorted(asked)
+
+
+@given(pools())
+def test_a_function_is_asked_for_no_padding(space):
+    assert not any(case.extra_padding for case in sweep.boundary_cases(space))
+
+
+@given(st.lists(st.lists(st.integers(1), max_size=5), max_size=4))
+def test_parts_of_a_sweep_take_turns_until_all_are_at_their_end(parts):
+    turns = [case for turn in itertools.zip_longest(*parts) for case in turn if case is not None]
+    assert list(sweep.in_turn([iter(part) for part in parts], 1000.0)) == turns
+    assert list(sweep.in_turn([iter(part) for part in parts], -1.0)) == []
+
+
+def test_a_sweep_says_what_of_the_palette_it_has_covered_and_counts_nothing_else():
+    rows = tuple(Row(i) for i in range(4))
+    coverage = sweep.Coverage(Space(rows, layouts=LAYOUTS, max_rows=3))
+    assert coverage.words() == (
+        "0 of 3 sizes (none)", "0 of 4 x 3 positions", "0 of 12 pairs", "0 of 4 rows repeated", "layouts ",
+    )  # fmt: skip
+    for ids, layout in (((0, 1), "packed"), ((1, 1), "right"), ((2, 2, 2), "right"), ((0, 9), "right"), ((9, 9), "right")):
+        coverage.add(BatchShape(tuple(Row(i) for i in ids), layout))
+    assert coverage.words() == (
+        "2 of 3 sizes (2-3)", "6 of 4 x 3 positions", "1 of 12 pairs", "2 of 4 rows repeated", "layouts right, packed",
+    )  # fmt: skip
+
+
 # --- L ----------------------------------------------------------------------------------------------------------------
 
 
