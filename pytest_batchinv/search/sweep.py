@@ -125,7 +125,7 @@ class Coverage:
         self.sizes.add(len(rows))
         self.layouts.add(case.layout)
         self.positions.update(enumerate(rows[:SMALL_POSITIONS]))
-        self.pairs.update(zip(rows, rows[1:], strict=False))
+        self.pairs.update(itertools.pairwise(rows))
         if 1 < len(rows) <= 3 and len(set(rows)) == 1:
             self.repeats.add(rows[0])
 
