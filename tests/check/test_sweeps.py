@@ -157,7 +157,7 @@ def test_the_rows_of_a_size_are_all_those_that_leave_room_for_as_many(space):
             assert all(row.length == 1 for row in case.rows)
 
 
-@given(spaces() | pools())
+@given(spaces() | spaces(without_bounds=True) | pools())
 def test_every_boundary_is_always_run_small_ones_in_every_layout_and_others_in_one_in_turn(space):
     plain = [case for case in sweep.boundary_cases(space) if not case.extra_padding]
     ran = {n_rows: [case.layout for case in plain if len(case) == n_rows] for n_rows in space.boundaries()}
