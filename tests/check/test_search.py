@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import hypothesis
 import msgspec
@@ -450,7 +451,7 @@ VALUES = (*FLOATS, torch.float8_e4m3fn, torch.int64, torch.bool)
 
 @st.composite
 def outputs_of_a_row(draw, names: tuple[str, ...], alike: bool) -> dict[str, torch.Tensor]:
-    """By name; with NaN in some. alike: of one shape and dtype for each name, so that rows can be stacked."""
+    """By name; with NaN in some. alike: of one shape and dtype for each name."""
 
     def output(name: str) -> torch.Tensor:
         dtype = VALUES[hash_of(name) % len(VALUES)] if alike else draw(st.sampled_from(VALUES))
@@ -466,6 +467,10 @@ def hash_of(name: str) -> int:
     return sum(map(ord, name))
 
 
+def kinds_of(row: dict[str, torch.Tensor]) -> tuple:
+    return tuple((name, x.shape, x.dtype) for name, x in row.items())
+
+
 class Scripted(Subject):
     """Gives the outputs that it was told for each row, and says which batches it was given."""
 
@@ -477,16 +482,16 @@ class Scripted(Subject):
     def run(self, case, observer=None):
         self.ran.append(case)
         rows = [self.table[row.id] for row in case.rows]
-        if self.stacked:
+        if self.stacked and len(set(map(kinds_of, rows))) == 1:
             return RowOutputs({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, shared=self.table[0])
         return RowOutputs(rows=rows, shared=self.table[0])
 
 
 @st.composite
 def scripted(draw) -> Scripted:
-    names, stacked = tuple(draw(st.sets(st.sampled_from("abcdef"), min_size=1))), draw(st.booleans())
-    table = st.lists(outputs_of_a_row(names, alike=stacked or draw(st.booleans())), min_size=5, max_size=5)
-    return Scripted(draw(table), stacked)
+    names = tuple(draw(st.sets(st.sampled_from("abcdef"), min_size=1)))
+    table = st.lists(outputs_of_a_row(names, alike=draw(st.booleans())), min_size=5, max_size=5)
+    return Scripted(draw(table), stacked=draw(st.booleans()))
 
 
 cases_of_5_rows = st.builds(
@@ -502,7 +507,9 @@ def test_rows_alone_are_what_the_subject_gives_for_each_and_each_is_run_once_by_
     for case, by_other in asked:
         subject = other if by_other else one
         alone = runs.alone(case, subject) if by_other else runs.alone(case)
-        assert first_row_that_differs(RowOutputs(rows=[subject.table[row.id] for row in case.rows]), alone) is None
+        rows = [subject.table[row.id] for row in case.rows]
+        assert first_row_that_differs(RowOutputs(rows=rows), alone) is None
+        assert (alone.stacked is not None) == (subject.stacked and len(set(map(kinds_of, rows))) == 1)
         assert not alone.shared  # which belongs to one batch
         runs.forget_most()
     for subject, by_other in ((one, False), (other, True)):
@@ -529,8 +536,21 @@ def test_rows_with_a_nan_in_any_output_are_counted_and_what_is_compared_too(subj
     runs = SubjectRuns(subject)
     assert runs.compare(Comparison(runs.alone(case), runs.run(case))) is None
     rows = [[output for output in subject.table[row.id].values()] for row in case.rows]
-    assert runs.stats.nan_rows == sum(any(x.dtype in FLOATS and bool(x.isnan().any()) for x in row) for row in rows)
-    assert runs.stats.compared_bytes == sum(x.nbytes for row in rows for x in row)
+    nan_rows = sum(any(x.dtype in FLOATS and bool(x.isnan().any()) for x in row) for row in rows)
+    n_bytes = sum(x.nbytes for row in rows for x in row)
+    assert (runs.stats.nan_rows, runs.stats.compared_bytes) == (nan_rows, n_bytes)
+    runs.compare(Comparison(runs.run(case), runs.run(case)))
+    assert (runs.stats.nan_rows, runs.stats.compared_bytes) == (2 * nan_rows, 2 * n_bytes)
+
+
+def test_a_relation_runs_the_subject_its_eager_code_and_others_and_all_of_it_is_counted():
+    subject, eager, other = (Scripted([{"a": torch.tensor(value)}] * 2, stacked=True) for value in (1.0, 2.0, 3.0))
+    subject.in_eager_mode = lambda: eager
+    runs = SubjectRuns(subject)
+    for n_runs, run in enumerate((runs.run, runs.run_eager, partial(runs.run_by, other)), 1):
+        case = of_rows([0] * n_runs)
+        assert run(case).stacked["a"].tolist() == [float(n_runs)] * n_runs
+        assert (runs.stats.forwards, runs.last) == (n_runs, case)
 
 
 def test_a_difference_stands_at_its_position_in_the_case():
@@ -562,4 +582,4 @@ def test_rows_alone_that_were_not_asked_for_lately_are_forgotten_between_cases_p
     assert ran(0, 2) == [0, 2]
     monkeypatch.setattr(search_runs, "ALONE_BYTES", 8)  # less than one row
     runs.forget_most()
-    assert ran(2) == []
+    assert ran(2) == [] != ran(0)
