@@ -345,7 +345,7 @@ def most_in_isolation(space: Space) -> int:
     return min(17 if space.pool is None else 65, space.max_rows)
 
 
-@given(spaces() | pools())
+@given(spaces() | spaces(without_bounds=True) | pools())
 def test_isolation_is_asked_of_a_few_small_batches_that_have_neighbours(space):
     cases, most = first("S", space), most_in_isolation(space)
     sizes = n_rows_of(cases)
@@ -366,8 +366,10 @@ def test_isolation_is_asked_of_drawn_batches_down_to_two_rows(space, n_rows):
     find(drawn, lambda case: len(case) == n_rows, settings=settings(database=None))
 
 
-@given(spaces() | pools(), st.data())
-def test_each_neighbour_is_replaced_once_by_a_row_of_the_same_shapes_and_other_content(space, data):
+@pytest.mark.parametrize("kind", [spaces, pools])
+@given(st.data())
+def test_each_neighbour_is_replaced_once_by_a_row_of_the_same_shapes_and_other_content(kind, data):
+    space = data.draw(kind())
     if min(space.max_rows, space.max_tokens) < 2:
         return
     case = data.draw(RELATIONS["S"].cases(space).drawn)
