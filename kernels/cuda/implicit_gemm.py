@@ -107,7 +107,8 @@ def _convolution_tma_kernel(
     A tile has a run of BLOCK_M pixels: of one place in so many images (OF_IMAGES), or of one row of an image. So a tap's values
     are a run, too, for which the descriptor reads zeros outside of the image. x_desc: [batch, H / STRIDE_H, STRIDE_H,
     W / STRIDE_W, STRIDE_W * ALL_CHANNELS], as the values of a tap are STRIDE_W apart, or with batch behind W; w_desc:
-    [channels, R * S * C]. Fewer than 64 pixels are the columns of the tile, and the channels its rows: instructions have 64 rows.
+    [channels, R * S * C]. Fewer than 64 pixels are the columns of the tile, and the channels its rows, of which an instruction
+    has 64.
 
     A box of several dims would be reshaped, and there Triton (3.6 to 3.9) lacks the buffer for a load that an asynchronous
     product still reads: other bits now and then. A run is no box, as Triton drops leading dims of 1.

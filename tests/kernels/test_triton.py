@@ -915,15 +915,17 @@ def test_attention_in_chunks_and_step_by_step_is_attention_as_a_whole(options, m
         assert_same_bits(chunk, (out[:, :, start:stop], lse[:, :, start:stop]))
 
 
+@pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("n_before", ["hidden", "dropped"])
 @pytest.mark.parametrize("window", [7, 40, 130])
-def test_attention_in_a_window_decodes_as_it_prefills_whether_old_keys_are_hidden_or_dropped(window, n_before):
+def test_attention_in_a_window_decodes_as_it_prefills_whether_old_keys_are_hidden_or_dropped(window, n_before, kind):
     """A row of 300 beside a shorter one that is padded on the left, in a mask with the window: blocks have 32 keys."""
     q, k, v = qkv(2, 2, 1, 300, 300, 16, 16, torch.float32)
     left = torch.tensor([0, 90])[:, None]
     columns = torch.arange(300)
     near = (columns <= columns[:, None]) & (columns > columns[:, None] - window)
     mask = (near & (columns >= left[..., None]))[:, None].expand(2, 2, 300, 300)
+    mask = mask if kind == "bool" else torch.where(mask, 0.0, -torch.inf)
     positions = (columns - left).clamp(min=0)
     out, lse = cuda.attention(q, k, v, mask, False, 0.25)
     for start, stop in ((90, 91), (100, 107), (150, 151), (200, 203), (257, 258), (299, 300)):

@@ -331,11 +331,13 @@ def _attention_kernel(
 
     if MASK != "none":
         ranges_ptr += batch * stride_rb + (pack_index * PACK).to(tl.int64) * stride_rh
-    before = seqlen_k * 0
-    if POSITIONS:  # keys of the row before the first that its first query sees
+    CHUNK_N: tl.constexpr = CHUNK_BLOCKS * BLOCK_N
+    first_key = first_visible_key(ranges_ptr, n_ranges, seqlen_k, MASK, CHUNK_N)
+    if POSITIONS:  # keys of the row lie before the first that its first query sees
         position = tl.load(positions_ptr + batch * stride_positions)
-        before = (tl.maximum(position + 1 - mask_window, 0) % (CHUNK_BLOCKS * BLOCK_N)).to(tl.int32)
-    first_key = first_visible_key(ranges_ptr, n_ranges, seqlen_k, before, MASK, CHUNK_BLOCKS * BLOCK_N)
+        first_key -= (tl.maximum(position + 1 - mask_window, 0) % CHUNK_N).to(tl.int32)
+        if MASK == "additive":
+            first_key += -first_key // CHUNK_N * CHUNK_N
     start, full_end, end, has_holes = key_range(
         ranges_ptr, n_ranges, first_key, start_m, seqlen_q, seqlen_k, causal_offset, window,
         PACK, MASK, CAUSAL, WINDOW, BLOCK_M, BLOCK_N,

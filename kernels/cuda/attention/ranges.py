@@ -69,10 +69,10 @@ def _ranges_kernel(
 
 
 @triton.jit
-def first_visible_key(ranges_ptr, n_ranges, seqlen_k, before, MASK: tl.constexpr, CHUNK_N: tl.constexpr):
-    """The key from which those of a (batch, head) are counted: so many before the first visible one.
+def first_visible_key(ranges_ptr, n_ranges, seqlen_k, MASK: tl.constexpr, CHUNK_N: tl.constexpr):
+    """The key from which those of a (batch, head) are counted.
 
-    With an additive mask it is the last one at or before key 0 that is a multiple of CHUNK_N before that key.
+    With an additive mask it is the last one at or before key 0 that is a multiple of CHUNK_N before the first visible key.
     """
     first_key = tl.minimum(seqlen_k, 0)
     if MASK != "none":
@@ -81,7 +81,6 @@ def first_visible_key(ranges_ptr, n_ranges, seqlen_k, before, MASK: tl.constexpr
             offs = i + tl.arange(0, 128)
             begin = tl.load(ranges_ptr + offs * 5, mask=offs < n_ranges, other=seqlen_k)
             first_key = tl.minimum(first_key, tl.min(begin, 0))
-        first_key -= before
         if MASK == "additive":
             first_key = first_key - tl.cdiv(first_key, CHUNK_N) * CHUNK_N
     return first_key
