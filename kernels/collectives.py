@@ -137,7 +137,10 @@ class _Call:
 
 
 def _wait(work: Any) -> None:
-    torch.distributed.Work.unbox(work).wait()
+    """NCCL (torch 2.11) gives none for a call that is not asynchronous: it ran on the caller's stream."""
+    unboxed = torch.distributed.Work.unbox(work)
+    if unboxed is not None:
+        unboxed.wait()
 
 
 def _finished(result: Any) -> Any:

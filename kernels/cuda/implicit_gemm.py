@@ -289,7 +289,7 @@ def _plan_transpose(x: Description, batch: int, rows: int, cols: int) -> Callabl
         return lambda x, out: out.as_strided((batch, cols, rows), (rows * cols, rows, 1)).copy_(
             x.as_strided((batch, rows, cols), (rows * cols, cols, 1)).mT
         )
-    return Launch(_transpose_kernel, grid, (rows, cols, block, block), num_warps=4)
+    return Launch(_transpose_kernel, grid, (rows, cols, block, block), num_warps=4, enable_fp_fusion=False)
 
 
 _FORMATS = {True: torch.channels_last, False: torch.contiguous_format}

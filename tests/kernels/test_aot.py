@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from pytest_batchinv.kernels import cuda, table, tiles
 from pytest_batchinv.kernels.aten import common
-from pytest_batchinv.kernels.cuda import matmul, norm, reduce, rows, scaled, scatter, softmax
+from pytest_batchinv.kernels.cuda import implicit_gemm, matmul, norm, reduce, rows, scaled, scatter, softmax
 from pytest_batchinv.kernels.cuda.attention import backward as attention_backward
 from pytest_batchinv.kernels.cuda.attention import kernel as attention_kernel
 from pytest_batchinv.kernels.cuda.attention import merge as attention_merge
@@ -67,6 +67,12 @@ SPECIALISED = {
     # The descriptors of the factors and the result are no arguments that Triton specialises.
     "_gemm_tma_kernel": {"N", "K", "stride_biasm", "stride_biasn", "bias_ptr"}
     | {"a_desc", "b_desc", "out_desc", "narrow_b_desc", "narrow_out_desc"},
+    "_convolution_kernel": {"N", "C", "H", "W", "P", "Q", "x_ptr", "w_ptr", "bias_ptr", "out_ptr"}
+    | {f"stride_{of}" for of in "xn xc xh xw wn wc wr ws on oc op oq".split()},
+    "_convolution_tma_kernel": {"N", "C", "ALL_CHANNELS", "P", "Q", "bias_ptr", "out_ptr", "x_desc", "w_desc"}
+    | {"stride_on", "stride_op", "stride_oq"},
+    "_pointwise_tma_kernel": {"N", "C", "PQ", "bias_ptr", "out_ptr", "x_desc", "w_desc"},
+    "_transpose_kernel": {"x_ptr", "out_ptr", "ROWS", "COLS"},
     # Integers, which no order can change.
     "_ranges_kernel": {"mask_ptr", "copy_ptr", "intervals_ptr", "ranges_ptr", "n_keys"}
     | {"stride_mb", "stride_mh", "stride_mq", "stride_mk"},
@@ -191,6 +197,64 @@ def test_gemm_tile(arch, dtype, tile, compile_for, monkeypatch):
         assert {name.split(".")[-1] for name in instructions(binary)} == {"f64"}
     else:
         assert instructions(binary) == set() and "fma.rn.f64" in ptx
+
+
+def convolved(batch, channels, side, out, taps, stride, memory_format=torch.channels_last, groups=1):
+    """A launch of a convolution of squares in bf16, and of one that is the same with a bias."""
+    x = tensor(batch, channels, side, side, dtype=torch.bfloat16).to(memory_format=memory_format)
+    weight = tensor(out, channels // groups, taps, taps, dtype=torch.bfloat16).to(memory_format=memory_format)
+    how = (stride,) * 2, (taps // 2,) * 2, (1, 1), groups
+    return lambda: [cuda.convolution(x, weight, bias, *how) for bias in (None, x.new_zeros(out))]
+
+
+CONVOLUTIONS = {
+    "3x3": ((64, 128, 28, 128, 3, 1), True),
+    "3x3 of one image": ((1, 256, 14, 256, 3, 1), True),
+    "3x3 in steps, channels first": ((8, 96, 28, 64, 3, 2, torch.contiguous_format), True),
+    "grouped": ((4, 128, 14, 128, 3, 1, torch.channels_last, 2), True),
+    "1x1, channels first": ((64, 256, 28, 512, 1, 1, torch.contiguous_format), True),
+    "odd steps": ((8, 64, 27, 64, 3, 2), False),
+    "few channels": ((8, 3, 32, 64, 7, 2), False),
+    "depthwise": ((8, 32, 14, 32, 7, 1, torch.channels_last, 32), False),
+}
+"""Arguments of ``convolved``, and whether descriptors can describe the operands."""
+
+
+@ARCHS
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_load_ahead_and_each_load_has_a_buffer_of_its_own(name, arch, compile_for):
+    """A load without one would be written while an asynchronous product still reads it."""
+    arguments, fits_tma = CONVOLUTIONS[name]
+    for binary in compile_for(arch, convolved(*arguments)):
+        is_product = binary.name == "_gemm_kernel"  # without TMA, of one tap: through columns that lie side by side
+        assert_sound(binary, arch, 256 if is_product else MOST_SPILLED)
+        if binary.name == "_transpose_kernel":
+            continue
+        has_tma = fits_tma and arch >= 90
+        assert binary.name.endswith("_tma_kernel" if has_tma else "_kernel") and ("bulk.tensor" in binary.asm["ptx"]) == has_tma
+        if arch == 90 and has_tma:
+            M, N, K = (value_of(binary, f"BLOCK_{of}") for of in "MNK")
+            stages = binary.metadata.num_stages * (M + N) * K * 2
+            assert stages <= binary.metadata.shared < stages + 1024
+            assert all("wgmma" in instruction for instruction in instructions(binary))
+
+
+def value_of(binary, name):
+    """Of a constexpr."""
+    (value,) = (v for (index, *_), v in binary.src.constants.items() if binary.src.fn.arg_names[index] == name)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "of_images"), [(16, 64, False), (32, 128, True), (64, 32, False), (64, 256, True), (128, 128, False)]
+)
+def test_runs_of_any_length_have_a_buffer_for_each_load(block_m, block_n, of_images, compile_for, monkeypatch):
+    tile = tiles.Tile(block_m, block_n, 64, 8 if block_m == 128 else 4, 3, True)
+    monkeypatch.setattr(implicit_gemm, "convolution_run", lambda *_: (tile, of_images))
+    for binary in compile_for(90, convolved(40, 128, 20, 256, 3, 1)):
+        assert_sound(binary, 90, MOST_SPILLED)
+        stages = 3 * (block_m + block_n) * 64 * 2
+        assert stages <= binary.metadata.shared < stages + 1024
 
 
 @BOTH
@@ -596,11 +660,20 @@ def test_the_gradients_of_attention(arch, dtype, head_dim, compile_for):
 def test_specialised_arguments_are_the_ones_named():
     kernels = [
         value
-        for module in [*ROW_MODULES, matmul, scaled, attention_backward, attention_kernel, attention_merge, attention_ranges]
+        for module in [
+            *ROW_MODULES,
+            matmul,
+            implicit_gemm,
+            scaled,
+            attention_backward,
+            attention_kernel,
+            attention_merge,
+            attention_ranges,
+        ]
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.__module__ == module.__name__
     ]
-    assert len(kernels) == 24
+    assert len(kernels) == 28
     for kernel in kernels:
         assert type(kernel) is JITFunction, f"{kernel}: tuned or chosen at run time, by sizes that nobody lists"
         specialised = {

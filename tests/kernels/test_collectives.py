@@ -120,6 +120,18 @@ def test_the_sum_of_a_power_of_two_of_parts_is_the_sum_of_the_sums_of_its_halves
         assert bits(cpu.tree_sum(halves, out_dtype)) == bits(found)
 
 
+def test_a_backend_that_gives_no_work_has_nothing_to_wait_for(monkeypatch):
+    """As NCCL does for a call that is not asynchronous."""
+
+    class Work:
+        @staticmethod
+        def unbox(boxed):
+            return boxed
+
+    monkeypatch.setattr(torch.distributed, "Work", Work)
+    collectives._wait(None)
+
+
 def test_the_dispatchers_entries_are_torchs_own_again_after_the_mode():
     def registered():
         return {name: torch._C._dispatch_dump(f"c10d::{name}") for name in collectives.COLLECTIVES}
