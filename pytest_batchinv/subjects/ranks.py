@@ -242,11 +242,10 @@ def divide(model: Any, device: str, world_size: int) -> None:
     except ImportError as error:
         raise NoRanks(f"this version of transformers does not divide a loaded model over ranks ({error}); 5.23 does") from None
     mesh = init_device_mesh(device, (world_size,), mesh_dim_names=("tp",))
-    if not hasattr(model, "_resolve_parallel_plans"):  # transformers 5.17: the model has one plan
-        apply_tensor_parallelism(model, mesh)
-        return
-    plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_size=world_size))
-    apply_tensor_parallelism(model, mesh, plan)
+    plans = []  # transformers 5.17 takes the model's own
+    if hasattr(model, "_resolve_parallel_plans"):
+        plans = [model._resolve_parallel_plans(DistributedConfig(tp_size=world_size))[0]]
+    apply_tensor_parallelism(model, mesh, *plans)
 
 
 def _import_before_the_fork() -> None:
