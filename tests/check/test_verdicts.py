@@ -462,6 +462,16 @@ def test_a_record_has_the_notes_of_the_subject_and_of_what_the_relation_made_of_
     assert [record.notes for record in records] == [("left out", "of itself"), ("left out", "of itself", "of its gradients")]
 
 
+@pytest.mark.parametrize("given_seed, seed", [(None, 7), (0, 0), (8, 8)])
+@pytest.mark.parametrize("given_examples, drawn", [(None, 2), (3, 3)])
+def test_seed_and_number_of_examples_are_those_of_the_surroundings_where_none_is_given(given_seed, seed, given_examples, drawn):
+    told = []
+    with context.surrounding(context.Context(seed=7, max_examples=2, progress=told.append)):
+        (record,) = check_batch_invariant(subject(planted.invariant), ("I",), seed=given_seed, max_examples=given_examples)
+    assert record.seed == seed
+    assert [told.total for told in told if told.phase == "drawn"] == [drawn] * drawn
+
+
 def test_a_replay_on_other_rows_says_so():
     fn, pool = planted.from_size(2)
     with pytest.raises(BatchVarianceError) as caught:
