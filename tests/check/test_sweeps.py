@@ -124,6 +124,21 @@ def test_drawn_cases_fit_and_have_few_rows_where_each_takes_several_forwards(mos
     assert not space.holds(case)
 
 
+@pytest.mark.parametrize("letter", IN_STEPS)
+@pytest.mark.parametrize("max_keys, padding", [(1 << 20, 40), (20, 10)])
+def test_drawn_batches_in_steps_are_padded_as_far_as_the_cache_has_room(letter, max_keys, padding):
+    rows = tuple(Row(i, 10) for i in range(3))
+    space = Space(rows, max_length=10, max_tokens=2048, max_keys=max_keys, caches=("dynamic",))
+    drawn = RELATIONS[letter].cases(space).drawn
+    find(drawn, lambda case: case.extra_padding == padding, settings=settings(database=None, max_examples=2000))
+
+
+@given(spaces(without_bounds=True), st.data())
+def test_batches_over_ranks_have_few_tokens(space, data):
+    cases = RELATIONS["T"].cases(space)
+    assert all(case.tokens <= 1024 for case in [*cases.first, data.draw(cases.drawn)])
+
+
 # --- I ----------------------------------------------------------------------------------------------------------------
 
 
