@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
 from pytest_batchinv.relations import RELATIONS
@@ -16,6 +16,7 @@ from pytest_batchinv.subjects.base import RowOutputs, Space
 
 IN_STEPS = ("C", "D")
 CACHES_THAT_FORGET = ("dynamic", "sliding")
+SEARCHING = settings(max_examples=5000, database=None, phases=(Phase.generate,), suppress_health_check=HealthCheck)
 
 
 def rows_up_to(longest: int) -> st.SearchStrategy[tuple[Row, ...]]:
@@ -130,7 +131,7 @@ def test_drawn_batches_in_steps_are_padded_as_far_as_the_cache_has_room(letter, 
     rows = tuple(Row(i, 10) for i in range(3))
     space = Space(rows, max_length=10, max_tokens=2048, max_keys=max_keys, caches=("dynamic",))
     drawn = RELATIONS[letter].cases(space).drawn
-    find(drawn, lambda case: case.extra_padding == padding, settings=settings(database=None, max_examples=2000))
+    find(drawn, lambda case: case.extra_padding == padding, settings=SEARCHING)
 
 
 @given(spaces(without_bounds=True), st.data())
@@ -375,10 +376,10 @@ def test_isolation_is_asked_of_a_few_small_batches_that_have_neighbours(space):
 
 
 @pytest.mark.parametrize("space", [Space((Row(0, 5), Row(1, 9)), max_length=9), Space((Row(0), Row(1)), (1, 1))])
-@pytest.mark.parametrize("n_rows", [2, 16])
-def test_isolation_is_asked_of_drawn_batches_down_to_two_rows(space, n_rows):
-    drawn = RELATIONS["S"].cases(replace(space, max_rows=n_rows)).drawn
-    find(drawn, lambda case: len(case) == n_rows, settings=settings(database=None))
+@pytest.mark.parametrize("max_rows", [2, 16])
+def test_isolation_is_asked_of_drawn_batches_down_to_two_rows(space, max_rows):
+    drawn = RELATIONS["S"].cases(replace(space, max_rows=max_rows)).drawn
+    find(drawn, lambda case: len(case) == 2, settings=SEARCHING)
 
 
 @pytest.mark.parametrize("kind", [spaces, pools])
