@@ -242,7 +242,7 @@ def convolution(
         return x.new_empty(sizes)
     if taps.share_no_value(weight.shape[2:]) and groups == 1:
         return _product(x, weight, bias, sizes, channels_last)
-    if sizes[0] * sizes[2] * sizes[3] >= INT32_END - MARGIN:  # the same bits by halves of the batch
+    if sizes[0] > 1 and sizes[0] * sizes[2] * sizes[3] >= INT32_END - MARGIN:  # the same bits by halves of the batch
         halves = [convolution(some, weight, bias, stride, padding, dilation, groups) for some in x.chunk(2)]
         return torch.cat(halves).to(memory_format=_FORMATS[channels_last])
     has_few = weight.shape[1] < FEW_CHANNELS
@@ -352,10 +352,10 @@ def _plan(
 ) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], None]:
     (N, _, H, W), (channels, C, R, S), (_, _, P, Q) = x.shape, weight.shape, out.shape
     reach = sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.strides[1:], strict=True))
-    if max(reach, R * S * C) >= INT32_END - MARGIN or groups > LONGEST_AXIS:
+    if max(reach, R * S * C, N * P * Q) >= INT32_END - MARGIN or groups > LONGEST_AXIS:
         raise ValueError(
-            f"convolution takes images of fewer than {INT32_END - MARGIN} values and up to {LONGEST_AXIS} groups, not "
-            f"{list(x.shape)} in {groups}"
+            f"convolution takes images of fewer than {INT32_END - MARGIN} values and makes such, in up to {LONGEST_AXIS} groups, "
+            f"not {list(x.shape)} to {list(out.shape)} in {groups}"
         )
     if _fits_tma(x, weight, taps):
         return _with_runs(x, weight, out, has_bias, taps, groups)
