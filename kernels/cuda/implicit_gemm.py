@@ -354,8 +354,8 @@ def _plan(
     reach = sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.strides[1:], strict=True))
     if max(reach, R * S * C, N * P * Q) >= INT32_END - MARGIN or groups > LONGEST_AXIS:
         raise ValueError(
-            f"convolution takes images of fewer than {INT32_END - MARGIN} values, makes such ones, and has up to {LONGEST_AXIS} "
-            f"groups: not {list(x.shape)} to {list(out.shape)} in {groups}"
+            f"convolution takes images of fewer than {INT32_END - MARGIN} values, makes such ones, and has up to "
+            f"{LONGEST_AXIS} groups: not {list(x.shape)} to {list(out.shape)} in {groups}"
         )
     if _fits_tma(x, weight, taps):
         return _with_runs(x, weight, out, has_bias, taps, groups)
