@@ -19,37 +19,42 @@ from pytest_batchinv.kernels import scanned
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
+class Unusable(ValueError):
+    """What was asked for cannot be done, in a sentence."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0 where no sample is silent; 1 where one is, 2 where the scan cannot run."""
     options = _parser().parse_args(arguments)
-    if options.compare:
-        print("\n".join(report.difference(*(scanned.Scan.from_json(Path(path).read_text()) for path in options.compare))))
-        return 0
-    if options.document:
-        _write(DOCUMENT, report.document(report.stored()))
-        return 0
-    if options.again and not (options.cells and options.cells.exists()):
-        print("--again needs --cells with the file of a whole scan, to put what it finds in its place", file=sys.stderr)
-        return 2
-    if options.resume and not (options.cells and options.cells.exists()):
-        print("--resume needs --cells with the file of a scan that was interrupted", file=sys.stderr)
-        return 2
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("there is no GPU here that torch can use; scan the CPU with --device cpu", file=sys.stderr)
-        return 2
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
-        signal.signal(number, signal.default_int_handler)
-    before = _kept(options.cells) if options.resume else None
-    start = time.monotonic()
-    tell = _told(start) if not options.quiet else lambda line: None
     try:
-        wanted = options.again or options.only
-        found = scan.scan(options.device, options.dtypes, options.threads, wanted, tell, options.jobs, before)
-    except MissingPackage as error:
+        if options.compare:
+            print("\n".join(report.difference(*map(_data, options.compare))))
+            return 0
+        if options.document:
+            _write(DOCUMENT, report.document(report.stored()))
+            return 0
+        return _scan(options)
+    except (Unusable, MissingPackage) as error:
         print(error, file=sys.stderr)
         return 2
-    if options.again:
-        kept = _kept(options.cells)
+
+
+def _scan(options: argparse.Namespace) -> int:
+    wanted = options.again or options.only
+    if unknown := set(wanted) - {scan.short_name(source) for source in scan.sources(wanted)}:
+        raise Unusable(
+            f"there are no samples of {', '.join(sorted(unknown))}; names are those of docs/coverage.md, without aten::"
+        )
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise Unusable("there is no GPU here that torch can use; scan the CPU with --device cpu")
+    kept = _kept(options.cells, "--again" if options.again else "--resume") if options.again or options.resume else None
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
+        signal.signal(number, signal.default_int_handler)
+    start = time.monotonic()
+    tell = _told(start) if not options.quiet else lambda line: None
+    before = kept if options.resume else None
+    found = scan.scan(options.device, options.dtypes, options.threads, wanted, tell, options.jobs, before)
+    if options.again and kept is not None:
         kept = kept.without(scan.sources(options.again))
         kept.add(found)
         found = kept
@@ -58,8 +63,31 @@ def main(arguments: list[str] | None = None) -> int:
     return _finished(found, options, time.monotonic() - start)
 
 
-def _kept(path: Path) -> states.Found:
-    return msgspec.json.decode(path.read_bytes(), type=states.Found)
+def _kept(path: Path | None, option: str) -> states.Found:
+    """The calls of an earlier scan. Raises Unusable."""
+    needs = f"{option} needs --cells with the file of an earlier scan"
+    if path is None:
+        raise Unusable(needs)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=states.Found)
+    except OSError as error:
+        raise Unusable(f"{needs}: {path} cannot be read ({error.strerror})") from None
+    except msgspec.DecodeError as error:
+        raise Unusable(f"{needs}: {path} holds something else ({error})") from None
+
+
+def _data(name: str) -> scanned.Scan:
+    """Raises Unusable."""
+    try:
+        return scanned.Scan.from_json(Path(name).read_text())
+    except OSError as error:
+        raise Unusable(
+            f"--compare needs two files of data, as in kernels/scans: {name} cannot be read ({error.strerror})"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise Unusable(
+            f"--compare needs two files of data, as in kernels/scans: {name} holds something else ({error})"
+        ) from None
 
 
 def _finished(found: states.Found, options: argparse.Namespace, seconds: float) -> int:

@@ -215,7 +215,12 @@ def scan(
 def sources(wanted: Iterable[str] = ()) -> list[str]:
     """Every source of samples, or those of these names."""
     chosen = set(wanted)
-    return [name for name in names() if not chosen or name.partition(":")[2].partition("#")[0] in chosen]
+    return [name for name in names() if not chosen or short_name(name) in chosen]
+
+
+def short_name(source: str) -> str:
+    """As --only has it."""
+    return source.partition(":")[2].partition("#")[0]
 
 
 def _of_the_end(ended: _Ended, name: str) -> Found:

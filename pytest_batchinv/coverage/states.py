@@ -36,7 +36,7 @@ class Function(msgspec.Struct, frozen=True):
     operators: tuple[tuple[str, str], ...]
 
 
-class Found(msgspec.Struct):
+class Found(msgspec.Struct, forbid_unknown_fields=True):
     """All that a scan, or a part of it, found.
 
     not_run: sources that gave no sample, or ended the process, and why. seen: calls that need no measuring any more (operator,

@@ -51,6 +51,19 @@ def written(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
     return given + [x for x in changed if storage_of(x) not in memory]
 
 
+def numbers(func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
+    """The plain numbers and words that the call computes with, by the names of its arguments: no sizes, dims and places."""
+    if not isinstance(func, OpOverload):
+        return {}
+    kinds = {argument.name: str(argument.type) for argument in func._schema.arguments}
+    given = dict(zip(kinds, args, strict=False)) | kwargs
+    return {
+        name: repr(value)
+        for name, value in given.items()
+        if isinstance(value, (float, complex, bool, str)) or (isinstance(value, int) and kinds[name] in ("Tensor", "number"))
+    }
+
+
 def writes_to_inputs(func: Operator) -> bool:
     return func._schema.is_mutable if isinstance(func, OpOverload) else func.is_mutable
 

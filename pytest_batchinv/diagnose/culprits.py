@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -127,6 +128,7 @@ def _told(sides: TwoSides, plain: Walk) -> Trace:
             op=place[group.blamed],
             calls=len(group.calls),
             inputs=_inputs(sides, group),
+            numbers=sides.other_numbers(group.blamed),
             effect=effect,  # type: ignore[arg-type]
             cure=cures[sides.calls[group.blamed].overload],
             sizes=_sizes(rows) if rows is not None and i == _first_cause(effects) else None,
@@ -135,14 +137,16 @@ def _told(sides: TwoSides, plain: Walk) -> Trace:
         )
         for i, (group, effect) in enumerate(zip(groups, effects, strict=True))
     )
-    notes = _notes(sides, healed, groups)
-    script, why = _script(sides, by_itself, groups[_first_cause(effects)]) if groups else ("", "")
+    control_flow = _control_flow(sides, groups)
+    notes = _notes(sides, healed, groups, control_flow)
+    script, why = "", ""
+    if groups and not any(sides.other_numbers(groups[_first_cause(effects)].blamed)):
+        script, why = _script(sides, by_itself, groups[_first_cause(effects)])
     if why:
         notes.append(f"no script of the operator alone: {why}")
     causing = {sides.calls[group.blamed].overload for group, effect in zip(groups, effects, strict=True) if effect == "causes"}
     if len(causing) > 1 and not mode.is_on():
         notes.append(_cure(sides, causing))
-    control_flow = _control_flow(sides, groups)
     return Trace(ops=ops, culprits=culprits, control_flow=control_flow, notes=tuple(notes), script=script)
 
 
@@ -357,9 +361,16 @@ def _control_flow(sides: TwoSides, groups: list[Group]) -> tuple[str, ...]:
     last = max(before, default=len(sides.kept))
     only_one = [sides.kept[i] for i in sides.pairs.only_one if i <= last]
     only_other = [sides.calls[n] for n in range(min(until + 1, len(sides.calls))) if sides.pairs.by_other[n] < 0]
-    lines = [f"only the first side calls {_named(call)}" for call in only_one if not _copies(call)]
-    lines += [f"only the second side calls {_named(call)}" for call in only_other if not _copies(call)]
+    often = [Counter(_named(call) for call in calls) for calls in (sides.kept, sides.calls)]
+    lines = [_only("first", _named(call), *often) for call in only_one if not _copies(call)]
+    lines += [_only("second", _named(call), *often) for call in only_other if not _copies(call)]
     return tuple(dict.fromkeys(lines))
+
+
+def _only(side: str, name: str, one: Counter[str], other: Counter[str]) -> str:
+    if one[name] and other[name]:
+        return f"the first side calls {name} {one[name]} times, the second {other[name]}"
+    return f"only the {side} side calls {name}"
 
 
 def _copies(call: Kept | Called) -> bool:
@@ -384,11 +395,11 @@ def _moved(sides: TwoSides, healed: Walk, group: Group) -> str:
     return ""
 
 
-def _notes(sides: TwoSides, healed: Walk, groups: list[Group]) -> list[str]:
+def _notes(sides: TwoSides, healed: Walk, groups: list[Group], control_flow: tuple[str, ...]) -> list[str]:
     notes = list(filter(None, [_moved(sides, healed, group) for group in groups[:1]]))
     if sides.is_cut:
         notes.append(CUT)
-    if not sides.is_equal(healed.outputs):
+    if not sides.is_equal(healed.outputs) and (groups or not control_flow):
         notes.append(
             "with the first side's bytes in place of all that diverged, the output still differs: part of it was not seen"
         )

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from pytest_batchinv.compare import first_row_that_differs
 from pytest_batchinv.diagnose.align import Key, Pairs, align_parts
-from pytest_batchinv.diagnose.calls import Operator, base_name, gives_empty_memory, is_view, read, writes_to_inputs, written
+from pytest_batchinv.diagnose.calls import (
+    Operator,
+    base_name,
+    gives_empty_memory,
+    is_view,
+    numbers,
+    read,
+    writes_to_inputs,
+    written,
+)
 from pytest_batchinv.diagnose.recorder import Around, Recorder
 from pytest_batchinv.diagnose.rows import Finder, Match, Selection, finders, put_in_place, through_indices, through_padding
 from pytest_batchinv.diagnose.where import Places, Where, storage_of
@@ -136,6 +145,14 @@ class TwoSides:
         there = self.pairs.by_other[number] if number < len(self.pairs.by_other) else -1
         return self.kept[there] if there >= 0 else None
 
+    def other_numbers(self, number: int) -> tuple[str, str]:
+        """The plain numbers that the partner of this call and this call were given, where they are not the same, in words."""
+        kept, there = self.partner(number), self.calls[number].numbers
+        here = there if kept is None else numbers(kept.overload, kept.args, kept.kwargs)
+        differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+        one, other = (", ".join(f"{name}={given.get(name, 'none')}" for name in differ) for given in (here, there))
+        return one, other
+
     def badge(self, seen: Seen) -> Badge:
         return "content" if seen.by_content else self.pairs.badge
 
@@ -154,7 +171,7 @@ class TwoSides:
             outs = written(func, args, kwargs, out)
             if not is_view(func, given, outs):
                 key = _key(func, places, where, given, outs)
-                calls.append(Called(func, key, where, tuple(map(described, given)), shapes, part))
+                calls.append(Called(func, key, where, tuple(map(described, given)), shapes, numbers(func, args, kwargs), part))
             return out
 
         with places:
@@ -342,13 +359,15 @@ class _Watch:
 
 
 class Called(NamedTuple):
-    """One call of the second side. inputs: the tensors that it took, in words; shapes: theirs. part: in which forward."""
+    """One call of the second side. inputs: the tensors that it took, in words; shapes: theirs; numbers: the plain ones. part:
+    in which forward."""
 
     overload: Operator
     key: Key
     where: Where
     inputs: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
+    numbers: dict[str, str]
     part: int
 
 

@@ -78,7 +78,11 @@ def trace_parts(trace: Trace, sides: tuple[str, str]) -> Iterator[tuple[str, str
     """The operator at which the bits part, what cures it, and what else diverges; titles and lines."""
     if (cause := trace.cause) is not None:
         op = trace.ops[cause.op]
-        yield "operator", f"{_called(op)} gave other bits for equal inputs"
+        if any(cause.numbers):
+            one, other = cause.numbers
+            yield "operator", f"{_called(op)} is called with {one} {sides[0]}, {other} {sides[1]}"
+        else:
+            yield "operator", f"{_called(op)} gave other bits for equal inputs"
         yield from (("", line) for line in _lines(op))
         distance = "" if op.ulp is None else f", {op.ulp:,} ulp"
         yield "", f"{op.n_differ:,} of {op.n_total:,} values{distance}: {op.shapes[0]} {sides[0]}, {op.shapes[1]} {sides[1]}"

@@ -85,14 +85,17 @@ class Culprit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An operator whose inputs agreed in the row's bytes, and whose output did not.
 
     op: its position in the trace. calls: how many calls of it, from this line, diverged by themselves. inputs: shapes, strides
-    and dtypes of its inputs on either side. effect: whether the output differs where nothing else diverges. cure: what the
-    mode's kernel does in its place, the rest being stock. sizes: at how many of its own rows its bits are others than for one.
-    elsewhere: the same for its inputs in other dtypes and, on a CPU, with one thread. kernels: what ran on either side.
+    and dtypes of its inputs on either side. numbers: the plain numbers that it was given on either side, where they are not the
+    same: then it is not the operator that makes the difference, but the code that calls it. effect: whether the output differs
+    where nothing else diverges. cure: what the mode's kernel does in its place, the rest being stock. sizes: at how many of its
+    own rows its bits are others than for one. elsewhere: the same for its inputs in other dtypes and, on a CPU, with one
+    thread. kernels: what ran on either side.
     """
 
     op: int
     calls: int
     inputs: tuple[tuple[str, ...], tuple[str, ...]]
+    numbers: tuple[str, str] = ("", "")
     effect: Literal["causes", "does not reach the output", "not told"] = "not told"
     cure: str = ""
     sizes: Breakpoints | None = None

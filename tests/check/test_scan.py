@@ -274,9 +274,25 @@ def test_an_interrupted_scan_says_so_and_goes_on_where_it_was(monkeypatch, tmp_p
     assert sorted(cell.source for cell in kept.cells) == sorted(every)
 
 
-def test_to_go_on_with_a_scan_needs_its_calls(tmp_path, capsys):
-    assert main(["--resume", "--cells", str(tmp_path / "none.json")]) == 2
-    assert "--resume needs --cells" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--resume"], "--resume needs --cells with the file of an earlier scan"),
+        (["--resume", "--cells", "none.json"], "none.json cannot be read"),
+        (["--resume", "--cells", "words"], "words holds something else"),
+        (["--again", "neg", "--cells", "other.json"], "other.json holds something else"),
+        (["--only", "neg,nosuchop"], "there are no samples of nosuchop"),
+        (["--compare", "none.json", "words"], "none.json cannot be read"),
+        (["--compare", "other.json", "words"], "other.json holds something else"),
+    ],
+)
+def test_what_a_scan_cannot_do_is_said_in_a_sentence_and_no_file_changes(words, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words").write_text("hello")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
+    assert (tmp_path / "words").read_text() == "hello" and (tmp_path / "other.json").read_text() == '{"a": 1}'
 
 
 def test_sources_that_are_scanned_again_take_the_place_of_what_they_gave():

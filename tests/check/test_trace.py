@@ -13,6 +13,7 @@ from pytest_batchinv.mode import stock_torch
 from pytest_batchinv.mutants import rows as planted
 from pytest_batchinv.mutants.detection import is_located
 from pytest_batchinv.mutants.faults import FAULTS, gemv
+from pytest_batchinv.report.message import trace_parts
 from pytest_batchinv.shapes import BatchShape, Row, Steps
 from pytest_batchinv.subjects.rows import RowsSubject
 from pytest_batchinv.subjects.transformers import TransformersSubject
@@ -323,6 +324,27 @@ def test_values_of_the_start_up_are_not_blamed():
     torch.manual_seed(0)
     found = finding_of(Lazy(), torch.randn(8, 64), relations=("I",)).finding.trace
     assert [found.ops[culprit.op].overload for culprit in found.culprits] == ["batchinv_mutants::gemv"]
+
+
+@pytest.mark.parametrize(
+    ("function", "operator", "numbers"),
+    [
+        (lambda x: x * (1 + 1e-6 * (len(x) == 7)), "aten::mul.Tensor", ("other=1.0", "other=1.000001")),
+        (lambda x: x + (2 if len(x) > 5 else 1), "aten::add.Tensor", ("other=1", "other=2")),
+        (
+            lambda x: torch.nn.functional.layer_norm(x, (16,), eps=1e-5 if len(x) < 5 else 1e-3),
+            "aten::native_layer_norm",
+            ("eps=1e-05", "eps=0.001"),
+        ),
+    ],
+)
+def test_an_operator_that_is_called_with_another_number_is_not_said_to_vary(function, operator, numbers):
+    """Nor is there a script of it: the code that computes the number makes the difference."""
+    found = finding_of(function, torch.randn(16, 16), relations=("I",)).finding.trace
+    assert found.ops[found.cause.op].overload == operator
+    assert found.cause.numbers == numbers and found.script == ""
+    words = dict(trace_parts(found, ("alone", "in the batch")))["operator"]
+    assert words == f"{operator} is called with {numbers[0]} alone, {numbers[1]} in the batch"
 
 
 def test_an_operator_is_blamed_for_its_second_result_and_not_the_one_that_reads_it():
