@@ -109,8 +109,11 @@ def assert_batch_invariant(
     __tracebackhide__ = True
     if "X" in relations and compile_mode is None:
         compile_mode = "default"
-    subject = RowsSubject(fn, inputs, batch_dim, compile_mode=compile_mode, collate=collate)
-    given = _Given("assert_batch_invariant", subject, relations, max_examples, seed, case)
+    try:
+        subject = RowsSubject(fn, inputs, batch_dim, compile_mode=compile_mode, collate=collate)
+        given = _Given("assert_batch_invariant", subject, relations, max_examples, seed, case)
+    except ValueError as error:
+        raise error.with_traceback(_users_frames(error.__traceback__, is_a_sentence=True)) from None
     return _all_checked(given)[-1]
 
 
@@ -149,6 +152,8 @@ class _Given:
         surrounding = context.current()
         if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
             raise ValueError(f"{who}: max_examples={max_examples!r} is not a whole number from 1 on")
+        if case is not None and not isinstance(case, BatchShape):
+            raise ValueError(f"{who}: case={case!r} is no BatchShape; BatchShape.from_json() makes one of a replay line's text")
         self.relations = relations.chosen(letters, who)
         self.subject = subject
         self.max_examples = max_examples or surrounding.max_examples
@@ -170,14 +175,17 @@ def _all_checked(given: _Given) -> list[Record]:
     return records
 
 
-def _users_frames(traceback: TracebackType | None) -> TracebackType | None:
-    """A traceback without our own frames, but for those in which the error was raised: a fault of ours stays visible."""
+def _users_frames(traceback: TracebackType | None, is_a_sentence: bool = False) -> TracebackType | None:
+    """A traceback without our own frames, but for those in which the error was raised: a fault of ours stays visible.
+
+    is_a_sentence: where it is about what the user gave, these say nothing, either.
+    """
     frames = []
     while traceback is not None:
         frames.append(traceback)
         traceback = traceback.tb_next
     ours = [frame.tb_frame.f_code.co_filename.startswith(_OURS) for frame in frames]
-    if not frames or ours[-1]:
+    if not frames or ours[-1] and not is_a_sentence:
         return frames[0] if frames else None
     kept = None
     for frame, is_ours in zip(reversed(frames), reversed(ours), strict=True):

@@ -45,6 +45,8 @@ class RowsSubject(Subject):
         compile_mode: str | None = None,
         collate: Callable[..., Any] | None = None,
     ) -> None:
+        if not callable(fn):
+            raise ValueError(f"what is tested is a function or a module, which is called with the rows; it is {_kind(fn)}")
         self.fn, self.inputs, self.batch_dim, self.collate = fn, tuple(inputs), batch_dim, collate
         plain = eager_of(fn)
         self._eager = plain

@@ -4,6 +4,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -353,8 +354,19 @@ def test_outputs_by_name_along_another_dimension_and_none_are_taken():
         (lambda x: x.to_sparse(), [planted.pool()], {}, r"layout torch.sparse_coo, .*return it .to_dense\(\)"),
         (lambda x: x, [planted.pool()], {"collate": padded}, "with collate= the inputs are one or more lists of rows"),
         (lambda x: x, [planted.pool()], {"compile_mode": "fast"}, "there is no compile mode 'fast'; use one of eager, default"),
+        (lambda x: x, [planted.pool()], {"case": "x"}, "case='x' is no BatchShape; BatchShape.from_json"),
+        (3, [planted.pool()], {}, "is a function or a module, .*; it is of type int"),
     ],
 )
 def test_what_is_no_function_of_rows_is_refused_in_a_sentence(fn, inputs, words, says):
     with pytest.raises(ValueError, match=says):
         assert_batch_invariant(fn, *inputs, **words)
+
+
+@pytest.mark.parametrize(
+    "words", [{"case": "x"}, {"relations": ("Q",)}, {"max_examples": 0}, {"compile_mode": "fast"}, {"fn": 3}]
+)
+def test_a_wrong_argument_shows_the_users_frames_alone(words):
+    with pytest.raises(ValueError) as caught:
+        assert_batch_invariant(words.pop("fn", torch.exp), planted.pool(), **words)
+    assert {entry.path for entry in caught.traceback.filter(caught)} == {Path(__file__)}
