@@ -32,6 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
             from pytest_batchinv.plugin import enabled
 
             enabled.start(config)
+        else:
+            _warn_of_what_is_not_written(config)
+
+
+def _warn_of_what_is_not_written(config: pytest.Config) -> None:
+    given = [f"--batchinv-{name}" for name in ("report", "resume") if config.getoption(f"batchinv_{name}")]
+    if given and not hasattr(config, "workerinput"):
+        words = f"{' and '.join(given)} has no effect without --batch-invariant: nothing is checked, and nothing is written"
+        config.issue_config_time_warning(pytest.PytestConfigWarning(words), stacklevel=2)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

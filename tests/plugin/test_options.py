@@ -43,6 +43,14 @@ def test_a_bad_value_is_a_usage_error_that_lists_the_right_ones(pytester, option
     result.stderr.no_fnmatch_line("*Traceback*")
 
 
+@pytest.mark.parametrize("words", [(), ("-n", "2")], ids=["plain", "xdist"])
+def test_a_report_that_nobody_will_write_is_told(pytester, words):
+    pytester.makepyfile("def test_nothing(): pass")
+    result = pytester.runpytest_inprocess("--batchinv-report=x.json", *words)
+    assert result.ret == 0 and not pytester.path.joinpath("x.json").exists()
+    assert str(result.stdout).count("--batchinv-report has no effect without --batch-invariant: nothing is checked") == 1
+
+
 def test_the_source_of_a_bad_value_is_named(pytester, monkeypatch):
     pytester.makeini("[pytest]\nbatchinv_dtype = int4\n")
     pytester.runpytest_inprocess().stderr.fnmatch_lines(["ERROR: ini option batchinv_dtype: 'int4' is not *"])
