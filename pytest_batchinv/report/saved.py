@@ -63,7 +63,17 @@ def read(path: Path) -> Saved:
         raise ValueError(f"{path} is no record of schema {head.schema}: {error}. Run the tests again to write it.") from None
     for record in saved.records:
         _refuse_other_schemas(path, record.schema)
+        _refuse_contradictions(path, record)
     return saved
+
+
+def _refuse_contradictions(path: Path, record: Record) -> None:
+    """No run writes a verdict of equal bits beside a difference that it found."""
+    if record.finding is not None and record.verdict in ("equal", "inconclusive"):
+        raise ValueError(
+            f"{path} contradicts itself: the record of {record.nodeid} says {record.verdict!r} and holds a finding, so it was "
+            "changed after it was written. Run the tests again to write it."
+        )
 
 
 def _refuse_other_schemas(path: Path, schema: int) -> None:

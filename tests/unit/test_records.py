@@ -9,7 +9,7 @@ from pytest_batchinv import context
 from pytest_batchinv.plugin.settings import DEFAULTS
 from pytest_batchinv.report import json as json_report
 from pytest_batchinv.report import record as records
-from pytest_batchinv.report import terminal
+from pytest_batchinv.report import saved, terminal
 from pytest_batchinv.report.record import Counts, Finding, OpCoverage, Record, Section, Skipped
 from pytest_batchinv.report.results import Results
 from pytest_batchinv.subjects.base import SubjectInfo
@@ -63,6 +63,18 @@ def test_fields_of_a_later_version_are_left_out():
 def test_what_is_no_record_is_refused(text):
     with pytest.raises(ValueError, match="not a record of schema 3: "):
         Record.from_json(text)
+
+
+@pytest.mark.parametrize("verdict", ["equal", "inconclusive", "differs", "caught"])
+def test_a_report_with_a_verdict_of_equal_bits_beside_a_finding_is_refused(tmp_path, verdict):
+    """As one is that was changed by hand."""
+    path = tmp_path / "run.json"
+    json_report.write(Results(DEFAULTS, [record(verdict, finding=FINDING)]), path)
+    if verdict in ("differs", "caught"):
+        assert saved.read(path).records[0].verdict == verdict
+    else:
+        with pytest.raises(ValueError, match=f"contradicts itself: the record of .* says '{verdict}' and holds a finding"):
+            saved.read(path)
 
 
 def test_the_innermost_collector_gets_the_record_and_outside_nobody_does():
