@@ -139,9 +139,9 @@ def _told(sides: TwoSides, plain: Walk) -> Trace:
     )
     control_flow = _control_flow(sides, groups)
     notes = _notes(sides, healed, groups, control_flow)
-    script, why = "", ""
-    if groups and not any(sides.other_numbers(groups[_first_cause(effects)].blamed)):
-        script, why = _script(sides, by_itself, groups[_first_cause(effects)])
+    script, why = _script(sides, by_itself, groups[_first_cause(effects)]) if groups else ("", "")
+    if groups and any(sides.other_numbers(groups[_first_cause(effects)].blamed)):
+        script = ""  # it would blame the operator for the numbers that it is given
     if why:
         notes.append(f"no script of the operator alone: {why}")
     causing = {sides.calls[group.blamed].overload for group, effect in zip(groups, effects, strict=True) if effect == "causes"}
