@@ -76,6 +76,27 @@ def _gemm(result: Result):
     return figure
 
 
+def _convolution(result: Result):
+    """Ratio by layer, one line for each batch and format."""
+    figure, (axes,) = _panels(1, 1, width=9, height=4.5)
+    layer = ("channels", "out", "side", "taps", "stride")
+    names = list(dict.fromkeys(tuple(point.sizes[of] for of in layer) for point in result.points))
+    kinds = list(dict.fromkeys((point.dtype, point.sizes["batch"], point.sizes["format"]) for point in result.points))
+    for kind, colour in zip(kinds, _cycle(len(kinds)), strict=True):
+        mine = [point for point in result.points if (point.dtype, point.sizes["batch"], point.sizes["format"]) == kind]
+        places = [names.index(tuple(point.sizes[of] for of in layer)) for point in mine]
+        label = f"{kind[0]}, batch {kind[1]}, {kind[2]}"
+        axes.plot(places, [point.ratio() for point in mine], "o-", color=colour, label=label)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.axhline(1.1, **_BOUND)
+    labels = [f"{c}>{out}, {side}, {taps}x{taps}/{stride}" for c, out, side, taps, stride in names]
+    axes.set_xticks(range(len(names)), labels=labels, rotation=60, ha="right", fontsize=6)
+    axes.set_ylabel("time / cuDNN time")
+    axes.set_title("convolutions: channels, side of the image, taps and stride; dashed: bound of the mean")
+    axes.legend(fontsize=7)
+    return figure
+
+
 def _fp8(result: Result):
     """Ratio to stock torch by rows, a line for each (K, N)."""
     figure, (axes,) = _panels(1, 1, width=6.0, height=4.0)
@@ -218,7 +239,15 @@ def _peers(points: list[Point]) -> list[str]:
     return [name for name in dict.fromkeys(n for p in points for n in p.timings) if name not in (OURS, STOCK)]
 
 
-_PLOTS = {"gemm": _gemm, "rows": _rows, "attention": _attention, "launch": _launch, "forward": _forward, "fp8": _fp8}
+_PLOTS = {
+    "gemm": _gemm,
+    "rows": _rows,
+    "attention": _attention,
+    "launch": _launch,
+    "forward": _forward,
+    "fp8": _fp8,
+    "convolution": _convolution,
+}
 
 
 if __name__ == "__main__":
