@@ -29,13 +29,23 @@ def attention(
     Raises Refused for head dims above 512. Where Triton compiles no kernel for them, it is :func:`_by_operators`.
     """
     described = describe(query), describe(key), describe(value), describe(mask)
-    if positions is not None and (positions.dim() != 2 or mask is None):
-        raise RuntimeError(f"attention: positions are [batch, queries], beside a mask; they are {shape_of(positions)}")
-    how = {"has_sinks": sinks is not None, "has_positions": positions is not None, "with_lse": with_lse}
-    attend = _plan_attention(*described, is_causal, scale, soft_cap, **how)
+    attend = _plan_attention(*described, is_causal, scale, soft_cap, sinks is not None, positions is not None, with_lse)
     if positions is None:
         return attend(query, key, value, mask, sinks)
+    _check_positions(positions, query, mask)
     return attend(query, key, value, mask, sinks, positions=positions, mask_window=mask_window)
+
+
+def _check_positions(positions: Tensor, query: Tensor, mask: Tensor | None) -> None:
+    """The kernel reads them by address."""
+    B, n_queries = query.shape[0], query.shape[2]
+    fits = positions.dim() == 2 and positions.shape[0] in (1, B) and positions.shape[1] == n_queries
+    if mask is None or not fits or positions.dtype != torch.int64 or positions.device != query.device:
+        beside = "" if mask is not None else ", without a mask"
+        raise RuntimeError(
+            f"attention: expected positions beside a mask, as int64 of one row or {B}, for {n_queries} queries, on "
+            f"{query.device}; got {positions.dtype}, {shape_of(positions)} on {positions.device}{beside}"
+        )
 
 
 @plan
@@ -309,8 +319,7 @@ def _plan_sdpa(
     _check_sdpa(q, k, v, mask, mask_needs_gradient, dropout_p, is_causal, enable_gqa)
     q, k, v = _broadcast(q, k, v, enable_gqa)
     if reads_addresses(q) and q.dim() == 4 and (mask is None or mask.dim() <= 4 and mask.dtype in (torch.bool, q.dtype)):
-        how = {"soft_cap": None, "has_sinks": False, "has_positions": False, "with_lse": False}
-        attend = _plan_attention(q, k, v, mask, is_causal, _scale(q, scale), **how)
+        attend = _plan_attention(q, k, v, mask, is_causal, _scale(q, scale), None, False, False, False)
         return lambda q, k, v, mask: attend(q, k, v, mask, None)[0]
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

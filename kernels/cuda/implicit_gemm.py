@@ -200,9 +200,11 @@ def _pointwise_tma_kernel(
 @triton.jit
 def _transpose_kernel(x_ptr, out_ptr, ROWS, COLS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """out[b, c, r] = x[b, r, c], of contiguous matrices."""
-    matrix = tl.program_id(2).to(tl.int64) * ROWS * COLS
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tiles_r, tiles_c = tl.cdiv(ROWS, BLOCK_R), tl.cdiv(COLS, BLOCK_C)
+    tile = tl.program_id(0) % (tiles_r * tiles_c)
+    matrix = (tl.program_id(0) // (tiles_r * tiles_c)).to(tl.int64) * ROWS * COLS
+    rows = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tile // tiles_r * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (rows < ROWS)[:, None] & (cols < COLS)[None, :]
     x = tl.load(x_ptr + matrix + rows[:, None].to(tl.int64) * COLS + cols[None, :], mask=inside, other=0.0)
     tl.store(out_ptr + matrix + cols[:, None].to(tl.int64) * ROWS + rows[None, :], tl.trans(x), mask=tl.trans(inside))
@@ -284,12 +286,8 @@ def _transpose(x: Tensor, out: Tensor, batch: int, rows: int, cols: int) -> None
 def _plan_transpose(x: Description, batch: int, rows: int, cols: int) -> Callable[[Tensor, Tensor], None]:
     """Of contiguous matrices."""
     block = 64 if x.dtype.itemsize <= 4 else 32
-    grid = ceil_div(rows, block), ceil_div(cols, block), batch
-    if max(grid[1:]) > LONGEST_AXIS:
-        return lambda x, out: out.as_strided((batch, cols, rows), (rows * cols, rows, 1)).copy_(
-            x.as_strided((batch, rows, cols), (rows * cols, cols, 1)).mT
-        )
-    return Launch(_transpose_kernel, grid, (rows, cols, block, block), num_warps=4, enable_fp_fusion=False)
+    programs = ceil_div(rows, block) * ceil_div(cols, block) * batch
+    return Launch(_transpose_kernel, (programs, 1, 1), (rows, cols, block, block), num_warps=4, enable_fp_fusion=False)
 
 
 _FORMATS = {True: torch.channels_last, False: torch.contiguous_format}

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from pytest_batchinv import batch_invariant_mode, check_batch_invariant, check_negative_control
+from pytest_batchinv.kernels import operators
 from pytest_batchinv.relations import RELATIONS
 from pytest_batchinv.search.runs import SubjectRuns
 from pytest_batchinv.shapes import BatchShape, Row, Steps, chosen_evenly
@@ -180,6 +181,20 @@ def test_no_mask_is_made_for_a_causal_prefill(monkeypatch):
         assert masks == []
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     assert [tuple(mask.shape) for mask in masks] == [(2, 1, 40, 40)]
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [torch.zeros(2, 1), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64), torch.tensor([0, 0])],
+)
+def test_positions_that_are_none_of_the_queries_are_refused(positions):
+    """GPU kernels read them by address."""
+    operators.operators()
+    q, k, mask = torch.ones(2, 1, 1, 16), torch.ones(2, 1, 3, 16), torch.ones(2, 1, 1, 3, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="expected positions beside a mask, as int64 of one row or 2, for 1 queries"):
+        torch.ops.batchinv.attention(q, k, k, mask, False, 1.0, None, None, positions, 2)
+    with pytest.raises(RuntimeError, match="without a mask"):
+        torch.ops.batchinv.attention(q, k, k, None, False, 1.0, None, None, torch.zeros(2, 1, dtype=torch.int64), 2)
 
 
 def test_our_attention_is_told_how_many_keys_a_window_has_left_behind(monkeypatch):

@@ -29,7 +29,7 @@ each column its slot in that matrix, int64 [tokens]."""
 _SHORTEST = 24
 
 _NO_MATTER = {
-    *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
     "num_items_in_batch",
 }
 """Keywords of transformers that change nothing of what attention computes. Any other one that a model gives does."""
@@ -107,7 +107,7 @@ def attention_forward(
         out, _ = attention_forward(module, *unpacked, mask, scaling, softcap=softcap, s_aux=s_aux)
         return out.flatten(0, 1)[slots][None], None
     is_whole = query.shape[2] == key.shape[2]  # no key is missing
-    positions = None if is_whole or position_ids is None or position_ids.dim() != 2 else position_ids
+    positions = None if is_whole or position_ids is None or position_ids.dim() != 2 else position_ids.long()
     if attention_mask is None and is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     return _attend(query, key, value, attention_mask, is_causal, scaling, softcap, s_aux, sliding_window, positions), None
